@@ -1,0 +1,75 @@
+"""Addresses of links: `tcp://host:port`, `tcp://[::1]:port`, `vsock://cid:port`. Text only; `channel` connects."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from transport.errors import AddressError
+
+MAX_TEXT = 300  # characters; a host name has at most 253
+
+# RFC 1123: labels of letters, digits and inner hyphens. ASCII, because what one resolver folds another does not.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\Z")
+_SHAPE = re.compile(
+    r"(?P<scheme>tcp|vsock)://(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>[0-9]+)\Z"
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where one end of a link listens.
+
+    Args:
+        scheme: "tcp" or "vsock".
+        host: a name, an IPv4 or IPv6 address; for vsock the context id (32 bits) in decimal.
+        port: 0..65535 for tcp, 32 bits for vsock. Port 0 lets a listener choose; nobody can connect to it.
+    """
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """The address that `text` is, exactly: no blanks, no defaults, no leading zeros.
+
+        Raises:
+            AddressError: it is none.
+        """
+        shape = _SHAPE.match(text) if len(text) <= MAX_TEXT else None
+        if shape is None:
+            raise AddressError(f"address {text[:80]!r}: wanted tcp://host:port, tcp://[ipv6]:port or vsock://cid:port")
+        scheme, six, host = shape["scheme"], shape["v6"], shape["host"]
+        if scheme == "vsock":
+            if six is not None:
+                raise AddressError(f"address {text!r}: wanted a context id, as in vsock://16:5000")
+            cid = _number(text, "context id", host, 2**32 - 1)
+            return cls(scheme, str(cid), _number(text, "port", shape["port"], 2**32 - 1))
+        return cls(scheme, _host(text, host, six), _number(text, "port", shape["port"], 65535))
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def _number(text: str, what: str, digits: str, largest: int) -> int:
+    if not digits.isdecimal() or (digits[0] == "0" and digits != "0") or len(digits) > 10 or int(digits) > largest:
+        raise AddressError(f"address {text!r}: wanted a {what} of 0..{largest} in plain decimal")
+    return int(digits)
+
+
+def _host(text: str, host: str | None, six: str | None) -> str:
+    """A host as it is written into an address again."""
+    try:
+        if host is None:
+            return str(ipaddress.IPv6Address(six))
+        if host.rpartition(".")[2].isdecimal():  # then it is meant as IPv4, and a resolver may take 127.1 or 010.0.0.1
+            return str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise AddressError(f"address {text!r}: {six or host} is not an IP address") from None
+    if not _HOST.match(host):
+        raise AddressError(f"address {text!r}: {host} is not a host name")
+    return host

@@ -1,0 +1,345 @@
+"""A link over a connection: messages in, messages out, with deadlines.
+
+One thread reads a channel; any thread may send on it, close it or abort it meanwhile. Deadlines are for the whole
+handshake and for a whole message, so a peer that sends one byte each second is no better off than one that sends none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from attest import AttestationResult, Binding, Evidence
+from transport import codec, link
+from transport.address import Address
+from transport.errors import Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
+from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget
+from transport.sockets import Listener, Wire, connect, hang_up, receive_once
+
+if TYPE_CHECKING:
+    from socket import socket
+
+__all__ = ["Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
+
+_SMALL_READ = 1 << 14  # bytes; a step of one token is 3 KB, and a large buffer costs 3 µs more to allocate
+_LARGE_READ = 1 << 18  # bytes; once a message is known to be large
+_PARTING = 1.0  # seconds that a CLOSE or an ALERT may take to leave
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds that a peer may take.
+
+    Args:
+        connect: for the connection.
+        handshake: for the whole handshake, evidence included.
+        message: for the rest of a message once it has begun, either way.
+        idle: between two messages, either way; None for any time.
+    """
+
+    connect: float = 10.0
+    handshake: float = 10.0
+    message: float = 60.0
+    idle: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"deadline {name}: got {value}, wanted seconds > 0")
+
+
+DEFAULT_DEADLINES = Deadlines()
+
+
+class Channel:
+    """An established link: sends and receives messages, which are dicts of `codec`.
+
+    Whatever goes wrong in `receive` ends the channel, except a `timeout` of the caller's own. When `send` fails because
+    the peer is gone, what it said before can still be received.
+
+    Attributes:
+        made: time.monotonic() when it was established.
+        bytes_sent, bytes_received: on the wire, handshake included.
+        seal_seconds, open_seconds: spent on encryption and decryption of messages, so far.
+    """
+
+    def __init__(self, wire: Wire, session: link.Session, deadlines: Deadlines) -> None:
+        """Not for callers: `connect`, `initiate` and `accept` make channels."""
+        self._wire = wire
+        self._session = session
+        self._deadlines = deadlines
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
+        self._ended = False  # by this end
+        self._begun: float | None = None  # when the message under way began to arrive
+        self.made = self._active = time.monotonic()
+        self.seal_seconds = 0.0
+        self.open_seconds = 0.0
+
+    @classmethod
+    def connect(
+        cls,
+        address: Address,
+        end: link.End,
+        *,
+        deadlines: Deadlines = DEFAULT_DEADLINES,
+        max_message: int = MAX_MESSAGE,
+        budget: Budget | None = None,
+    ) -> Self:
+        """Connects to `address` and establishes a link.
+
+        Args:
+            max_message: bytes of the largest message, either way.
+            budget: for what has arrived of messages that are not whole yet; that of the process if None.
+
+        Raises:
+            TransportError: Unreachable, TimedOut, or the handshake failed.
+            attest.AttestationError: the peer's evidence is refused.
+        """
+        sock = connect(address, deadlines.connect)
+        return cls.initiate(sock, end, deadlines=deadlines, max_message=max_message, budget=budget)
+
+    @classmethod
+    def initiate(
+        cls,
+        sock: socket,
+        end: link.End,
+        *,
+        deadlines: Deadlines = DEFAULT_DEADLINES,
+        max_message: int = MAX_MESSAGE,
+        budget: Budget | None = None,
+    ) -> Self:
+        """Establishes a link over a connected stream socket, as the end that connected. Raises as `connect` does."""
+        steps = link.initiate(end, max_message=max_message, budget=budget or PROCESS_BUDGET)
+        return cls._establish(sock, steps, deadlines)
+
+    @classmethod
+    def accept(
+        cls,
+        sock: socket,
+        end: link.End,
+        *,
+        deadlines: Deadlines = DEFAULT_DEADLINES,
+        max_message: int = MAX_MESSAGE,
+        budget: Budget | None = None,
+    ) -> Self:
+        """Establishes a link over an accepted stream socket. Raises as `connect` does."""
+        steps = link.respond(end, max_message=max_message, budget=budget or PROCESS_BUDGET)
+        return cls._establish(sock, steps, deadlines)
+
+    @classmethod
+    def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines) -> Self:
+        """Runs a handshake. The socket is the channel's from here on, and closed if there is none."""
+        wire = Wire(sock)
+        deadline = time.monotonic() + deadlines.handshake
+        try:
+            wanted = next(steps)
+            while True:
+                try:
+                    reply = None
+                    if isinstance(wanted, int):
+                        reply = wire.read_exactly(wanted, deadline)
+                    else:
+                        wire.write(wanted, deadline)
+                except TransportError as error:
+                    wanted = steps.throw(error)
+                else:
+                    wanted = steps.send(reply)
+        except StopIteration as finished:
+            return cls(wire, finished.value, deadlines)
+        except BaseException:
+            wire.close()  # and not abort: an ALERT may be on its way
+            raise
+
+    @property
+    def peer(self) -> AttestationResult:
+        """What the peer's evidence established."""
+        return self._session.peer
+
+    @property
+    def peer_evidence(self) -> Evidence:
+        return self._session.peer_evidence
+
+    @property
+    def peer_binding(self) -> Binding:
+        return self._session.peer_binding
+
+    @property
+    def peer_static_key(self) -> bytes:
+        return self._session.peer_static_key
+
+    @property
+    def expired(self) -> bool:
+        """Whether the link is too old to begin anything on: make a new one."""
+        return self._session.expired
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._wire.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._wire.bytes_received
+
+    @property
+    def records_sent(self) -> int:
+        return self._session.records_sent
+
+    @property
+    def records_received(self) -> int:
+        return self._session.records_received
+
+    def send(self, message: dict[str, Any], least: int = 0) -> int:
+        """Sends `message` whole, and returns how many bytes it has.
+
+        Args:
+            message: as `codec` has it.
+            least: pad it as if it had so many bytes.
+
+        Raises:
+            TypeError, ValueError: it cannot be encoded.
+            TransportError: Closed, LimitError; TimedOut or Truncated, and then nothing more can be sent.
+        """
+        body = codec.encode(message)
+        with self._sending:
+            start = time.perf_counter()
+            records = self._session.seal(body, least)
+            self.seal_seconds += time.perf_counter() - start
+            self._write(records)
+        self._active = time.monotonic()
+        return len(body)
+
+    def ping(self) -> None:
+        """Shows whatever sits between that this end lives; does nothing where the last time was not 10 s ago."""
+        with self._sending:
+            record = self._session.ping()
+            if record is not None:
+                self._write(record)
+
+    def _write(self, records: bytes) -> None:
+        try:
+            self._wire.write(records, time.monotonic() + self._deadlines.message)
+        except BaseException as error:
+            self._session.stop_sending()  # half a record may have left: nothing can follow it
+            if self._ended and isinstance(error, TransportError):
+                raise _closed() from None
+            raise
+
+    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next message.
+
+        Args:
+            timeout: seconds; TimedOut if no message is whole by then. The channel lives on, and so does a message that
+                has begun. 0 takes what is there.
+
+        Raises:
+            Closed: the peer has closed its direction, and all that it sent has been received; or this end is closed.
+            TransportError: anything else; the channel is dead then.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        try:
+            with self._receiving:
+                message = self._receive(until)
+        except _Later:
+            raise TimedOut(f"no message in {timeout} s") from None
+        except BaseException as error:
+            if self._ended and isinstance(error, TransportError):
+                raise _closed() from None
+            if isinstance(error, ProtocolError | LimitError):
+                alert = error.alert
+                self._part(lambda: self._session.alert(alert))
+            elif not isinstance(error, Closed):  # then this end may still have something to say
+                self.abort()
+            raise
+        self._active = time.monotonic()
+        return message
+
+    def _receive(self, until: float) -> dict[str, Any]:
+        session, wire = self._session, self._wire
+        while not self._ended:
+            start = time.perf_counter()
+            body = session.next_message()
+            self.open_seconds += time.perf_counter() - start
+            if body is not None:
+                self._begun = None
+                message = codec.decode(body)
+                if type(message) is not dict:
+                    raise DecodeError("message: wanted a map")
+                return message
+            limit = self._limit(session.partial)
+            if not wire.wait(min(until, limit)) or time.monotonic() > limit:  # a drip is always readable
+                if until <= limit:
+                    raise _Later
+                raise TimedOut("the peer did not finish a message in time" if session.partial else "the link was idle")
+            data = wire.read(_LARGE_READ if session.partial else _SMALL_READ)
+            if data == b"":
+                session.eof()
+            session.feed(data or b"")
+        raise _closed()
+
+    def _limit(self, partial: bool) -> float:
+        """When the wait for more bytes must end."""
+        if not partial:
+            self._begun = None
+            return math.inf if self._deadlines.idle is None else self._active + self._deadlines.idle
+        if self._begun is None:
+            self._begun = time.monotonic()
+        return self._begun + self._deadlines.message
+
+    def poll(self) -> bool:
+        """Whether bytes wait to be read, or the peer is gone. Never blocks. They need not be a whole message."""
+        return self._session.buffered > 0 or self._wire.readable()
+
+    def gone(self) -> bool:
+        """Whether the peer has shut down its direction or the connection is dead, even where unread bytes wait."""
+        return self._wire.gone()
+
+    def close(self) -> None:
+        """Says CLOSE, and closes the connection. It is no error if the peer is gone, or if this has been done."""
+        self._part(self._session.close)
+
+    def abort(self) -> None:
+        """Closes the connection without a word: the peer gets Truncated."""
+        self._end(self._wire.abort)
+
+    def fileno(self) -> int:
+        """The descriptor of the socket, -1 once it is closed."""
+        return self._wire.fileno()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _part(self, last: Callable[[], bytes]) -> None:
+        """Sends one last record if that can be done soon, and ends the channel."""
+        finish = self._wire.abort
+        if self._sending.acquire(timeout=_PARTING):  # a sender whom the peer keeps waiting must not keep us
+            try:
+                with contextlib.suppress(TransportError):
+                    self._wire.write(last(), time.monotonic() + _PARTING)
+                    finish = self._wire.close
+            finally:
+                self._sending.release()
+        self._end(finish)
+
+    def _end(self, finish: Callable[[], None]) -> None:
+        self._ended = True
+        self._wire.shut()  # wakes whoever waits in `send` or `receive`, so that the locks come free
+        with self._sending, self._receiving:
+            finish()
+            self._session.discard()
+
+
+def _closed() -> Closed:
+    return Closed("this end of the link is closed")
+
+
+class _Later(Exception):
+    """The caller's own timeout passed."""

@@ -1,0 +1,125 @@
+"""What can go wrong on a link, grouped by what a caller does about it.
+
+    TransportError              the root; `exit_code` is what the command line ends with
+    ├── AddressError            not an address: correct it (a ValueError too)
+    ├── SettingError            an environment variable asks for what is not there: correct it
+    ├── Unreachable             nobody answers there, or it cannot be bound: start the peer, correct the address
+    ├── TimedOut                a deadline passed: try again, or allow more time
+    ├── Closed                  the peer ended its direction properly: there is no more to read
+    ├── Truncated               the connection ended without that: what came before is true, but not all
+    ├── ProtocolError           the bytes are not this protocol's, or were altered: the link is dead
+    │   ├── HandshakeError      … before there were keys
+    │   ├── RecordError         … inside a session
+    │   └── DecodeError         … in a message that was authentic
+    ├── LimitError              more than one end is willing to hold, or a link too old: the link is dead
+    └── PeerAlert               the peer gives a reason (`code`) and ends the link
+
+Of outside bytes, whatever they are, nothing but these comes out, and the verifier's own `attest.AttestationError`.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Alert(enum.IntEnum):
+    """The reasons that an ALERT can give."""
+
+    UNEXPECTED = 1
+    DECODE = 2
+    ATTESTATION = 3
+    LIMIT = 4
+    BUSY = 5
+    INTERNAL = 6
+
+
+class TransportError(Exception):
+    """Root of the package's errors."""
+
+    exit_code = 4
+
+
+class AddressError(TransportError, ValueError):
+    """The text is not an address of a link."""
+
+    exit_code = 2
+
+
+class SettingError(TransportError):
+    """An environment variable's value is none that it can have, or asks for a package that is not installed."""
+
+    exit_code = 2
+
+
+class Unreachable(TransportError):
+    """No connection could be made, or the address could not be bound."""
+
+
+class TimedOut(TransportError):
+    """A deadline passed."""
+
+
+class Closed(TransportError):
+    """The peer ended its direction with a CLOSE, or this end is closed."""
+
+
+class Truncated(TransportError):
+    """The connection ended without a CLOSE."""
+
+
+class ProtocolError(TransportError):
+    """The bytes are not what the protocol allows here, or they are not authentic."""
+
+    alert = Alert.UNEXPECTED
+
+
+class HandshakeError(ProtocolError):
+    """The handshake failed. The peer is told nothing: it is a stranger."""
+
+
+class RecordError(ProtocolError):
+    """A record failed authentication, or breaks a rule of records, messages or their order."""
+
+
+class DecodeError(ProtocolError):
+    """An authentic message is not canonical msgpack."""
+
+    alert = Alert.DECODE
+
+
+class LimitError(TransportError):
+    """A limit of size, number or age was reached."""
+
+    alert = Alert.LIMIT
+
+
+class PeerAlert(TransportError):
+    """The peer ended the link and said why.
+
+    Attributes:
+        code: an `Alert`, or another number that a later version may send.
+    """
+
+    def __init__(self, code: int) -> None:
+        known = code in tuple(Alert)
+        super().__init__(f"the peer ended the link: {_REASONS[Alert(code)] if known else f'alert {code}'}")
+        self.code = code
+        if code == Alert.ATTESTATION:
+            self.exit_code = 3
+
+    @classmethod
+    def from_body(cls, body: bytes) -> PeerAlert:
+        """What an ALERT says. Raises RecordError if it says nothing."""
+        if len(body) != 1:
+            raise RecordError(f"an ALERT of {len(body)} bytes, wanted 1")
+        return cls(body[0])
+
+
+_REASONS = {
+    Alert.UNEXPECTED: "it received something that the protocol does not allow there",
+    Alert.DECODE: "it could not decode a message",
+    Alert.ATTESTATION: "it refuses our evidence or our static key",
+    Alert.LIMIT: "a limit of its own was reached",
+    Alert.BUSY: "it is busy",
+    Alert.INTERNAL: "something failed inside it",
+}

@@ -1,0 +1,298 @@
+"""One end of a link, without I/O: handshake, evidence both ways, then a session.
+
+    I → R   preamble, msg1                 clear: version and suite; the prologue binds them, the manifest and both ids
+    R → I   msg2
+    I → R   msg3                           then both have keys, and h
+    R → I   ATTEST, sealed to h            or one ALERT
+    I → R   ATTEST, sealed to h            after I has verified R's; messages may follow at once
+            MESSAGE, PING, CLOSE, ALERT    either way, once the peer's evidence is accepted
+
+`initiate` and `respond` are this page in code. They yield bytes to send, or the number of bytes that they must be sent
+next, and return the `Session`; there is no session before evidence was accepted. Until there are keys an end that
+refuses says nothing; afterwards it sends at most one ALERT, whose length is the same whatever the reason.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from attest import (
+    MAX_CLAIMS,
+    MAX_ENDORSEMENTS,
+    MAX_EVIDENCE,
+    MAX_TOTAL,
+    AttestationError,
+    Attester,
+    Binding,
+    Evidence,
+    Verifier,
+)
+from transport import noise
+from transport.errors import Alert, DecodeError, HandshakeError, LimitError, PeerAlert, RecordError, TransportError
+from transport.noise import KeyPair, Split
+from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Message, Opener, Sealer, Type
+from transport.session import Session
+
+__all__ = ["CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "respond"]
+
+VERSION = 1
+ATTEST_VERSION = 1
+CLIENT = 0xFFFF  # the id of a client, which is no stage
+
+_MAGIC = b"mGPT"
+_PREAMBLE = struct.Struct(">4sBBxx")
+_PROLOGUE = struct.Struct(">12s8s32sHH")
+_LENGTH = struct.Struct(">H")
+_ATTEST = struct.Struct(">BBH")
+_U32 = struct.Struct(">I")
+
+# The types that may come before the peer's evidence is accepted, with the bytes of the largest body.
+_FIRST: dict[int, int] = {Type.ATTEST: MAX_TOTAL, Type.ALERT: 1}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A handshake. Payloads are empty, so the lengths of its messages are exact."""
+
+    protocol_name: bytes
+    pattern: noise.Pattern
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Bytes of its messages."""
+        return noise.message_lengths(self.pattern)
+
+
+SUITES = {
+    1: Suite(b"Noise_XX_25519_ChaChaPoly_SHA256", noise.XX),  # 32, 96, 64 bytes
+    2: Suite(b"Noise_XXhfs_25519+MLKEM768_ChaChaPoly_SHA256", noise.XXHFS),  # 1216, 1200, 64 bytes
+}
+
+
+@dataclass(frozen=True)
+class End:
+    """What one end is, and what it wants of the other.
+
+    Args:
+        attester: makes this end's evidence.
+        verifier: judges the peer's.
+        manifest_sha256: 32 bytes; a peer with another manifest cannot complete the handshake.
+        own_id, peer_id: index of the stage at either end, or CLIENT.
+        static_private: 32 bytes, where the peer knows this end by its static key; a fresh one if None.
+        admit: static public keys of the initiators that a responder serves; None leaves that to the verifier.
+        suites: those acceptable. An initiator proposes the first.
+
+    Raises:
+        ValueError: a field is not of that form.
+    """
+
+    attester: Attester
+    verifier: Verifier
+    manifest_sha256: bytes
+    own_id: int
+    peer_id: int
+    static_private: bytes | None = field(default=None, repr=False)
+    admit: frozenset[bytes] | None = None
+    suites: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if len(self.manifest_sha256) != 32:
+            raise ValueError(f"manifest_sha256: got {len(self.manifest_sha256)} bytes, wanted 32")
+        for name, number in (("own_id", self.own_id), ("peer_id", self.peer_id)):
+            if not 0 <= number <= CLIENT:
+                raise ValueError(f"{name}: got {number}, wanted 0..{CLIENT}")
+        if self.static_private is not None and len(self.static_private) != noise.DHLEN:
+            raise ValueError(f"static_private: got {len(self.static_private)} bytes, wanted {noise.DHLEN}")
+        if not self.suites or not set(self.suites) <= set(SUITES):
+            raise ValueError(f"suites: got {self.suites}, wanted some of {tuple(SUITES)}")
+
+
+Steps = Generator[bytes | int, bytes | None, Session]
+
+
+def initiate(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCESS_BUDGET) -> Steps:
+    """The end that connects.
+
+    Raises:
+        TransportError: the handshake failed, or the peer refused.
+        attest.AttestationError: the peer's evidence is refused, or one's own attester has none to give.
+    """
+    preamble = _PREAMBLE.pack(_MAGIC, VERSION, end.suites[0])
+    yield preamble
+    stranger = yield from _shake(end, preamble, "I", budget)
+    session = yield from stranger.verify(end.verifier, max_message)
+    yield from stranger.attest(end.attester)
+    return session
+
+
+def respond(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCESS_BUDGET) -> Steps:
+    """The end that listens. Raises as `initiate` does."""
+    preamble = yield from _receive(_PREAMBLE.size)
+    suite = preamble[5]
+    if preamble != _PREAMBLE.pack(_MAGIC, VERSION, suite):
+        raise HandshakeError(f"preamble: got {preamble.hex()}, wanted that of this protocol, version {VERSION}")
+    if suite not in end.suites:
+        raise HandshakeError(f"preamble: suite {suite}, wanted one of {end.suites}")
+    stranger = yield from _shake(end, preamble, "R", budget)
+    if end.admit is not None and stranger.split.rs not in end.admit:
+        why = HandshakeError("the peer's static key is not among those that the manifest admits")
+        yield from stranger.refuse(Alert.ATTESTATION, why)
+    yield from stranger.attest(end.attester)
+    return (yield from stranger.verify(end.verifier, max_message))
+
+
+def _receive(count: int) -> Generator[int, bytes | None, bytes]:
+    data = yield count
+    if data is None or len(data) != count:
+        raise TypeError(f"the link waits for exactly {count} bytes")
+    return data
+
+
+def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, _Stranger]:
+    """The Noise handshake, each message after its length."""
+    suite = SUITES[preamble[5]]
+    ids = (end.own_id, end.peer_id) if role == "I" else (end.peer_id, end.own_id)
+    s = KeyPair.generate() if end.static_private is None else KeyPair.from_private(end.static_private)
+    steps = noise.handshake(
+        suite.protocol_name,
+        suite.pattern,
+        initiator=role == "I",
+        prologue=_PROLOGUE.pack(b"MGPT-LINK-v1", preamble, end.manifest_sha256, *ids),
+        s=s,
+    )
+    message: bytes | None = None
+    try:
+        for number, length in enumerate(suite.lengths, 1):
+            outgoing = steps.send(message)
+            if outgoing is not None:
+                yield _LENGTH.pack(len(outgoing)) + outgoing
+                message = None
+            else:
+                (announced,) = _LENGTH.unpack((yield from _receive(_LENGTH.size)))
+                if announced != length:
+                    raise HandshakeError(f"handshake message {number}: {announced} bytes, wanted {length}")
+                message = yield from _receive(length)
+        steps.send(message)
+    except StopIteration as finished:
+        return _Stranger(finished.value, s.public, role, budget)
+    raise AssertionError("a suite has one length for each message of its pattern")
+
+
+class _Stranger:
+    """The other end of a finished handshake: keys are shared, but nobody has shown what it is."""
+
+    def __init__(self, split: Split, own_static: bytes, role: str, budget: Budget) -> None:
+        self.split = split
+        self.role = role
+        self.own_static = own_static
+        self.sealer = Sealer(split.sending)
+        self.opener = Opener(split.receiving, _FIRST, budget)
+
+    def attest(self, attester: Attester) -> Generator[bytes | int, bytes | None, None]:
+        """Sends one's own evidence."""
+        try:
+            binding = Binding(self.role, attester.provider, self.split.h, self.own_static, attester.claims)
+            body = dump_attest(attester.attest(binding))
+        except Exception as error:  # a platform's, whatever it is: the peer is told that there is nothing to wait for
+            yield from self.refuse(Alert.INTERNAL, error)
+        yield self.sealer.seal(Type.ATTEST, body)
+
+    def verify(self, verifier: Verifier, max_message: int) -> Generator[bytes | int, bytes | None, Session]:
+        """Receives the peer's evidence. Before it is accepted, nothing else is."""
+        peer = "I" if self.role == "R" else "R"
+        try:
+            message = yield from self._first()
+            evidence = load_attest(message.body)
+            binding = Binding(peer, evidence.provider, self.split.h, self.split.rs, evidence.claims)
+            result = verifier.verify(evidence, binding)
+        except AttestationError as error:
+            yield from self.refuse(Alert.ATTESTATION, error)
+        except (RecordError, DecodeError, LimitError) as error:
+            yield from self.refuse(error.alert, error)
+        return Session(self.sealer, self.opener, result, evidence, binding, max_message=max_message)
+
+    def refuse(self, code: Alert, error: Exception) -> Generator[bytes | int, bytes | None, NoReturn]:
+        """Tells the peer, and raises."""
+        self.opener.discard()
+        with suppress(TransportError):  # the driver's, if the peer is gone already: `error` is the better reason
+            yield self.sealer.seal(Type.ALERT, bytes([code]))
+        self.sealer.discard()
+        raise error
+
+    def _first(self) -> Generator[int, bytes | None, Message]:
+        """The peer's first message, and not a byte more."""
+        try:
+            while True:
+                header = yield from _receive(_LENGTH.size)
+                self.opener.feed(header)
+                self.opener.feed((yield from _receive(*_LENGTH.unpack(header))))
+                message = self.opener.next()
+                if message is None:
+                    continue
+                if message.type == Type.ALERT:
+                    raise PeerAlert.from_body(message.body)
+                return message
+        except BaseException:  # the driver's too, as when the peer is gone: what it made us hold goes with it
+            self.opener.discard()
+            raise
+
+
+def dump_attest(evidence: Evidence) -> bytes:
+    """The body of an ATTEST. Raises ValueError if the evidence is more than it may hold."""
+    try:
+        parts = [
+            _ATTEST.pack(ATTEST_VERSION, evidence.provider, len(evidence.claims)),
+            evidence.claims,
+            _U32.pack(len(evidence.evidence)),
+            evidence.evidence,
+            bytes([len(evidence.endorsements)]),
+        ]
+        for item in evidence.endorsements:
+            parts += [_U32.pack(len(item)), item]
+        body = b"".join(parts)
+        load_attest(body)  # what the peer would refuse is refused here
+    except (TransportError, struct.error, ValueError) as error:
+        raise ValueError(f"one's own evidence cannot be sent: {error}") from None
+    return body
+
+
+def load_attest(body: bytes) -> Evidence:
+    """The evidence in an ATTEST. Nothing in it is verified by that.
+
+    Raises:
+        DecodeError: it has another layout.
+        LimitError: a part of it, or all, is too large.
+    """
+    if len(body) > MAX_TOTAL:
+        raise LimitError(f"ATTEST: {len(body)} bytes, wanted at most {MAX_TOTAL}")
+    at = 0
+
+    def take(what: str, count: int, most: int) -> bytes:
+        nonlocal at
+        if count > most:
+            raise LimitError(f"ATTEST: {what} of {count} bytes, wanted at most {most}")
+        if count > len(body) - at:
+            raise DecodeError(f"ATTEST: {what} of {count} bytes announced, {len(body) - at} left")
+        at += count
+        return body[at - count : at]
+
+    def sized(what: str, most: int) -> bytes:
+        (count,) = _U32.unpack(take(f"length of {what}", _U32.size, _U32.size))
+        return take(what, count, most)
+
+    version, provider, length = _ATTEST.unpack(take("head", _ATTEST.size, _ATTEST.size))
+    if version != ATTEST_VERSION:
+        raise DecodeError(f"ATTEST: version {version}, wanted {ATTEST_VERSION}")
+    claims = take("claims", length, MAX_CLAIMS)
+    evidence = sized("evidence", MAX_EVIDENCE)
+    count = take("number of endorsements", 1, 1)[0]
+    if count > MAX_ENDORSEMENTS:
+        raise LimitError(f"ATTEST: {count} endorsements, wanted at most {MAX_ENDORSEMENTS}")
+    endorsements = tuple(sized("endorsement", MAX_TOTAL) for _ in range(count))
+    if at != len(body):
+        raise DecodeError(f"ATTEST: {len(body) - at} bytes follow its end")
+    return Evidence(provider, claims, evidence, endorsements)

@@ -1,0 +1,154 @@
+"""A blind relay: whoever connects to one address is connected to another, and bytes pass both ways.
+
+An enclave reaches nothing but its parent's vsock, so on such a host what passes between stages, or between a client and
+a stage, passes a relay. It has no keys and needs no trust: it sees ciphertext, its lengths and its times, and can stop
+it; the ends notice whatever else it does (they take an end without a CLOSE for what it is, too).
+
+Two threads carry a connection, one each way: read a piece, write it, again. So no more than a piece each way is held,
+and a slow reader slows its sender down. The end of one direction is passed on, and the other goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from transport.address import Address
+from transport.errors import TransportError
+from transport.sockets import Listener, Wire, connect
+
+if TYPE_CHECKING:
+    from socket import socket
+
+log = logging.getLogger("transport.relay")
+
+CONNECTIONS = 256  # at once: two sockets and two threads each, and 1024 descriptors are usual
+_PIECE = 1 << 16  # bytes; a record of a link is not longer
+_CONNECT = 10.0  # seconds that the target may take
+
+
+class Relay:
+    """Listens at one address for another.
+
+    Args:
+        listen: where to accept connections.
+        target: where to take them.
+        connections: how many at once; more are turned away.
+
+    Attributes:
+        address: where it listens; the port is the one that the system chose, if it was to choose.
+
+    Raises:
+        Unreachable: `listen` cannot be bound.
+    """
+
+    def __init__(self, listen: Address, target: Address, connections: int = CONNECTIONS) -> None:
+        self._target = target
+        self._limit = connections
+        self._open: dict[int, _Connection] = {}
+        self._lock = threading.Lock()
+        self._listener = Listener(listen)
+        self.address = self._listener.address
+
+    def serve(self) -> None:
+        """Carries connections until `close` is called."""
+        for number in itertools.count(1):
+            accepted = self._listener.accept()
+            if accepted is None:
+                return
+            sock, peer = accepted
+            with self._lock:
+                full = len(self._open) >= self._limit
+                if not full:
+                    connection = self._open[number] = _Connection(sock)
+            if full:
+                log.warning("%s: turned away, %d connections are open", peer, self._limit)
+                sock.close()
+                continue
+            log.info("connection %d: open from %s", number, peer)
+            name = f"connection {number}"
+            threading.Thread(target=self._carry, args=(number, connection), name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Stops accepting; may be called by a signal's handler. The connections go on until `stop`."""
+        self._listener.close()
+
+    def stop(self, patience: float = 2.0) -> None:
+        """Ends every connection, and waits `patience` seconds at most until that is done."""
+        self.close()
+        with self._lock:
+            connections = list(self._open.values())
+        for connection in connections:
+            connection.cut()
+        until = time.monotonic() + patience
+        while self._open and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def _carry(self, number: int, connection: _Connection) -> None:
+        try:
+            connection.run(self._target)
+            log.info("connection %d: closed, %d bytes there, %d back", number, *connection.carried)
+        except TransportError as error:
+            log.warning("connection %d: %s", number, error)
+        finally:
+            with self._lock:
+                del self._open[number]
+
+
+class _Connection:
+    """One connection through the relay: a wire to whoever came, and one to the target."""
+
+    def __init__(self, sock: socket) -> None:
+        self._near = Wire(sock)
+        self._far: Wire | None = None
+        self._cut = threading.Event()
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes that were passed on, to the target and back."""
+        return self._far.bytes_sent if self._far else 0, self._near.bytes_sent
+
+    def run(self, target: Address) -> None:
+        """Connects to `target`, and carries bytes until both directions have ended, or one is broken.
+
+        Raises:
+            Unreachable, TimedOut: the target is not there, and who came has been cut off.
+        """
+        try:
+            far = self._far = Wire(connect(target, _CONNECT))
+        except TransportError:
+            self._near.abort()
+            raise
+        if self._cut.is_set():  # before there was anything to wake
+            far.shut()
+        back = threading.Thread(target=self._pass, args=(far, self._near), daemon=True)
+        back.start()
+        self._pass(self._near, far)
+        back.join()
+        for wire in (self._near, far):
+            wire.abort() if self._cut.is_set() else wire.close()
+
+    def cut(self) -> None:
+        """Ends both directions, and wakes who waits for either."""
+        self._cut.set()
+        for wire in (self._near, self._far):
+            if wire is not None:
+                wire.shut()
+
+    def _pass(self, source: Wire, sink: Wire) -> None:
+        """Carries one direction to its end; if it breaks, so does the other."""
+        try:
+            while True:
+                source.wait(math.inf)
+                data = source.read(_PIECE)
+                if data == b"":
+                    sink.finish()
+                    return
+                if data is not None:
+                    sink.write(data, math.inf)
+        except TransportError:
+            self.cut()

@@ -1,0 +1,340 @@
+"""Sockets: the only file that opens, waits for and closes them, and maps the system's errors to this package's.
+
+They are non-blocking underneath. Every wait is a poll with a deadline: a time of `time.monotonic`, or `math.inf`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from transport.address import Address
+from transport.errors import AddressError, LimitError, TimedOut, Truncated, Unreachable
+
+_RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | _RDHUP
+_ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection instead of sending what is left
+_LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
+_ACCEPT_POLL = 1.0  # seconds; not every system wakes a poll when its listener is shut down
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Wire:
+    """A connected stream socket. One thread may read while another writes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """The socket is the wire's from here on."""
+        self._sock = sock
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        sock.setblocking(False)
+        if sock.family in _INTERNET:
+            with contextlib.suppress(OSError):  # if it is dead already, the first read will say so
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # in the end it notices that a host is gone
+        self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def write(self, data: bytes, deadline: float) -> None:
+        """Sends all of `data`. Raises TimedOut, Truncated."""
+        view = memoryview(data)
+        while True:
+            try:
+                sent = self._sock.send(view)
+            except BlockingIOError:
+                if not _wait(self._writable, deadline):
+                    raise TimedOut("the peer did not take what was sent to it in time") from None
+            except OSError as error:
+                raise _lost(error) from None
+            else:
+                self.bytes_sent += sent
+                if sent == len(view):
+                    return
+                view = view[sent:]
+                if time.monotonic() > deadline:
+                    raise TimedOut("the peer did not take what was sent to it in time")
+
+    def wait(self, deadline: float) -> bool:
+        """Whether there is something to read, the end of the connection included, before the deadline."""
+        return _wait(self._readable, deadline)
+
+    def read(self, count: int) -> bytes | None:
+        """What is there, at most `count` bytes: b"" at the end of the connection, None if nothing is.
+
+        Raises:
+            Truncated: the connection is dead.
+        """
+        try:
+            data = self._sock.recv(count)
+        except BlockingIOError:  # poll may be wrong
+            return None
+        except OSError as error:
+            raise _lost(error) from None
+        self.bytes_received += len(data)
+        return data
+
+    def read_exactly(self, count: int, deadline: float) -> bytes:
+        """Raises TimedOut, Truncated."""
+        data = bytearray()
+        while len(data) < count:
+            if not self.wait(deadline) or time.monotonic() > deadline:  # a drip is always readable
+                raise TimedOut("the peer did not finish the handshake in time")
+            part = self.read(count - len(data))
+            if part == b"":
+                raise Truncated("the peer ended the connection inside the handshake")
+            data += part or b""
+        return bytes(data)
+
+    def readable(self) -> bool:
+        """Whether there is something to read, or the peer is gone. Never blocks."""
+        return self._events(select.POLLIN | _RDHUP) != 0
+
+    def gone(self) -> bool:
+        """Whether the peer has shut down its side or the connection is dead, unread bytes or not. Never blocks."""
+        events = self._events(select.POLLIN | _RDHUP)
+        if events & _GONE or not events:
+            return events != 0
+        return not _RDHUP and self._at_end()
+
+    def finish(self) -> None:
+        """Ends this direction: the peer gets what was written, and then the end. The other direction goes on."""
+        with contextlib.suppress(OSError):  # if it is dead already, the next read will say so
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def shut(self) -> None:
+        """Ends both directions, and wakes whoever waits for either."""
+        hang_up(self._sock)
+
+    def close(self) -> None:
+        """Sends what is left, and closes. Nobody may be waiting."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    def abort(self) -> None:
+        """Closes at once. Nobody may be waiting."""
+        if self._sock.family in _INTERNET:  # vsock cannot drop what is left; Python's setsockopt of it takes no bytes
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        self.close()
+
+    def _events(self, mask: int) -> int:
+        if self._sock.fileno() < 0:
+            return select.POLLNVAL
+        try:
+            found = _poller(self._sock, mask).poll(0)  # of its own: two threads cannot share one
+        except (OSError, ValueError):  # closed meanwhile
+            return select.POLLNVAL
+        return found[0][1] if found else 0
+
+    def _at_end(self) -> bool:
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+
+class Listener:
+    """A listening socket.
+
+    Args:
+        place: an address to bind, or the descriptor of a socket that listens already, handed down by a parent.
+        backlog: connections that the system keeps waiting.
+
+    Raises:
+        Unreachable: the address cannot be bound.
+        AddressError: the descriptor is no listening stream socket of a kind that has an `Address`.
+    """
+
+    def __init__(self, place: Address | int, backlog: int = 128) -> None:
+        self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
+        self._sock.setblocking(False)
+        self._closed = False
+        self._accepting = threading.RLock()
+        self.address = _address(self._sock.family, self._sock.getsockname())
+
+    def accept(self) -> tuple[socket.socket, str] | None:
+        """The next connection and the peer's address, for a log; None once the listener is closed."""
+        with self._accepting:
+            poller = None if self._closed else _poller(self._sock, select.POLLIN)
+            while poller is not None and not self._closed:
+                if not _wait(poller, time.monotonic() + _ACCEPT_POLL):
+                    continue
+                try:
+                    sock, peer = self._sock.accept()
+                except OSError as error:  # mostly a connection that is gone already
+                    if error.errno in _NO_ROOM:
+                        time.sleep(0.05)  # it stays readable: do not spin until somebody closes something
+                    elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
+                        raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
+                    continue
+                return sock, str(_address(sock.family, peer))
+        return None
+
+    def close(self) -> None:
+        """Stops listening, and wakes the thread that waits in `accept`."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._accepting:
+            self._sock.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Ends a connection that another thread uses, and wakes that thread. The socket is still its own to close."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def connect(address: Address, timeout: float) -> socket.socket:
+    """A connected socket. Raises Unreachable, TimedOut; the deadline does not bound the resolver of host names."""
+    deadline = time.monotonic() + timeout
+    last: OSError | None = None
+    for family, sockaddr in _places(address):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(left)
+                sock.connect(sockaddr)
+            except BaseException:
+                sock.close()
+                raise
+        except OSError as error:  # a kernel without vsock and a process without descriptors fail at the first line
+            last = error
+        else:
+            return sock
+    if last is None or isinstance(last, TimeoutError):
+        raise TimedOut(f"{address} did not answer in {timeout} s")
+    raise Unreachable(f"{address}: {_reason(last)}") from None
+
+
+def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
+    """What the first connection to `address` sends, up to its end. It is not authenticated: verify what it is.
+
+    Args:
+        limit: bytes.
+        timeout: seconds from the connection on.
+
+    Raises:
+        Unreachable, TimedOut, Truncated; LimitError: it is more than `limit`.
+    """
+    with Listener(address, backlog=1) as listener:
+        accepted = listener.accept()
+    if accepted is None:
+        raise Unreachable(f"{address}: closed")
+    wire, data = Wire(accepted[0]), bytearray()
+    deadline = time.monotonic() + timeout
+    try:
+        while len(data) <= limit:
+            if not wire.wait(deadline) or time.monotonic() > deadline:
+                raise TimedOut(f"{address}: the sender did not finish in {timeout} s")
+            part = wire.read(limit + 1 - len(data))
+            if part == b"":
+                return bytes(data)
+            data += part or b""
+    finally:
+        wire.close()
+    raise LimitError(f"{address}: more than {limit} bytes")
+
+
+def _poller(sock: socket.socket, events: int) -> select.poll:
+    poller = select.poll()
+    poller.register(sock, events)
+    return poller
+
+
+def _wait(poller: select.poll, deadline: float) -> bool:
+    """Whether something happened before the deadline."""
+    while True:
+        left = deadline - time.monotonic()
+        if poller.poll(None if left == math.inf else math.ceil(1000 * min(max(left, 0.0), _LONGEST_POLL))):
+            return True
+        if left <= 0:
+            return False
+
+
+def _places(address: Address) -> Iterator[tuple[int, Any]]:
+    """Family and socket address of each place that `address` names."""
+    if address.scheme == "vsock":
+        if not hasattr(socket, "AF_VSOCK"):
+            raise Unreachable(f"{address}: this system has no vsock")
+        port = address.port or socket.VMADDR_PORT_ANY  # of vsock, 0 is a port like any other
+        yield socket.AF_VSOCK, (int(address.host), port)
+        return
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"{address}: {_reason(error)}") from None
+    for family, _, _, _, sockaddr in found:
+        yield family, sockaddr
+
+
+def _bind(address: Address, backlog: int) -> socket.socket:
+    for family, sockaddr in _places(address):
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(sockaddr)
+                sock.listen(backlog)
+            except BaseException:
+                sock.close()
+                raise
+        except OSError as error:
+            raise Unreachable(f"cannot listen on {address}: {_reason(error)}") from None
+        return sock
+    raise Unreachable(f"cannot listen on {address}: the name has no address")
+
+
+def _adopt(fd: int) -> socket.socket:
+    wanted = "wanted a listening stream socket of tcp or vsock"
+    try:
+        sock = socket.socket(fileno=fd)
+    except (OSError, ValueError, OverflowError) as error:
+        raise AddressError(f"descriptor {fd}: {_reason(error)}, {wanted}") from None
+    kinds = (*_INTERNET, getattr(socket, "AF_VSOCK", None))
+    if sock.family in kinds and sock.type == socket.SOCK_STREAM and _listens(sock):
+        return sock
+    sock.detach()  # it is not ours to close
+    raise AddressError(f"descriptor {fd}: {wanted}")
+
+
+def _listens(sock: socket.socket) -> bool:
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+    except OSError:  # macOS does not tell
+        return True
+
+
+def _address(family: int, sockaddr: Any) -> Address:
+    scheme = "tcp" if family in _INTERNET else "vsock"
+    return Address(scheme, str(sockaddr[0]), sockaddr[1])
+
+
+def _lost(error: OSError) -> Truncated:
+    return Truncated(f"the connection was lost: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
