@@ -1,0 +1,334 @@
+"""Evidence: what one end of a link says about itself, and what the other makes of it.
+
+The terms are those of RFC 9334 (Remote ATtestation procedureS). An *attester* makes *evidence*: a signed statement of
+which code runs (the *measurement*), sealed to one handshake by the *binding*, and accompanied by *claims*, which the
+measured code makes about itself. *Endorsements* lead from the evidence's key to a root that the verifier has pinned.
+A *verifier* first authenticates the evidence, then appraises the result by a policy; only then is there a result to
+trust.
+
+This module is the interface, and all of this package that a transport needs to know. `attest.mock` implements it,
+`attest.policy` says which results are acceptable, `attest.measure` what the code measures to.
+
+    AttestationError            the root; `exit_code` is what a command line ends with
+    ├── EvidenceError       3   malformed or not authentic: somebody altered it, or is not who it says
+    ├── PolicyError         3   authentic, but not acceptable: compare the pins with what is running
+    └── MeasurementError    1   in attest.measure: the code here cannot be measured, so there is no evidence yet
+"""
+
+import enum
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+__all__ = [
+    "MAX_CLAIMS",
+    "MAX_ENDORSEMENTS",
+    "MAX_EVIDENCE",
+    "MAX_TOTAL",
+    "NO_CLAIMS",
+    "AcceptUnattested",
+    "AttestationError",
+    "AttestationResult",
+    "Attester",
+    "Binding",
+    "Evidence",
+    "EvidenceError",
+    "PolicyError",
+    "Provider",
+    "Unattested",
+    "Verifier",
+    "dump_evidence",
+    "load_evidence",
+    "provider_name",
+]
+
+MAX_CLAIMS = 4096  # bytes; a stage's claims are about 120
+MAX_EVIDENCE = 64 * 1024  # bytes; a Nitro document is about 5 KB, a TDX quote about 8 KB
+MAX_ENDORSEMENTS = 16  # a Nitro chain has 5 certificates
+MAX_TOTAL = 256 * 1024  # bytes of claims, evidence and endorsements together; what a link buffers before it trusts
+MAX_FILE = 2 * MAX_TOTAL + 4096  # characters of an evidence file: the bytes above in hex, and the fields around them
+
+NO_CLAIMS = b"\x80"  # the empty map of msgpack: the only claims of an end that has no TEE
+
+_BINDING_DOMAIN = b"minigpt attestation binding v1\0"
+_FILE_FORMAT = "minigpt-evidence"
+_FILE_FIELDS = ("provider", "role", "handshake_hash", "static_key", "claims", "evidence", "endorsements")
+
+
+class Provider(enum.IntEnum):
+    """Who made the evidence: the code on the wire."""
+
+    NONE = 0
+    MOCK = 1
+    NITRO = 2
+    SNP = 3
+    TDX = 4
+
+
+class AttestationError(Exception):
+    """Root of the package's errors."""
+
+    exit_code = 3
+
+
+class EvidenceError(AttestationError):
+    """The evidence is malformed, or it is not authentic for this handshake."""
+
+
+class PolicyError(AttestationError):
+    """The evidence is authentic, but what it says is not acceptable.
+
+    Attributes:
+        mismatches: one sentence for each thing that differs; the message is all of them.
+    """
+
+    def __init__(self, *mismatches: str) -> None:
+        super().__init__("; ".join(mismatches))
+        self.mismatches = mismatches
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an end sends about itself. Nothing in it is to be believed before a `Verifier` has accepted it.
+
+    provider is the code as received, which need not be a known `Provider`. The limits of size are the parser's to keep.
+    """
+
+    provider: int
+    claims: bytes
+    evidence: bytes
+    endorsements: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What evidence is bound to: one handshake, and one end of it.
+
+    The final handshake hash makes the evidence fresh; role and own static key make it useless at the other end
+    (reflection) and to anybody in between (relay). All fields are the *attester's*.
+
+    Args:
+        role: "I" for the initiator, "R" for the responder.
+        provider: 0..255, as sent.
+        handshake_hash: 32 bytes, the final h of the Noise handshake.
+        static_key: 32 bytes, the attester's own static public key.
+        claims: as sent.
+
+    Raises:
+        ValueError: a field is not of that form.
+    """
+
+    role: str
+    provider: int
+    handshake_hash: bytes
+    static_key: bytes
+    claims: bytes
+
+    def __post_init__(self) -> None:
+        if self.role not in ("I", "R"):
+            raise ValueError(f"role of a binding: got {self.role!r}, wanted 'I' or 'R'")
+        if not 0 <= self.provider <= 255:
+            raise ValueError(f"provider of a binding: got {self.provider}, wanted 0..255")
+        for name, value in (("handshake hash", self.handshake_hash), ("static key", self.static_key)):
+            if len(value) != 32:
+                raise ValueError(f"{name} of a binding: got {len(value)} bytes, wanted 32")
+
+    @property
+    def digest(self) -> bytes:
+        """The 64 bytes that evidence must carry: B of the link protocol."""
+        return hashlib.sha512(
+            _BINDING_DOMAIN
+            + self.role.encode("ascii")
+            + bytes([self.provider])
+            + self.handshake_hash
+            + self.static_key
+            + hashlib.sha256(self.claims).digest()
+        ).digest()
+
+
+@dataclass(frozen=True)
+class AttestationResult:
+    """What a verifier has established. Made by verifiers only; holding one means that the evidence was accepted.
+
+    Args:
+        provider: who vouches for it; NONE means nobody does.
+        measurement: of the code; 48 bytes for the mock, empty for NONE.
+        debug: whether the platform lets its owner look inside.
+        claims: what the measured code says about itself.
+        stage: the index that the attester's key is endorsed for, None where the provider has no such thing.
+        timestamp_ms: when the evidence was made by its own clock, ms since the epoch, None where it does not say.
+    """
+
+    provider: Provider
+    measurement: bytes
+    debug: bool
+    claims: bytes
+    stage: int | None
+    timestamp_ms: int | None
+
+
+class Attester(Protocol):
+    """One end's way of making evidence about itself."""
+
+    @property
+    def provider(self) -> Provider: ...
+
+    @property
+    def claims(self) -> bytes: ...
+
+    def attest(self, binding: Binding) -> Evidence:
+        """Evidence for `binding`, whose provider and claims must be the attester's own (else ValueError)."""
+        ...
+
+
+class Verifier(Protocol):
+    """One end's way of judging the other's evidence."""
+
+    def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
+        """What `evidence` establishes, given that it must be sealed to `binding` (the *peer's* role and static key).
+
+        Raises:
+            EvidenceError: it is malformed or not authentic.
+            PolicyError: it is authentic, but not acceptable.
+        """
+        ...
+
+
+class Unattested:
+    """The attester of a client without a TEE: it says that there is no evidence, and nothing else."""
+
+    provider = Provider.NONE
+    claims = NO_CLAIMS
+
+    def attest(self, binding: Binding) -> Evidence:
+        if (binding.provider, binding.claims) != (self.provider, self.claims):
+            raise ValueError("an unattested end can only be bound with provider none and no claims")
+        return Evidence(self.provider, self.claims, b"", ())
+
+
+class AcceptUnattested:
+    """The verifier that accepts an end without evidence and refuses every other. It learns nothing about the peer."""
+
+    def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
+        if evidence.provider != Provider.NONE:
+            _refuse(f"provider: got {provider_name(evidence.provider)}, wanted none (0)")
+        if evidence.claims != NO_CLAIMS:
+            _refuse(f"claims without evidence: got {len(evidence.claims)} bytes, wanted exactly the empty map (80)")
+        if evidence.evidence or evidence.endorsements:
+            _refuse(
+                f"provider none: got {len(evidence.evidence)} bytes of evidence and "
+                f"{len(evidence.endorsements)} endorsements, wanted none of either"
+            )
+        if (binding.provider, binding.claims) != (evidence.provider, evidence.claims):
+            _refuse("binding: its provider or claims are not those of the evidence")
+        return AttestationResult(Provider.NONE, b"", False, NO_CLAIMS, None, None)
+
+
+def provider_name(code: int) -> str:
+    """A provider's code for a message: "mock (1)", "unknown (9)"."""
+    name = Provider(code).name.lower() if code in tuple(Provider) else "unknown"
+    return f"{name} ({code})"
+
+
+def dump_evidence(evidence: Evidence, binding: Binding) -> str:
+    """The text of an evidence file: `evidence` and what it was bound to, as JSON with the bytes in hex.
+
+    Raises:
+        ValueError: provider or claims of the two differ, so that the file could not hold both.
+    """
+    if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
+        raise ValueError("evidence and binding do not belong together: provider or claims differ")
+    return (
+        json.dumps(
+            {
+                "format": _FILE_FORMAT,
+                "version": 1,
+                "provider": int(evidence.provider),
+                "role": binding.role,
+                "handshake_hash": binding.handshake_hash.hex(),
+                "static_key": binding.static_key.hex(),
+                "claims": evidence.claims.hex(),
+                "evidence": evidence.evidence.hex(),
+                "endorsements": [endorsement.hex() for endorsement in evidence.endorsements],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
+    """Read an evidence file. Nothing in it is verified by that.
+
+    Raises:
+        EvidenceError: it is not an evidence file, or a field is missing, unknown, malformed or too long.
+    """
+    fields = file_fields(text, _FILE_FORMAT, _FILE_FIELDS)
+    provider, role, items = fields["provider"], fields["role"], fields["endorsements"]
+    if type(provider) is not int or not 0 <= provider <= 255:  # type(), because a bool is an int too
+        _refuse("provider in an evidence file: wanted a code, 0..255")
+    if role not in ("I", "R"):
+        _refuse('role in an evidence file: wanted "I" or "R"')
+    if not isinstance(items, list) or len(items) > MAX_ENDORSEMENTS:
+        _refuse(f"endorsements in an evidence file: wanted a list of at most {MAX_ENDORSEMENTS}")
+    claims = hex_field("claims in an evidence file", fields["claims"], 0, MAX_CLAIMS)
+    evidence = hex_field("evidence in an evidence file", fields["evidence"], 0, MAX_EVIDENCE)
+    endorsements = tuple(hex_field("endorsement in an evidence file", item, 0, MAX_TOTAL) for item in items)
+    if len(claims) + len(evidence) + sum(map(len, endorsements)) > MAX_TOTAL:
+        _refuse(f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together")
+    handshake_hash = hex_field("handshake_hash in an evidence file", fields["handshake_hash"], 32, 32)
+    static_key = hex_field("static_key in an evidence file", fields["static_key"], 32, 32)
+    binding = Binding(role, provider, handshake_hash, static_key, claims)
+    return Evidence(provider, claims, evidence, endorsements), binding
+
+
+def file_fields(text: str | bytes, kind: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of one of this package's JSON files: "format" (`kind`), "version" 1, and exactly `names`.
+
+    Their values are still to be checked. No message repeats what the file holds, because it may hold a private key.
+
+    Raises:
+        EvidenceError: it is not such a file.
+    """
+    if len(text) > MAX_FILE:
+        _refuse(f"{kind} file: more than {MAX_FILE} characters")
+    try:
+        fields = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError):  # ValueError: of JSON, of UTF-8, and of numbers with too many digits
+        _refuse(f"{kind} file: it is not JSON, or has a key twice")
+    if not isinstance(fields, dict) or fields.get("format") != kind:
+        _refuse(f'{kind} file: it is something else; wanted an object with "format": "{kind}"')
+    missing = [name for name in ("version", *names) if name not in fields]
+    unknown = len(fields) - len(("format", "version", *names)) + len(missing)
+    if missing or unknown:
+        _refuse(f"{kind} file: missing fields: {', '.join(missing) or 'none'}; fields too many: {unknown}")
+    if type(fields["version"]) is not int or fields["version"] != 1:
+        _refuse(f"{kind} file: wanted version 1; a newer program may have written it")
+    return fields
+
+
+def hex_field(name: str, value: object, shortest: int, longest: int) -> bytes:
+    """The bytes of a field in hex, exactly as `bytes.hex` writes it; else EvidenceError."""
+    wanted = f"{longest}" if shortest == longest else f"{shortest}..{longest}"
+    if not isinstance(value, str) or len(value) > 2 * longest:
+        _refuse(f"{name}: wanted {wanted} bytes in hex")
+    try:
+        data = bytes.fromhex(value)
+    except ValueError:
+        _refuse(f"{name}: not hex")
+    if data.hex() != value or len(data) < shortest:  # fromhex also takes blanks and capitals
+        _refuse(f"{name}: wanted {wanted} bytes in lower-case hex without blanks")
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python's own reader lets the last of two equal keys win in silence."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key appears twice")
+    return fields
+
+
+def _refuse(message: str) -> NoReturn:
+    raise EvidenceError(message) from None  # what is under it may quote the file

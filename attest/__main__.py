@@ -1,0 +1,337 @@
+"""The command line of evidence: `python -m attest keygen | measure | show | verify`.
+
+Results go to stdout, advice and errors to stderr. Exit codes: 0 done (`verify`: accepted), 1 failed, 2 usage, 3 refused
+or malformed evidence, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
+from attest.measure import measure
+from attest.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_endorsement, parse_evidence
+from attest.policy import CLIENT_ID, Policy, decode_claims, show_scalar
+
+DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
+MOCK_WARNING = "mock evidence proves nothing about hardware: whoever holds the key can claim any measurement"
+SHOWN_ONLY = "shown, not verified: anybody can write such a file; use `python -m attest verify`"
+ROLES = {"I": "initiator", "R": "responder"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Only usage errors leave by SystemExit (argparse)."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        code, text = options.run(options, parser)
+        _print(text)
+    except SystemExit:  # argparse has printed a help, a version or a usage error
+        _print("")
+        raise
+    except AttestationError as error:
+        print(f"attest: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"attest: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return 1
+    return int(code)
+
+
+def _print(text: str) -> None:
+    """Print and flush. A reader that has gone has seen enough: no error, and the command's exit code stands."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m attest",
+        allow_abbrev=False,
+        description="Make mock keys, measure the code, read evidence.",
+        epilog="exit codes: 0 done or accepted, 1 failed, 2 usage, 3 refused or malformed evidence, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"attest {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    keygen = commands.add_parser(
+        "keygen",
+        allow_abbrev=False,
+        help="make a mock root key, or a stage's key",
+        description="Without --root, make a root key; with --root and --stage, a stage's key. "
+        "The new public key is printed, as 64 hex digits.",
+    )
+    keygen.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where the private key goes: a new file, readable by you alone",
+    )
+    keygen.add_argument("--root", type=Path, metavar="FILE", help="the root key that endorses")
+    keygen.add_argument("--stage", type=_stage, metavar="I", help="index of the stage that the key is for")
+    keygen.add_argument("--days", type=_days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
+    keygen.set_defaults(run=_keygen)
+
+    measure_ = commands.add_parser(
+        "measure",
+        allow_abbrev=False,
+        help="print the measurement of the code",
+        description="SHA-384 over names and contents of the *.py of attest, minigpt and "
+        "transport. Dependencies and the interpreter are not measured.",
+    )
+    measure_.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="DIR",
+        help="the folder that holds the packages (default: the one this program runs from)",
+    )
+    measure_.set_defaults(run=_measure)
+
+    show = commands.add_parser("show", allow_abbrev=False, help="print what an evidence file says, unverified")
+    show.set_defaults(run=_show)
+    verify = commands.add_parser(
+        "verify",
+        allow_abbrev=False,
+        help="check an evidence file against pins",
+        description="Check signatures, binding, times, measurement and the debug flag of mock "
+        "evidence. The claims are printed, not compared.",
+    )
+    verify.set_defaults(run=_verify)
+    for command in (show, verify):
+        command.add_argument("file", metavar="FILE", help="as `minigpt status --save-evidence` writes it; - is stdin")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--root", type=_hex(32), required=True, metavar="HEX", help="the root's public key, 64 digits")
+    verify.add_argument(
+        "--measurement",
+        type=_hex(48),
+        required=True,
+        action="append",
+        metavar="HEX",
+        help="an acceptable measurement, 96 digits; may be given several times",
+    )
+    verify.add_argument("--stage", type=_stage, metavar="I", help="refuse a key endorsed for another stage")
+    verify.add_argument(
+        "--at",
+        type=_time,
+        metavar="TIME",
+        help="judge as a verifier would have at this time: now, or like 2027-01-31T12:00:00Z "
+        "(default: the evidence's own time, because a kept file is always old)",
+    )
+    return parser
+
+
+def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, str]:
+    if (options.root is None) != (options.stage is None):
+        parser.error("keygen: a stage's key needs both --root and --stage; a root key needs neither")
+    if options.root is None:
+        if options.days is not None:
+            parser.error("keygen: --days is for a stage's key; a root key does not expire")
+        root = MockRoot.generate()
+        _write_private(options.output, root.to_json())
+        print(
+            f"root key in {options.output}: keep it away from the stages; pin the public key below in the manifest\n"
+            f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json",
+            file=sys.stderr,
+        )
+        return 0, root.public.hex() + "\n"
+    root = MockRoot.from_json(_read(str(options.root)))
+    not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
+    key = MockKey.generate(root, options.stage, not_after_ms)
+    _write_private(options.output, key.to_json())
+    print(
+        f"key of stage {options.stage} in {options.output}, endorsed by root {root.public.hex()} "
+        f"until {_date(not_after_ms)}\n"
+        f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
+        f"--mock-key {options.output} --allow-mock --model DIR",
+        file=sys.stderr,
+    )
+    return 0, key.public.hex() + "\n"
+
+
+def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    return 0, measure(options.folder).hex() + "\n"
+
+
+def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    evidence, binding = load_evidence(_read(options.file))
+    fields = _fields(evidence, binding)
+    if options.json:
+        return 0, _json({"verified": False, "notes": [SHOWN_ONLY, *_warnings(evidence)], **fields})
+    return 0, "\n".join([SHOWN_ONLY, *_warnings(evidence), *_lines(fields)]) + "\n"
+
+
+def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    content = _read(options.file)
+    try:
+        evidence, binding = load_evidence(content)
+        at_ms = options.at
+        if not at_ms:
+            at_ms = parse_evidence(evidence.evidence).timestamp_ms if evidence.provider == Provider.MOCK else 0
+        result = authenticate(evidence, binding, options.root, at_ms)
+        stage = result.stage if options.stage is None else options.stage
+        Policy(Provider.MOCK, frozenset(options.measurement), result.claims, stage or 0).check(result)
+    except AttestationError as error:
+        reasons = getattr(error, "mismatches", (str(error),))
+        if options.json:
+            return error.exit_code, _json({"verdict": "refused", "reasons": reasons})
+        return error.exit_code, "\n".join(["verdict           refused", *(f"  {reason}" for reason in reasons)]) + "\n"
+    window = f"as asked, within {MAX_SKEW} s" if options.at else "the evidence's own time, which its signer chose"
+    notes = [
+        *_warnings(evidence),
+        f"judged as of {_date(at_ms)} ({window}), when its key's endorsement was valid",
+        "not compared: the claims, and which session the handshake hash belongs to",
+    ]
+    fields = {"verdict": "accepted", **_fields(evidence, binding)}
+    if options.json:
+        return 0, _json({"at": _date(at_ms), "notes": notes, **fields})
+    return 0, "\n".join([*_lines(fields), *(f"note: {note}" for note in notes)]) + "\n"
+
+
+def _fields(evidence: Evidence, binding: Binding) -> dict[str, Any]:
+    """What a file says, for people and for JSON. Raises EvidenceError where mock evidence in it is malformed."""
+    fields: dict[str, Any] = {"provider": provider_name(evidence.provider), "role": ROLES[binding.role]}
+    if evidence.provider == Provider.MOCK:
+        statement = parse_evidence(evidence.evidence)
+        fields |= {
+            "made": _date(statement.timestamp_ms),
+            "measurement": statement.measurement.hex(),
+            "debug": statement.debug,
+            "key": statement.key.hex(),
+            "endorsed": [
+                {"key": endorsement.key.hex(), "stage": endorsement.stage, "until": _date(endorsement.not_after_ms)}
+                for endorsement in map(parse_endorsement, evidence.endorsements)
+            ],
+        }
+    elif evidence.evidence or evidence.endorsements:  # a layout that is not known here
+        fields |= {"evidence": evidence.evidence.hex(), "endorsed": [item.hex() for item in evidence.endorsements]}
+    claims = decode_claims(evidence.claims)
+    return fields | {
+        "handshake_hash": binding.handshake_hash.hex(),
+        "static_key": binding.static_key.hex(),
+        "claims": evidence.claims.hex()
+        if claims is None
+        else {name: value.hex() if isinstance(value, bytes) else value for name, value in claims.items()},
+    }
+
+
+def _warnings(evidence: Evidence) -> list[str]:
+    if evidence.provider == Provider.MOCK:
+        return [MOCK_WARNING]
+    if evidence.provider == Provider.NONE:
+        return ["there is no evidence in this file: nothing vouches for that end"]
+    return [f"evidence of provider {provider_name(evidence.provider)} is not supported yet"]
+
+
+def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
+    """Fields as aligned lines; what came from outside is escaped, so that a file cannot drive a terminal."""
+    lines = []
+    for name, value in fields.items():
+        label = f"{indent}{ascii(name)[1:-1].replace('_', ' '):<{16 - len(indent)}}  "
+        if isinstance(value, dict):
+            lines += [label.rstrip(), *_lines(value, indent + "  ")] if value else [label + "none"]
+        elif isinstance(value, list):
+            for item in value:
+                text = ", ".join(f"{key} {item[key]}" for key in item) if isinstance(item, dict) else item
+                lines.append(label + text)
+        elif isinstance(value, bool):
+            lines.append(label + ("yes" if value else "no"))
+        else:
+            lines.append(label + (ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)))
+    return lines
+
+
+def _date(milliseconds: int) -> str:
+    """A time as text: in UTC while the calendar lasts, as a number beyond."""
+    seconds, rest = divmod(milliseconds, 1000)
+    if seconds > 253_402_300_799:  # the end of the year 9999, where datetime ends
+        return f"{milliseconds} ms after 1970"
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
+
+
+def _read(name: str) -> bytes:
+    """The bytes of a file ("-": stdin), but no more than the parser needs to see that it is too long."""
+    if name == "-":
+        return sys.stdin.buffer.read(MAX_FILE + 1)
+    with open(name, "rb") as file:
+        return file.read(MAX_FILE + 1)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a new file that only its owner may read. O_EXCL: never an existing one, nor what a link points at."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("minigpt-stages")
+    except metadata.PackageNotFoundError:
+        return "(run from a checkout that is not installed)"
+
+
+class _hex:
+    """The type of an option that takes exactly `size` bytes in hex, not all zero."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, text: str) -> bytes:
+        try:
+            data = bytes.fromhex(text)
+        except ValueError:
+            data = b""
+        if len(data) != self.size or not any(data):
+            raise argparse.ArgumentTypeError(f"wanted {2 * self.size} hex digits, not all zero")
+        return data
+
+
+def _stage(text: str) -> int:
+    if not text.isdecimal() or int(text) >= CLIENT_ID:
+        raise argparse.ArgumentTypeError(f"wanted a stage's index, 0..{CLIENT_ID - 1}")
+    return int(text)
+
+
+def _days(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 36500:
+        raise argparse.ArgumentTypeError("wanted a number of days, 1..36500")
+    return int(text)
+
+
+def _time(text: str) -> int:
+    if text == "now":
+        return int(time.time() * 1000)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None or moment.year < 1971:
+        raise argparse.ArgumentTypeError("wanted now, or a time with its zone, like 2027-01-31T12:00:00Z")
+    return int(moment.timestamp() * 1000)
+
+
+def console() -> int:
+    """`main` for a shell: an interrupt ends with 130 and without a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(console())

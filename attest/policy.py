@@ -1,0 +1,116 @@
+"""Which results are acceptable. A policy appraises what a verifier has already authenticated; it reads no evidence.
+
+There is no default and no wildcard: a policy without pins cannot be made, so an absent pin never means "anything".
+Claims are compared as exact bytes. Only to say *which* field differs are they decoded.
+"""
+
+from dataclasses import dataclass
+
+import msgpack  # type: ignore[import-untyped]
+
+from attest import MAX_CLAIMS, AttestationResult, PolicyError, Provider, provider_name
+
+MEASUREMENT_SIZE = 48  # bytes of SHA-384
+CLIENT_ID = 0xFFFF  # the link's id of a client, so no stage has that index
+
+Scalar = str | int | bytes | bool | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one stage has to be.
+
+    Args:
+        provider: who has to vouch for it. Only MOCK yet: the pins of the other platforms are several registers each.
+        measurements: the acceptable ones, 48 bytes each, at least one; all-zero is what unmeasured platforms report.
+        claims: exactly what it has to claim.
+        stage: the index that its key has to be endorsed for, 0..65534.
+        allow_debug: accept a platform that lets its owner look inside.
+
+    Raises:
+        ValueError: a pin is missing, all-zero or of the wrong form.
+    """
+
+    provider: Provider
+    measurements: frozenset[bytes]
+    claims: bytes
+    stage: int
+    allow_debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.provider != Provider.MOCK:
+            raise ValueError(
+                f"provider of a policy: got {provider_name(self.provider)}, wanted mock (1); "
+                "evidence of the others is not supported yet"
+            )
+        if not self.measurements:
+            raise ValueError("measurements of a policy: got none, wanted some; `python -m attest measure` has it")
+        for measurement in self.measurements:
+            if len(measurement) != MEASUREMENT_SIZE or not any(measurement):
+                raise ValueError(
+                    f"measurement of a policy: got {measurement.hex() or 'nothing'}, "
+                    f"wanted {MEASUREMENT_SIZE} bytes that are not all zero"
+                )
+        if len(self.claims) > MAX_CLAIMS:
+            raise ValueError(f"claims of a policy: got {len(self.claims)} bytes, wanted at most {MAX_CLAIMS}")
+        if not 0 <= self.stage < CLIENT_ID:
+            raise ValueError(f"stage of a policy: got {self.stage}, wanted 0..{CLIENT_ID - 1}")
+
+    def check(self, result: AttestationResult) -> None:
+        """Accept `result`, or say everything that is wrong with it.
+
+        Raises:
+            PolicyError: with one mismatch for each thing that differs, all at once.
+        """
+        mismatches = []
+        if result.provider != self.provider:
+            mismatches.append(f"provider: got {provider_name(result.provider)}, wanted {provider_name(self.provider)}")
+        if result.measurement not in self.measurements:
+            wanted = " or ".join(sorted(pin.hex() for pin in self.measurements))
+            mismatches.append(
+                f"measurement: got {result.measurement.hex() or 'none'}, wanted {wanted}; other code is "
+                "running there than was pinned: compare with `python -m attest measure`"
+            )
+        if result.debug and not self.allow_debug:
+            mismatches.append("debug: got on, wanted off; a debug environment keeps no secret from its host")
+        if result.stage != self.stage:
+            got = "no stage" if result.stage is None else f"stage {result.stage}"
+            mismatches.append(f"key: got one endorsed for {got}, wanted stage {self.stage}; check its key file")
+        mismatches += _differences(result.claims, self.claims)
+        if mismatches:
+            raise PolicyError(*mismatches)
+
+
+def decode_claims(claims: bytes) -> dict[str, Scalar] | None:
+    """The fields of `claims` if they are a canonical msgpack map of plain fields, else None. For people to read."""
+    if len(claims) > MAX_CLAIMS:
+        return None
+    try:
+        fields = msgpack.unpackb(claims, strict_map_key=True)
+        canonical = msgpack.packb(fields) == claims  # not so with a key twice, or a number in more bytes than needed
+    except (ValueError, TypeError, OverflowError, RecursionError):  # ValueError: the root of msgpack's and of UTF-8's
+        return None
+    if not canonical or not isinstance(fields, dict):
+        return None
+    plain = all(isinstance(name, str) and isinstance(value, Scalar) for name, value in fields.items())
+    return fields if plain else None
+
+
+def show_scalar(value: Scalar) -> str:
+    """A field for a message or a terminal: bytes in hex, a string quoted, with its control characters escaped."""
+    return value.hex() if isinstance(value, bytes) else ascii(value)
+
+
+def _differences(got: bytes, wanted: bytes) -> list[str]:
+    """One sentence for each claim that differs; a whole if the claims cannot be told apart field by field."""
+    if got == wanted:
+        return []
+    ours, theirs = decode_claims(wanted), decode_claims(got)
+    if ours is None or theirs is None:
+        return [f"claims: got {len(got)} bytes {got.hex()}, wanted {len(wanted)} bytes {wanted.hex()}"]
+    sentences = []
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        shown = [show_scalar(fields[name]) if name in fields else "no such claim" for fields in (theirs, ours)]
+        if shown[0] != shown[1]:
+            sentences.append(f"claim {name!a}: got {shown[0]}, wanted {shown[1]}")
+    return sentences or ["claims: got the same fields in another order, wanted them exactly as pinned"]
