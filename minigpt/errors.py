@@ -1,0 +1,85 @@
+"""What can go wrong in minigpt, grouped by what the caller does about it.
+
+    MiniGPTError                 the root; `exit_code` is what the command line ends with
+    ├── UsageError          2    the call itself is wrong: change the arguments
+    ├── CheckpointError     1    the checkpoint is missing, damaged or not a GPT-2: get another
+    │   ├── ConfigError     1    its config.json asks for what is not supported
+    │   └── WeightsMismatch 5    its tensors are not those the manifest names
+    ├── ManifestError       3    the manifest is malformed, expired or not acceptable: do not use it
+    ├── RequestRefused      1    a stage refused this request, in words; the pipeline still serves
+    └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
+        ├── MessageError    4    what it sent is not a message of this protocol
+        └── UntrustedStage  3    its evidence was refused: compare what runs there with the manifest
+
+Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
+"""
+
+
+class MiniGPTError(Exception):
+    """Root of the package's errors."""
+
+    exit_code = 1
+
+
+class UsageError(MiniGPTError, ValueError):
+    """The call's arguments are wrong."""
+
+    exit_code = 2
+
+
+class CheckpointError(MiniGPTError):
+    """A checkpoint is missing, damaged, or not one this engine can run."""
+
+
+class ConfigError(CheckpointError):
+    """A checkpoint's config.json is malformed or asks for what is not supported."""
+
+
+class WeightsMismatch(CheckpointError):
+    """The tensors' digest is not the one the manifest names."""
+
+    exit_code = 5
+
+
+class ManifestError(MiniGPTError):
+    """A manifest is malformed, expired, or not acceptable."""
+
+    exit_code = 3
+
+
+class RequestRefused(MiniGPTError):
+    """A stage refused the request in words; the channel lives on.
+
+    Attributes:
+        reason: a short machine-readable word: "busy", "too-long", "bad-token", "gap", "bad-request".
+        stage: index of the stage that refused.
+    """
+
+    def __init__(self, message: str, *, reason: str, stage: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.stage = stage
+
+
+class StageError(MiniGPTError):
+    """A stage cannot be reached, did not answer in time, or died.
+
+    Attributes:
+        stage: index of the stage that failed, None where it is not known.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, stage: int | None = None) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class MessageError(StageError):
+    """A peer's message is malformed: an unknown type, a missing field, a value out of its range."""
+
+
+class UntrustedStage(StageError):
+    """A stage's evidence was refused, by us or by the stage before it."""
+
+    exit_code = 3

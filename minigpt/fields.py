@@ -1,0 +1,186 @@
+"""The fields of messages: how a value becomes a plain one, and how a plain one is checked on its way back.
+
+Each function here makes a rule for one kind of field. What does not fit its rule is a MessageError that says what was
+got and wanted, and never shows a string or bytes, because they may be a prompt.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.errors import MessageError
+
+
+class Field(NamedTuple):
+    """A rule: `encode` makes a plain value, `decode` checks one and makes it ours."""
+
+    encode: Callable[[Any], object]
+    decode: Callable[[object], Any]
+
+
+def integer(low: int, high: int) -> Field:
+    """An integer from low to high, and no bool."""
+
+    def decode(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise _wrong(value, f"an integer from {low} to {high}")
+        return value
+
+    return Field(lambda value: value, decode)
+
+
+def number(low: float, high: float) -> Field:
+    """A finite float from low to high."""
+
+    def decode(value: object) -> float:
+        if type(value) is not float or not math.isfinite(value) or not low <= value <= high:
+            raise _wrong(value, f"a float from {low} to {high}")
+        return value
+
+    return Field(float, decode)
+
+
+def text(limit: int) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent."""
+
+    def decode(value: object) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise _wrong(value, f"a string of at most {limit} characters")
+        return value
+
+    return Field(lambda value: value[:limit], decode)
+
+
+def boolean() -> Field:
+    """True or false."""
+
+    def decode(value: object) -> bool:
+        if type(value) is not bool:
+            raise _wrong(value, "true or false")
+        return value
+
+    return Field(lambda value: value, decode)
+
+
+def choice(kind: type[enum.StrEnum]) -> Field:
+    """One of an enumeration's strings."""
+
+    def decode(value: object) -> enum.StrEnum:
+        if type(value) is not str or value not in list(kind):
+            raise _wrong(value, "one of " + ", ".join(kind))
+        return kind(value)
+
+    return Field(str, decode)
+
+
+def numbers(dtype: str, limit: int) -> Field:
+    """A tuple of at most `limit` numbers, as packed bytes."""
+    return Field(
+        lambda values: np.asarray(values, dtype).tobytes(),
+        lambda value: tuple(_packed(value, dtype, limit).tolist()),
+    )
+
+
+def vector(limit: int) -> Field:
+    """A float32 array (N,), as packed bytes."""
+    return Field(lambda array: np.asarray(array, "<f4").tobytes(), lambda value: _packed(value, "<f4", limit))
+
+
+def matrix(limit: int) -> Field:
+    """A float32 array (T, C) that is not empty: [T, C, packed bytes], the three in agreement."""
+    size = integer(1, limit)
+
+    def encode(array: NDArray[np.float32]) -> object:
+        return [*array.shape, np.ascontiguousarray(array, "<f4").data.cast("B")]
+
+    def decode(value: object) -> NDArray[np.float32]:
+        if type(value) is not list or len(value) != 3:
+            raise _wrong(value, "[rows, columns, bytes]")
+        rows, columns = size.decode(value[0]), size.decode(value[1])
+        array = _packed(value[2], "<f4", rows * columns)
+        if array.size != rows * columns:
+            raise MessageError(f"got {array.size} numbers, wanted {rows} × {columns}")
+        return array.reshape(rows, columns)
+
+    return Field(encode, decode)
+
+
+def tuples(kind: type, limit: int) -> Field:
+    """A tuple of at most `limit` named tuples of floats, as packed bytes."""
+    width = len(kind.__annotations__)
+
+    def decode(value: object) -> tuple[Any, ...]:
+        flat = _packed(value, "<f8", limit * width)
+        if flat.size % width:
+            raise MessageError(f"got {flat.size} numbers, wanted a multiple of {width}")
+        return tuple(kind(*row) for row in flat.reshape(-1, width).tolist())
+
+    return Field(lambda rows: np.asarray(rows, "<f8").tobytes(), decode)
+
+
+def listed(kind: type, limit: int) -> Field:
+    """A tuple of at most `limit` dataclasses whose fields have rules."""
+    rules = schema(kind)
+
+    def decode(value: object) -> tuple[Any, ...]:
+        if type(value) is not list or len(value) > limit:
+            raise _wrong(value, f"a list of at most {limit}")
+        return tuple(read(item, kind, rules) for item in value)
+
+    return Field(lambda items: [write(item, rules) for item in items], decode)
+
+
+def nested(kind: type, rules: dict[str, Field]) -> Field:
+    """A dataclass of another module, by rules given here."""
+    return Field(lambda item: write(item, rules), lambda value: read(value, kind, rules))
+
+
+def schema(kind: type) -> dict[str, Field]:
+    """The rules of a dataclass whose fields are declared as Annotated[type, rule]."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+def write(item: Any, rules: dict[str, Field]) -> dict[str, object]:
+    """The plain dict of a dataclass."""
+    return {name: rule.encode(getattr(item, name)) for name, rule in rules.items()}
+
+
+def read(value: object, kind: type, rules: dict[str, Field]) -> Any:
+    """The dataclass of a plain dict, which must have just its fields. Raises MessageError."""
+    if type(value) is not dict or value.keys() != rules.keys():
+        count = f"{len(value)} fields" if isinstance(value, dict) else type(value).__name__
+        raise MessageError(f"{kind.__name__}: got {count}, wanted exactly: {', '.join(rules) or 'none'}")
+    fields = {}
+    for name, rule in rules.items():
+        try:
+            fields[name] = rule.decode(value[name])
+        except MessageError as error:
+            raise MessageError(f"{kind.__name__}.{name}: {error}") from None
+    try:
+        return kind(**fields)
+    except ValueError as error:  # what the fields say together
+        raise MessageError(f"{kind.__name__}: {error}") from None
+
+
+def _packed(value: object, dtype: str, limit: int) -> NDArray[Any]:
+    """The read-only array of at most `limit` finite numbers that these bytes are."""
+    width = np.dtype(dtype).itemsize
+    if type(value) is not bytes or len(value) % width or len(value) > limit * width:
+        raise _wrong(value, f"the bytes of at most {limit} numbers of {width} bytes")
+    array = np.frombuffer(value, dtype)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise MessageError("got NaN or infinity, wanted finite numbers")
+    return array
+
+
+def _wrong(got: object, wanted: str) -> MessageError:
+    shown = repr(got) if type(got) in (int, float, bool) and abs(got) < 1e18 else type(got).__name__  # type: ignore[arg-type]
+    return MessageError(f"got {shown}, wanted {wanted}")

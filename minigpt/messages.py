@@ -1,0 +1,247 @@
+"""What a client and the stages say to each other.
+
+    client → stage 0     Generate, Cancel, Status        stage 0 → client     Token | Logits, Done, Report
+    stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Token | Logits, Done, Report
+    in either's answer   Refusal: this request is refused, in words; the channel lives
+                         Failure: a stage failed; the channel ends
+
+On the link a message is a map: its `type`, and exactly the fields declared here, each by its rule; anything else is a
+MessageError. Token ids and floats travel as packed arrays of fixed width, so that a message's length tells how many
+there are and nothing of their values.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt import fields
+from minigpt.errors import MessageError, RequestRefused
+from minigpt.sampling import MAX_TEMPERATURE, MAX_TOP_K, Sampling
+
+MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
+MAX_STAGES = 256
+MAX_DRAFT = 64  # ids guessed for one step; the logits of 65 rows are 13 MB for GPT-2
+
+
+class Wanted(enum.StrEnum):
+    """What a step shall answer."""
+
+    NOTHING = "nothing"  # a chunk of the prompt that is not the last: no answer at all, so that stages overlap
+    TOKEN = "token"  # the token drawn after the last row
+    TOKENS = "tokens"  # the likeliest token after each row, up to the first that only a plain step can decide
+    LOGITS = "logits"  # the logits of the last row
+
+
+class Reason(enum.StrEnum):
+    """Why a request ended."""
+
+    LENGTH = "length"  # max_tokens reached
+    END = "end"  # a stop id, as the end-of-text token
+    STOP = "stop"  # a stop string: decided by the client, which alone knows text
+    CONTEXT = "context"  # the model's last position is used
+    CANCELLED = "cancelled"
+    LOGITS = "logits"  # the logits that were asked for were sent
+    RESET = "reset"  # the sequence was forgotten, as asked
+
+
+class Span(NamedTuple):
+    """Where one stage's time went for one answer, in seconds, and what its link to the next stage carried."""
+
+    compute: float
+    seal: float
+    open: float
+    wait: float  # for the next stage's answer: the spans of the stages after, and the wire
+    bytes: float  # of ciphertext, in both directions
+
+
+Flag = Annotated[bool, fields.boolean()]
+Index = Annotated[int, fields.integer(0, 0xFFFE)]  # of a stage; FFFF on the link is the client
+Count = Annotated[int, fields.integer(0, 2**63 - 1)]
+Position = Annotated[int, fields.integer(0, MAX_IDS)]
+Seconds = Annotated[float, fields.number(0.0, 1e12)]
+Word = Annotated[str, fields.text(32)]
+Sentence = Annotated[str, fields.text(4096)]
+Ids = Annotated[tuple[int, ...], fields.numbers("<u4", MAX_IDS)]
+Floats = Annotated[tuple[float, ...], fields.numbers("<f8", MAX_IDS)]
+Hidden = NDArray[np.float32]  # (T, C), the hidden states of T positions
+Spans = Annotated[tuple[Span, ...], fields.tuples(Span, MAX_STAGES)]
+GREEDY = Sampling()
+SamplingField = Annotated[
+    Sampling,
+    fields.nested(
+        Sampling,
+        {
+            "temperature": fields.number(0.0, MAX_TEMPERATURE),
+            "top_k": fields.integer(0, MAX_TOP_K),
+            "top_p": fields.number(0.0, 1.0),
+            "seed": fields.integer(0, 2**64 - 1),
+        },
+    ),
+]
+WantedField = Annotated[Wanted, fields.choice(Wanted)]
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Feed `ids` from position `start` on, then generate.
+
+    `start` 0 begins a sequence, one smaller than its length rewinds it, and a larger one is refused.
+    """
+
+    start: Position
+    ids: Ids
+    max_tokens: Annotated[int, fields.integer(1, MAX_IDS)]
+    stop_ids: Annotated[tuple[int, ...], fields.numbers("<u4", 1024)] = ()
+    sampling: SamplingField = GREEDY
+    logprobs: Flag = False
+    wanted: WantedField = Wanted.TOKEN
+    draft: Annotated[int, fields.integer(0, MAX_DRAFT)] = 0  # ids to guess ahead at most, where decoding is greedy
+
+    def __post_init__(self) -> None:
+        if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
+            raise ValueError(f"{self.wanted} wanted: a generation is for a token at a time, or for logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Hidden states of the positions from `start` on, to go through the receiver's layers."""
+
+    start: Position
+    hidden: Annotated[Hidden, fields.matrix(MAX_IDS)]
+    wanted: WantedField
+    sampling: SamplingField = GREEDY
+    logprobs: Flag = False
+
+    def __post_init__(self) -> None:
+        if self.wanted is Wanted.TOKENS and (self.sampling.temperature > 0 or len(self.hidden) > 1 + MAX_DRAFT):
+            raise ValueError(f"a token for each row is for greedy decoding, and for {1 + MAX_DRAFT} rows at most")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The tokens drawn for `position` and those after it: one, or as many as a drafted step gave.
+
+    `logprobs` is empty unless asked for, and as long as `ids` then; `spans` begins with the sender's.
+    """
+
+    position: Position
+    ids: Ids
+    logprobs: Floats = ()
+    spans: Spans = ()
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) not in (0, len(self.ids)):
+            raise ValueError(f"{len(self.logprobs)} log-probabilities for {len(self.ids)} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """The logits (V,) after the last row of a step: what decides `position`."""
+
+    position: Position
+    values: Annotated[NDArray[np.float32], fields.vector(MAX_IDS)]
+    spans: Spans = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request has ended, and why."""
+
+    reason: Annotated[Reason, fields.choice(Reason)]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that `stage` refuses. `reason` is one word for programs, `text` a sentence for people."""
+
+    stage: Index
+    reason: Word
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """`stage` failed, and the channel ends with this. `reason` is "attestation" or "failed"."""
+
+    stage: Index
+    reason: Word
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the generation that is running; it is answered with its Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget the channel's sequence; answered with Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Ask how the receiver and the stages after it are; answered with Report."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage's state, and its evidence as the stage before it verified it.
+
+    A stage that cannot be reached is reported by the one before it, with an `error`.
+    """
+
+    stage: Index
+    error: Sentence = ""
+    reason: Word = ""  # with an error: "attestation" if its evidence was refused, else "failed"
+    uptime: Seconds = 0.0
+    weights_bytes: Count = 0
+    channels: Count = 0
+    sequences: Count = 0
+    cache_bytes: Count = 0
+    steps: Count = 0  # computed since the start
+    evidence: Annotated[str, fields.text(2**20)] = ""  # the text of an evidence file
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of the answering stage, and of those after it."""
+
+    stages: Annotated[tuple[StageReport, ...], fields.listed(StageReport, MAX_STAGES)]
+
+
+Message = Generate | Step | Token | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
+
+_RULES = {kind: fields.schema(kind) for kind in Message.__args__}
+_KINDS = {kind.__name__.lower(): kind for kind in _RULES}
+
+
+def encode(message: Message) -> dict[str, object]:
+    """The plain map that the link carries."""
+    kind = type(message)
+    return {"type": kind.__name__.lower(), **fields.write(message, _RULES[kind])}
+
+
+def decode(value: object) -> Message:
+    """The message that a plain value is. Raises MessageError, and nothing else, for whatever is not one."""
+    if type(value) is not dict or type(value.get("type")) is not str:
+        raise MessageError(f"got {type(value).__name__}, wanted a map with a type")
+    kind = _KINDS.get(value["type"])
+    if kind is None:
+        raise MessageError(f"got a message of an unknown type, wanted one of {', '.join(_KINDS)}")
+    message: Message = fields.read({name: value[name] for name in value if name != "type"}, kind, _RULES[kind])
+    return message
+
+
+def refused(refusal: Refusal) -> RequestRefused:
+    """The error that a Refusal tells of."""
+    return RequestRefused(refusal.text, reason=refusal.reason, stage=refusal.stage)
+
+
+def refusal(error: RequestRefused) -> Refusal:
+    """The Refusal that tells of an error."""
+    return Refusal(error.stage, error.reason, str(error))
