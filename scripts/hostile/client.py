@@ -1,0 +1,65 @@
+"""The client's process: runs orders, each with a pipeline of its own, and says what came of it. Lines of JSON.
+
+    order     {"manifest": path, "ids": [[…], …], "max_tokens": n, "repeat": n, "asks": n,
+               and the options of Pipeline.connect}
+    answer    {"tokens": [[…], …], "whole": bool, "error": null | [kind, text, exit code], "seconds": s}
+
+One request for each list of ids, all of them "repeat" times, on one link. Before them, as many questions for the
+stages' status as "asks" says, each of which is a record each way on every link. With --plain it speaks without
+encryption: what a search of captured traffic must find, is found in that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import minigpt
+
+PLAIN = """
+import transport.noise as noise
+noise.encrypt = lambda k, n, ad, plaintext: bytes(plaintext) + bytes(16)
+noise.decrypt = lambda k, n, ad, ciphertext: bytes(ciphertext)[:-16]
+"""
+
+
+def run(order: dict[str, Any]) -> dict[str, Any]:
+    """What comes of one order."""
+    requests, most = order.pop("ids") * order.pop("repeat", 1), order.pop("max_tokens")
+    asks = order.pop("asks", 0)
+    path, sampling = order.pop("manifest"), order.pop("sampling", {})
+    if order.get("client_key"):
+        order["client_key"] = bytes.fromhex(order["client_key"])
+    tokens: list[list[int]] = []
+    error, whole, began = None, False, time.monotonic()
+    try:
+        with minigpt.Pipeline.connect(path, **order) as pipeline:
+            for _ in range(asks):
+                pipeline.status()
+            for ids in requests:
+                tokens.append([])
+                for token in pipeline.generate(ids, max_tokens=most, **sampling):
+                    tokens[-1].append(token.id)
+        whole = True
+    except Exception as caught:  # whatever it is, it is what the user sees
+        error = [type(caught).__name__, str(caught), getattr(caught, "exit_code", None)]
+    return {"tokens": tokens, "whole": whole, "error": error, "seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    if "--plain" in sys.argv:
+        exec(PLAIN)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing else may come between the answers
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The command of an image: gives up every privilege, and becomes the stage.
+
+It runs as root inside the image's rootfs, whoever was process 1: ours, or the vendor's in a Nitro enclave.
+Its arguments are those of `python -m minigpt.stage`, fixed when the image was built.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+NOBODY = 65534
+PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 23, 24, 38
+NSM = Path("/dev/nsm")  # a Nitro enclave's own device, for evidence: the stage may use it, and nothing else
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def drop_privileges() -> None:
+    if NSM.exists():
+        os.chown(NSM, NOBODY, NOBODY)
+    capability = 0
+    while libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) == 1:
+        if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "cannot drop capabilities")
+        capability += 1
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "cannot forbid new privileges")
+
+
+if __name__ == "__main__":
+    drop_privileges()
+    os.execv(sys.executable, [sys.executable, "-IB", "-m", "minigpt.stage", *sys.argv[1:]])
