@@ -1,0 +1,297 @@
+"""`python -m attest` as a person or a script runs it: real processes, their output and their exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgpack
+import pytest
+
+import attest
+from attest import NO_CLAIMS, Binding, Evidence, Unattested, dump_evidence
+from attest.__main__ import main
+from attest.measure import PACKAGES, measure
+from attest.mock import MockAttester, MockKey, parse_endorsement
+
+CHECKOUT = Path(attest.__file__).resolve().parent.parent
+CLAIMS = msgpack.packb({"stage": 0, "first_layer": 0, "end_layer": 6, "weights_sha256": b"w" * 32, "note": "\x1b[2J"})
+BINDING = Binding("R", 1, b"h" * 32, b"s" * 32, CLAIMS)
+ASCII_ONLY = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "ascii:strict"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "attest", *map(str, arguments)]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run it; a traceback is never what a user should see."""
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=60, env=ASCII_ONLY, check=False, **options
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@dataclass
+class Keys:
+    """What `keygen` made: the folder, the root's public key, and evidence of stage 0 made with its key now."""
+
+    folder: Path
+    root: str
+    measurement: str
+    save: Callable[[Evidence, Binding], Path]
+    evidence: Evidence
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    folder = tmp_path_factory.mktemp("keys")
+    root = run("keygen", "-o", folder / "root.json")
+    assert root.returncode == 0
+    stage = run("keygen", "--root", folder / "root.json", "--stage", 0, "-o", folder / "stage0.json", "--days", 7)
+    assert stage.returncode == 0
+    key = MockKey.from_json((folder / "stage0.json").read_text())
+    assert stage.stdout.strip() == key.public.hex()
+
+    def save(evidence: Evidence, binding: Binding) -> Path:
+        path = folder / f"evidence-{len(list(folder.iterdir()))}.json"
+        path.write_text(dump_evidence(evidence, binding))
+        return path
+
+    measurement = b"\xab" * 48
+    evidence = MockAttester(key, CLAIMS, measurement=measurement).attest(BINDING)
+    return Keys(folder, root.stdout.strip(), measurement.hex(), save, evidence)
+
+
+def verify(keys: Keys, path: object, *more: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return run("verify", path, "--root", keys.root, "--measurement", keys.measurement, *more, **options)
+
+
+def test_keygen_makes_private_files_and_prints_public_keys(keys: Keys) -> None:
+    for name in ("root.json", "stage0.json"):
+        assert stat.S_IMODE((keys.folder / name).stat().st_mode) == 0o600
+    assert json.loads((keys.folder / "root.json").read_text())["public"] == keys.root
+    endorsement = parse_endorsement(keys.evidence.endorsements[0])
+    days = (endorsement.not_after_ms / 1000 - time.time()) / 86400
+    assert endorsement.stage == 0
+    assert 6.9 < days <= 7
+
+
+def test_keygen_says_what_to_do_next_on_stderr(tmp_path: Path) -> None:
+    done = run("keygen", "-o", "root.json", cwd=tmp_path)
+    assert len(done.stdout) == 65
+    assert "next" in done.stderr
+    assert json.loads((tmp_path / "root.json").read_text())["private"] not in done.stdout + done.stderr
+    following = done.stderr.split("python -m attest ")[1].split()
+    assert run(*following, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "stage0.json").exists()
+
+
+def test_keygen_never_overwrites(tmp_path: Path) -> None:
+    existing = tmp_path / "existing"
+    existing.write_text("precious")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    for path in (existing, link, tmp_path / "no" / "folder"):
+        done = run("keygen", "-o", path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert str(path) in done.stderr
+    assert existing.read_text() == "precious"
+    assert not (tmp_path / "target").exists()
+
+
+def test_keygen_refuses_a_root_that_is_none(keys: Keys, tmp_path: Path) -> None:
+    for name, code in (("stage0.json", 3), ("nowhere", 1)):
+        done = run("keygen", "--root", keys.folder / name, "--stage", 1, "-o", tmp_path / "new")
+        assert done.returncode == code
+        assert not (tmp_path / "new").exists()
+
+
+def test_measure_prints_96_digits_of_the_code(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    done = run("measure", tmp_path)
+    assert (done.returncode, done.stdout) == (0, measure(tmp_path).hex() + "\n")
+    shutil.copytree(CHECKOUT / "attest", tmp_path / "attest", dirs_exist_ok=True)
+    own = subprocess.run(command("measure"), cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    assert own.stdout == measure(tmp_path).hex() + "\n"
+    assert len(own.stdout) == 97
+    nothing = run("measure", tmp_path / "nowhere")
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+
+
+def test_verify_accepts_genuine_evidence_and_prints_the_claims(keys: Keys) -> None:
+    path = keys.save(keys.evidence, BINDING)
+    for more in ((), ("--stage", 0), ("--at", "now"), ("--measurement", "11" * 48)):
+        done = verify(keys, path, *more)
+        assert done.returncode == 0, done
+        assert done.stdout.splitlines()[0].split() == ["verdict", "accepted"]
+        assert "proves nothing about hardware" in done.stdout
+        assert f"weights sha256  {(b'w' * 32).hex()}" in done.stdout
+        assert ("own time" in done.stdout) == ("--at" not in more)
+    report = json.loads(verify(keys, path, "--json").stdout)
+    assert report["verdict"] == "accepted"
+    assert report["claims"]["end_layer"] == 6
+    assert report["at"] == report["made"]
+
+
+def test_verify_refuses_everything_else_with_3(keys: Keys) -> None:
+    genuine = keys.save(keys.evidence, BINDING)
+    data = keys.evidence.evidence
+    forged = keys.save(replace(keys.evidence, evidence=data[:-1] + bytes([data[-1] ^ 1])), BINDING)
+    moved = keys.save(keys.evidence, replace(BINDING, handshake_hash=b"i" * 32))
+    short = keys.save(replace(keys.evidence, evidence=data[:-1]), BINDING)
+    binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
+    nothing = keys.save(Unattested().attest(binding), binding)
+    nitro = keys.save(replace(keys.evidence, provider=2), replace(BINDING, provider=2))
+    pins = ("--root", keys.root, "--measurement", keys.measurement)
+    for arguments, word in (
+        ((genuine, "--root", "11" * 32, *pins[2:]), "root"),
+        ((genuine, *pins[:2], "--measurement", "11" * 48), "measurement: got abab"),
+        ((genuine, *pins, "--stage", 1), "stage 1"),
+        ((genuine, *pins, "--at", "2037-01-01T00:00:00Z"), "expired"),
+        ((forged, *pins), "signature"),
+        ((moved, *pins), "another handshake"),
+        ((short, *pins), "225 bytes"),
+        ((nothing, *pins), "none (0)"),
+        ((nitro, *pins), "not supported yet"),
+        ((keys.folder / "root.json", *pins), "minigpt-evidence"),
+    ):
+        done = run("verify", *arguments)
+        assert done.returncode == 3, arguments
+        assert done.stdout.startswith("verdict           refused\n  ")
+        assert word in done.stdout
+    report = json.loads(
+        run("verify", genuine, "--root", keys.root, "--measurement", "11" * 48, "--stage", 1, "--json").stdout
+    )
+    assert report["verdict"] == "refused"
+    assert [reason.split(":")[0] for reason in report["reasons"]] == ["measurement", "key"]
+
+
+def test_show_says_that_it_verifies_nothing(keys: Keys) -> None:
+    data = keys.evidence.evidence
+    forged = keys.save(replace(keys.evidence, evidence=data[:-1] + bytes([data[-1] ^ 1])), BINDING)
+    done = run("show", forged)
+    assert done.returncode == 0
+    assert "not verified" in done.stdout
+    assert "proves nothing about hardware" in done.stdout
+    assert keys.measurement in done.stdout
+    report = json.loads(run("show", forged, "--json").stdout)
+    assert report["verified"] is False
+    assert report["endorsed"][0]["stage"] == 0
+
+
+def test_show_reads_every_provider(keys: Keys) -> None:
+    binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
+    assert "no evidence" in run("show", keys.save(Unattested().attest(binding), binding)).stdout
+    for provider in (2, 9):
+        binding = Binding("R", provider, b"h" * 32, b"s" * 32, b"\xc1")
+        path = keys.save(Evidence(provider, b"\xc1", b"\1\2", (b"\3",)), binding)
+        done = run("show", path)
+        assert done.returncode == 0
+        assert "not supported yet" in done.stdout
+        assert json.loads(run("show", path, "--json").stdout)["evidence"] == "0102"
+
+
+def test_a_file_cannot_drive_the_terminal(keys: Keys) -> None:
+    path = keys.save(keys.evidence, BINDING)
+    for done in (run("show", path), verify(keys, path), run("show", path, "--json")):
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "[2J" in done.stdout
+
+
+def test_evidence_is_read_from_stdin_too(keys: Keys) -> None:
+    assert verify(keys, "-", input=dump_evidence(keys.evidence, BINDING)).returncode == 0
+
+
+def test_a_malformed_file_is_3_and_a_missing_one_is_1(tmp_path: Path) -> None:
+    for text in ("", "{}", "x" * 1_000_000):
+        (tmp_path / "file").write_text(text)
+        assert run("show", tmp_path / "file").returncode == 3
+    assert run("show", tmp_path / "missing").returncode == 1
+    assert run("show", tmp_path).returncode == 1
+
+
+def test_wrong_usage_is_2(keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One real process; the others by `main`, which leaves usage errors to argparse."""
+    done = run("keygen")
+    assert (done.returncode, done.stdout) == (2, "")
+    path, new = keys.save(keys.evidence, BINDING), tmp_path / "new"
+    for arguments in (
+        (),
+        ("sign",),
+        ("keygen", "-o", new, "--stage", 0),
+        ("keygen", "-o", new, "--days", 3),
+        ("keygen", "-o", new, "--root", keys.folder / "root.json"),
+        ("keygen", "-o", new, "--root", keys.folder / "root.json", "--stage", 65535),
+        ("keygen", "-o", new, "--root", keys.folder / "root.json", "--stage", -1),
+        ("keygen", "-o", new, "--root", keys.folder / "root.json", "--stage", 0, "--days", 0),
+        ("verify", path),
+        ("verify", path, "--root", keys.root),
+        ("verify", path, "--measurement", keys.measurement),
+        ("verify", path, "--root", keys.root[1:], "--measurement", keys.measurement),
+        ("verify", path, "--root", keys.root, "--measurement", "00" * 48),
+        ("verify", path, "--root", keys.root, "--measurement", "zz" * 48),
+        ("verify", path, "--root", keys.root, "--measurement", keys.measurement, "--at", "2027-01-31"),
+        ("show",),
+        ("show", path, "--jso"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        assert (caught.value.code, capsys.readouterr().out) == (2, ""), arguments
+    assert not new.exists()
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("attest ")
+
+
+def test_a_closed_pipe_ends_quietly_and_keeps_the_verdict(keys: Keys) -> None:
+    path = keys.save(keys.evidence, BINDING)
+    pins = ("--root", keys.root, "--measurement")
+    for arguments, code in (
+        (("show", path), 0),
+        (("verify", path, *pins, keys.measurement), 0),
+        (("--help",), 0),
+        (("verify", path, *pins, "11" * 48), 3),
+    ):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = subprocess.run(
+                command(*arguments), stdout=writing, stderr=subprocess.PIPE, env=ASCII_ONLY, timeout=60, check=False
+            )
+        finally:
+            os.close(writing)
+        assert (done.returncode, done.stderr) == (code, b""), arguments
+
+
+def test_an_interrupt_is_130_without_a_traceback(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # A shell's background job inherits an ignored SIGINT, so the handler is set as a terminal's program has it.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('attest', run_name='__main__', alter_sys=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "show", str(pipe)],
+        env=ASCII_ONLY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with open(pipe, "wb"):  # opens once the command has opened it to read
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, b"", b"")

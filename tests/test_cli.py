@@ -1,0 +1,276 @@
+"""The command line, as real processes: what it prints where, and its exit codes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from made import SMALL, random_tensors, write
+from processes import ROOT, Stages, alive, eventually
+
+import minigpt
+from attest.mock import MockRoot
+
+PROMPT = "The capital of France is"
+
+
+def run(*arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs minigpt; its exit code must be this one, and nothing in it a traceback."""
+    command = [sys.executable, "-m", "minigpt", *arguments]
+    environment = {**os.environ, **more}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """Two running stages of the embedded model."""
+    where = tmp_path_factory.mktemp("tiny")
+    folder = Path(minigpt.__file__).parent / "data"
+    with Stages(folder, "6+6", where, model="tiny") as stages:
+        yield stages.start_all()
+
+
+def test_the_main_job() -> None:
+    done = run("generate", PROMPT)
+    assert done.stdout.startswith(" Paris")
+    for words in ("stage 0  layers 0-5", "stage 1  layers 6-11", "evidence accepted", "nothing about hardware",
+                  "20 tokens", "ms/token", "bytes/token"):  # fmt: skip
+        assert words in done.stderr
+
+
+def test_json_is_one_object_and_tells_all() -> None:
+    done = run("generate", PROMPT, "--json", "--logprobs", "--stages", "3", "--max-tokens", "5", "--temperature", "1")
+    told = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert len(told["tokens"]) == len(told["latencies_ms"]) == 5
+    assert told["text"] == "".join(token["text"] for token in told["tokens"])
+    assert all(token["logprob"] <= 0 for token in told["tokens"])
+    assert (told["reason"], len(told["stages"])) == ("length", 3)
+    again = json.loads(run("generate", PROMPT, "--json", "--max-tokens", "5", "--temperature", "1",
+                           "--seed", str(told["seed"])).stdout)  # fmt: skip
+    assert again["text"] == told["text"]
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    assert run("generate", PROMPT, "--stop", "ris").stdout == " Pa\n"
+
+
+def test_the_prompt_may_come_from_standard_input(tiny: Stages) -> None:
+    command = [sys.executable, "-m", "minigpt", "generate", "-", "--manifest", str(tiny.path), "--allow-mock"]
+    for prompt in (PROMPT, PROMPT + "\n"):
+        done = subprocess.run(command, input=prompt, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.stdout.startswith(" Paris")
+    broken = subprocess.run(command, input=b"\xff\xfe", capture_output=True, cwd=ROOT, timeout=60)
+    assert broken.returncode == 2
+    assert broken.stderr == b"minigpt: standard input is not UTF-8 text\n"
+
+
+def test_a_prompt_that_is_no_text_is_refused_in_words() -> None:
+    command = [sys.executable.encode(), b"-m", b"minigpt", b"generate", b"\xff"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"minigpt: the prompt is not UTF-8 text\n")
+
+
+def test_closed_standard_streams_do_no_harm(tiny: Stages) -> None:
+    command = f'{sys.executable} -m minigpt generate "{PROMPT}" --manifest {tiny.path} --allow-mock'
+    for closed in ("<&-", ">&-", "2>&-"):
+        done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, cwd=ROOT, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_flag_beats_the_environment_of_its_alternative() -> None:
+    told = json.loads(run("generate", PROMPT, "--json", "--stages", "1", MINIGPT_SPLIT="6+6").stdout)
+    assert len(told["stages"]) == 1
+
+
+def test_an_option_comes_from_its_flag_else_the_environment_else_its_default(tiny: Stages) -> None:
+    def count(*flags: str, **environment: str) -> int:
+        arguments = ("generate", PROMPT, "--manifest", str(tiny.path), "--allow-mock", "--json", *flags)
+        return len(json.loads(run(*arguments, **environment).stdout)["tokens"])
+
+    assert count() == 20
+    assert count(MINIGPT_MAX_TOKENS="3") == 3
+    assert count("--max-tokens", "4", MINIGPT_MAX_TOKENS="3") == 4
+
+
+def test_a_checkpoint_without_a_tokenizer_works_with_ids(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    done = run("generate", "5 6 7", "--model", str(folder), "--max-tokens", "4")
+    wanted = [token.id for token in minigpt.load(str(folder)).generate([5, 6, 7], max_tokens=4)]
+    assert [int(word) for word in done.stdout.split()] == wanted
+    assert "token ids" in run("generate", "words", "--model", str(folder), code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("generate",), 2, "PROMPT"),
+        (("generate", PROMPT, "--max-tokens", "many"), 2, "--max-tokens"),
+        (("generate", PROMPT, "--stages", "2", "--split", "6+6"), 2, "not allowed with"),
+        (("generate", PROMPT, "--max-tokens", "0"), 2, "at least 1"),
+        (("generate", PROMPT, "--split", "6+5"), 2, "11 layers in all"),
+        (("generate", PROMPT, "--stages", "13"), 2, "from 1 to 12"),
+        (("generate", PROMPT, "--threads", "0"), 2, "at least 1"),
+        (("generate", PROMPT, "--timeout", "nan"), 2, "seconds"),
+        (("generate", PROMPT, "--temperature", "1e7"), 2, "temperature"),
+        (("generate", PROMPT, "--top-p", "nan"), 2, "top_p"),
+        (("generate", PROMPT, "--seed", "-1"), 2, "seed"),
+        (("generate", PROMPT, "--manifest", "x", "--stages", "2"), 2, "local stages"),
+        (("plan", "-o", "x", "--root-key", "ab" * 32, "--address", "nowhere"), 2, "address"),
+        (("plan", "-o", "x", "--root-key", "ab" * 32, "--days", "nan"), 2, "days"),
+        (("bench", "--runs", "0"), 2, "at least 1"),
+        (("bench", "--stages", "1,x"), 2, "whole number"),
+        (("bench", "--format", "xml"), 2, "md or json"),
+        (("generate", PROMPT, "--model", "/nowhere/at all"), 1, "no such folder"),
+        (("generate", PROMPT, "--manifest", "/nowhere"), 2, "No such file"),
+        (("generate", PROMPT, "--manifest-sha256", "00"), 2, "needs --manifest"),
+        (("generate", ""), 2, "empty"),
+        (("status",), 2, "--manifest"),
+        (("plan", "-o", "x"), 2, "--root-key"),
+        (("plan", "-o", "x", "--root-key", "12"), 2, "64 hex digits"),
+        (("bench", "--stages", "0"), 2, "--stages"),
+        (("nothing",), 2, "nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
+    done = run(*arguments, code=code)
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:
+    root = MockRoot.generate()
+    plan = tmp_path / "pipeline.json"
+    key = run("keygen", "-o", str(tmp_path / "client.key"))
+    assert "exists" in run("keygen", "-o", str(tmp_path / "client.key"), code=2).stderr
+    done = run("plan", "--split", "4+8", "--root-key", root.public.hex(), "--client", key.stdout.strip(),
+               "--address", "tcp://127.0.0.1:1", "--address", "tcp://127.0.0.1:2", "-o", str(plan))  # fmt: skip
+    digest = done.stdout.strip()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    flags = ("--manifest", str(plan), "--allow-mock", "--client-key", str(tmp_path / "client.key"))
+    dead = run("status", *flags, "--manifest-sha256", digest, code=4).stdout.splitlines()
+    assert ["cannot be reached" in dead[0], "not asked" in dead[1]] == [True, True]
+    assert "sha256" in run("status", *flags, "--manifest-sha256", "0" * 64, code=3).stderr
+
+    status = ("status", "--manifest", str(tiny.path), "--allow-mock")
+    assert "hardware" in run(*status[:3], code=3).stderr
+    shown = run(*status, "--save-evidence", str(tmp_path / "evidence"))
+    assert [line[:7] for line in shown.stdout.splitlines()] == ["stage 0", "stage 1"]
+    told = json.loads(run(*status, "--json").stdout)
+    assert [(stage["evidence"], stage["error"]) for stage in told["stages"]] == [("accepted", None)] * 2
+    measurement = next(iter(tiny.manifest.stages[0].measurements)).hex()
+    for index in (0, 1):
+        file = str(tmp_path / "evidence" / f"stage-{index}.json")
+        command = [
+            sys.executable,
+            "-m",
+            "attest",
+            "verify",
+            file,
+            "--root",
+            tiny.root.public.hex(),
+            "--stage",
+            str(index),
+        ]
+        for pinned, code in ((measurement, 0), ("05" * 48, 3)):
+            verdict = subprocess.run([*command, "--measurement", pinned], capture_output=True, text=True, cwd=ROOT)
+            assert verdict.returncode == code, verdict.stderr
+
+
+def test_a_dead_stage_is_named_by_status_and_by_generate(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "1+2+1", tmp_path) as stages:
+        stages.start_all()
+        stages.kill(1)
+        status = run("status", "--manifest", str(stages.path), "--allow-mock", code=4)
+        assert "stage 1 cannot be reached" in status.stdout
+        assert "not asked" in status.stdout.splitlines()[2]
+        done = run("generate", "1 2 3", "--manifest", str(stages.path), "--allow-mock", code=4)
+        assert "stage 1 cannot be reached" in done.stderr
+
+
+def test_a_stage_says_in_a_sentence_why_it_does_not_start(tmp_path: Path, tiny: Stages) -> None:
+    def stage(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "minigpt.stage", "--manifest", str(tiny.path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+    key = ("--mock-key", str(tiny.key(1)), "--listen", "tcp://127.0.0.1:0")
+    for arguments, code, words in (
+        ((), 2, "--index"),
+        (("--index", "7", "--allow-mock", *key), 2, "from 0 on"),
+        (("--index", "1", *key), 3, "--allow-mock"),
+        (("--index", "1", "--allow-mock"), 2, "--mock-key"),
+        (("--index", "1", "--allow-mock", *key, "--model", str(tmp_path)), 1, "safetensors"),
+        (("--index", "1", "--allow-mock", *key, "--listen", "fd:999"), 2, "descriptor 999"),
+        (("--index", "1", "--allow-mock", *key, "--listen", "nowhere"), 2, "nowhere"),
+        (("--index", "1", "--allow-mock", "--mock-key", str(tiny.path)), 3, "mock"),
+    ):
+        done = stage(*arguments)
+        assert done.returncode == code, (arguments, done.stderr)
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_bench_prints_a_table_or_every_latency(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    flags = (
+        "bench",
+        "--model",
+        str(folder),
+        "--prompt",
+        "1 2 3",
+        "--runs",
+        "2",
+        "--max-tokens",
+        "4",
+        "--stages",
+        "1,2",
+    )
+    rows = run(*flags).stdout.splitlines()
+    assert len(rows) == 4
+    assert all(row.count("|") == rows[0].count("|") for row in rows)
+    told = json.loads(run(*flags, "--format", "json").stdout)
+    assert [(each["stages"], each["run"], len(each["between_ms"])) for each in told["latencies"]] == [
+        (1, 0, 3), (1, 1, 3), (2, 0, 3), (2, 1, 3)]  # fmt: skip
+    assert [row["p99_ms"] for row in told["summary"]] == [None, None]  # of six samples there is no p99
+
+
+def test_versions() -> None:
+    assert run("--version").stdout == f"minigpt {minigpt.__version__}\n"
+
+
+def test_a_closed_pipe_ends_quietly(tiny: Stages) -> None:
+    command = f'{sys.executable} -m minigpt generate "{PROMPT}" --manifest {tiny.path} --allow-mock'
+    script = f"{command} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "141\n"
+    assert "Error" not in done.stderr
+
+
+def test_ctrl_c_ends_everything() -> None:
+    command = [sys.executable, "-m", "minigpt", "generate", PROMPT, "--max-tokens", "400", "--temperature", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == " "
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - began < 5
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        assert eventually(lambda: not any(alive(int(pid)) for pid in children))
+    finally:
+        process.kill()
+        process.wait()

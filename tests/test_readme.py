@@ -1,0 +1,73 @@
+"""Every command of the documents runs: what is documented works.
+
+A fenced block of `sh` or `python` is run as it stands, but for its ports, in an empty folder, with this Python first on
+the path. Blocks of `sh install` are run by continuous integration, in an empty environment. `text` is no command.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+DOCUMENTS = sorted(ROOT.glob("*.md"))  # docs/deployment.md has its own test, beside that of the images
+BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+PORTS = re.compile(r"(?<=127\.0\.0\.1:)\d+")
+
+
+def blocks() -> list[tuple[str, str]]:
+    found = []
+    for path in DOCUMENTS:
+        for match in BLOCK.finditer(path.read_text()):
+            line = path.read_text()[: match.start()].count("\n") + 1
+            found.append((f"{path.name}:{line}:{match['kind']}", match["text"]))
+    return found
+
+
+RUN = [block for block in blocks() if block[0].split(":")[2] in ("sh", "python")]
+
+
+@pytest.fixture
+def ports() -> Iterator[dict[str, str]]:
+    """Free ports for those of the documents. They are kept: a bound socket that does not listen keeps a port from
+    everybody but a listener that reuses the address."""
+    kept: dict[str, socket.socket] = {}
+
+    class Ports(dict[str, str]):
+        def __missing__(self, documented: str) -> str:
+            kept[documented] = socket.socket()
+            kept[documented].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            kept[documented].bind(("127.0.0.1", 0))
+            self[documented] = str(kept[documented].getsockname()[1])
+            return self[documented]
+
+    yield Ports()
+    for each in kept.values():
+        each.close()
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert {name.split(":")[2] for name, _ in blocks()} <= {"sh", "sh install", "python", "text"}
+    assert sum("sh install" in name for name, _ in blocks()) == 2
+
+
+@pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
+def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str]) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for command, module in (("minigpt", " -m minigpt"), ("python", "")):
+        (commands / command).write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+        (commands / command).chmod(0o755)
+    where = tmp_path / "here"
+    where.mkdir()
+    text = PORTS.sub(lambda match: ports[match[0]], text)
+    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    run = ["bash", "-euo", "pipefail", "-c", text] if name.endswith(":sh") else [sys.executable, "-c", text]
+    done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,82 @@
+"""Deadlines: neither silence, nor a drip, nor a peer that does not read, holds a channel for long."""
+
+import contextlib
+import math
+import socket
+import threading
+import time
+
+import pytest
+from ends import STAGE_END, background, make
+
+from transport.channel import Channel, Deadlines
+from transport.errors import Closed, TimedOut
+
+
+def drip(sock, data, pause, stop):
+    sock.settimeout(5)
+    with contextlib.suppress(OSError):
+        for byte in data:
+            sock.sendall(bytes([byte]))
+            if stop.wait(pause):
+                return
+
+
+@pytest.mark.parametrize("pause", [0.1, 0.001])
+def test_a_drip_does_not_prolong_the_deadline_of_a_message(pause):
+    one, two = socket.socketpair()
+    a, b = make((one, two), stage={"deadlines": Deadlines(message=0.3)})
+    stop = threading.Event()
+    task = background(drip, one, a._session.seal(bytes(60_000)), pause, stop)
+    start = time.monotonic()
+    with pytest.raises(TimedOut, match="finish a message"):
+        b.receive()
+    assert 0.2 < time.monotonic() - start < 2
+    assert b.fileno() == -1
+    stop.set()
+    task.join()
+    a.abort()
+
+
+@pytest.mark.parametrize("data", [b"", b"mGPT\x01\x01\0\0\0\x20" + bytes(20), b"mG"])
+def test_a_drip_or_silence_does_not_prolong_the_deadline_of_the_handshake(data):
+    one, two = socket.socketpair()
+    stop = threading.Event()
+    task = background(drip, one, data, 0.05, stop)
+    start = time.monotonic()
+    with pytest.raises(TimedOut, match="handshake"):
+        Channel.accept(two, STAGE_END, deadlines=Deadlines(handshake=0.3))
+    assert 0.2 < time.monotonic() - start < 2
+    assert two.fileno() == -1
+    stop.set()
+    task.join()
+    one.close()
+
+
+def test_a_peer_that_does_not_read_does_not_hold_a_sender_for_ever():
+    a, b = make(client={"deadlines": Deadlines(message=0.3)})
+    with pytest.raises(TimedOut, match="did not take"):
+        a.send({"rows": bytes(8 << 20)})
+    with pytest.raises(Closed):
+        a.send({})  # half a record may have left: nothing can follow it
+    a.abort()
+    b.abort()
+
+
+def test_idleness_has_a_deadline_and_pings_are_no_activity():
+    a, b = make(stage={"deadlines": Deadlines(idle=0.3)})
+    a._session._pinged -= 100
+    a.ping()
+    a.ping()  # too soon: does nothing
+    assert a.records_sent == 2
+    start = time.monotonic()
+    with pytest.raises(TimedOut, match="idle"):
+        b.receive()
+    assert time.monotonic() - start < 2
+    a.abort()
+
+
+@pytest.mark.parametrize("bad", [{"connect": 0}, {"handshake": -1}, {"message": math.nan}, {"idle": 0}])
+def test_deadlines_are_checked(bad):
+    with pytest.raises(ValueError, match="seconds"):
+        Deadlines(**bad)

@@ -1,0 +1,165 @@
+"""Listeners, connections and addresses."""
+
+import contextlib
+import socket
+import time
+
+import pytest
+from ends import CLIENT_END, STAGE_END, background
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transport.channel import Address, Channel, Deadlines, Listener, receive_once
+from transport.errors import (
+    AddressError,
+    LimitError,
+    TimedOut,
+    TransportError,
+    Unreachable,
+)
+
+
+def test_a_listener_and_connect():
+    with Listener(Address.parse("tcp://127.0.0.1:0")) as listener:
+        assert listener.address.port != 0
+        client = background(Channel.connect, listener.address, CLIENT_END)
+        sock, peer = listener.accept()
+        assert Address.parse(peer).host == "127.0.0.1"
+        with Channel.accept(sock, STAGE_END) as b, client.join() as a:
+            a.send({"n": 1})
+            assert b.receive(5.0) == {"n": 1}
+        waiting = background(listener.accept)
+        time.sleep(0.05)
+        listener.close()
+        assert waiting.join() is None
+        assert listener.accept() is None
+
+
+def test_a_listener_that_a_parent_hands_down():
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    with Listener(server.detach()) as listener:
+        assert str(listener.address) == f"tcp://127.0.0.1:{port}"
+        with pytest.raises(Unreachable, match="in use"):
+            Listener(listener.address)
+    one, two = socket.socketpair()
+    for fd in (one.fileno(), 999_999, -1):
+        with pytest.raises(AddressError, match="listening"):
+            Listener(fd)
+    one.sendall(b"still open")
+    one.close()
+    two.close()
+
+
+def test_nobody_there_is_unreachable_and_silence_times_out():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        silent = Address("tcp", "127.0.0.1", port)
+        with pytest.raises(TimedOut):
+            Channel.connect(silent, CLIENT_END, deadlines=Deadlines(handshake=0.1))
+    with pytest.raises(Unreachable, match="refused"):
+        Channel.connect(silent, CLIENT_END)
+    for text in ("tcp://host.invalid:1", "tcp://127.0.0.1:0", "vsock://4294967294:1"):
+        with pytest.raises(TransportError, match=text.replace("[", "")):
+            Channel.connect(Address.parse(text), CLIENT_END, deadlines=Deadlines(connect=0.5))
+
+
+def test_receive_once_takes_one_connection_up_to_its_end(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = Address("tcp", "127.0.0.1", probe.getsockname()[1])
+
+    def give(data):
+        for _ in range(500):
+            with contextlib.suppress(ConnectionRefusedError):
+                with socket.create_connection((address.host, address.port)) as sock:
+                    sock.sendall(data)
+                return
+            time.sleep(0.01)
+
+    for data, limit in ((b"x" * 1000, 1000), (b"", 10)):
+        giver = background(give, data)
+        assert receive_once(address, limit) == data
+        giver.join()
+    giver = background(give, b"x" * 1001)
+    with pytest.raises(LimitError, match="more than 1000"):
+        receive_once(address, 1000)
+    with contextlib.suppress(OSError):
+        giver.join()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tcp://127.0.0.1:5000",
+        "tcp://[::1]:5000",
+        "tcp://stage-0.example.org:65535",
+        "tcp://localhost:0",
+        "vsock://16:5000",
+        "vsock://4294967295:4294967295",
+        "tcp://a:1",
+        "tcp://1a:1",
+    ],
+)
+def test_an_address_is_written_as_it_was_read(text):
+    assert str(Address.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "tcp://",
+        "tcp://:5000",
+        "tcp://host",
+        "tcp://host:",
+        "tcp://host:65536",
+        "tcp://host:-1",
+        "tcp://host:+1",
+        "tcp://host:05",
+        "tcp://host:1 ",
+        " tcp://host:1",
+        "tcp://host:1\n",
+        "tcp://host:٣",
+        "TCP://host:1",
+        "udp://host:1",
+        "tcp://ho st:1",
+        "tcp://-host:1",
+        "tcp://host-:1",
+        "tcp://ho_st:1",
+        "tcp://a..b:1",
+        "tcp://1.2.3:1",
+        "tcp://127.1:1",
+        "tcp://010.0.0.1:1",
+        "tcp://1.2.3.256:1",
+        "tcp://::1:1",
+        "tcp://[::1:1",
+        "tcp://[fe80::1%eth0]:1",
+        "tcp://[1.2.3.4]:1",
+        "tcp://[zz]:1",
+        "tcp://user@host:1",
+        "tcp://host:1/",
+        "vsock://host:1",
+        "vsock://[16]:1",
+        "vsock://16",
+        "vsock://-1:1",
+        "vsock://016:1",
+        "vsock://4294967296:1",
+        "vsock://1:4294967296",
+        "tcp://" + "a" * 64 + ":1",
+        "tcp://" + "a." * 200 + "b:1",
+    ],
+)
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(AddressError, match="address"):
+        Address.parse(text)
+    assert issubclass(AddressError, ValueError)
+
+
+@given(st.text(max_size=60) | st.from_regex(r"(tcp|vsock)://[\[\]a-f0-9:.-]{0,20}:[0-9]{0,6}", fullmatch=True))
+@settings(deadline=None)
+def test_any_text_is_an_address_or_an_address_error(text):
+    try:
+        address = Address.parse(text)
+    except AddressError:
+        return
+    assert Address.parse(str(address)) == address
