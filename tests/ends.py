@@ -139,7 +139,7 @@ def background(work, *args, **kwargs):
             except BaseException as error:
                 self.error = error
 
-        def join(self, timeout=10):
+        def join(self, timeout=60):
             super().join(timeout)
             assert not self.is_alive(), "the thread is stuck"
             if self.error:

@@ -22,7 +22,7 @@ HOUR = 3600 * 1000  # milliseconds
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether something comes to hold in time."""
     until = time.monotonic() + seconds
     while not holds():
@@ -126,7 +126,7 @@ class Stages:
         """Ends a stage; returns its exit code."""
         process = self.processes.pop(index)
         process.send_signal(how)
-        code = process.wait(10)
+        code = process.wait(60)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()

@@ -266,8 +266,8 @@ def test_ctrl_c_ends_everything() -> None:
         assert len(children) == 2
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
-        _, errors = process.communicate(timeout=20)
-        assert time.monotonic() - began < 5
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
         assert process.returncode == 130
         assert "Traceback" not in errors
         assert eventually(lambda: not any(alive(int(pid)) for pid in children))

@@ -30,6 +30,7 @@ from transport.relay import Relay
 from transport.sockets import Listener, Wire, connect
 
 Serve = Callable[[socket.socket], None]
+PATIENCE = 60.0  # seconds, for what takes milliseconds: 10 were too few for a hundred connections in a busy guest
 WAYS = [("tcp", "tcp")]  # how the relay is reached, and how it reaches its target
 if VSOCK:
     WAYS += [("tcp", "vsock"), ("vsock", "tcp")]  # what goes to enclaves, and what comes from them
@@ -49,13 +50,13 @@ class Running:
 
     def _accept(self) -> None:
         while (accepted := self.target.accept()) is not None:
-            accepted[0].settimeout(10)
+            accepted[0].settimeout(PATIENCE)
             self.served.append(threading.Thread(target=self._serve, args=accepted[:1]))
             self.served[-1].start()
 
     def connect(self) -> socket.socket:
-        sock = connect(self.relay.address, 5.0)
-        sock.settimeout(10)
+        sock = connect(self.relay.address, PATIENCE)
+        sock.settimeout(PATIENCE)
         return sock
 
     def __enter__(self) -> "Running":
@@ -65,7 +66,7 @@ class Running:
         self.relay.stop()
         self.target.close()
         for thread in (*self._threads, *self.served):
-            thread.join(10)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
@@ -94,7 +95,7 @@ def test_what_goes_in_comes_out_both_ways(way: tuple[str, str]) -> None:
         found = bytearray()
         while len(found) < len(data):
             found += sock.recv(1 << 16)
-        sender.join(10)
+        sender.join(PATIENCE)
         assert found == data
 
 
@@ -237,7 +238,7 @@ class Process:
 
     def end(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
-        code = self.process.wait(10)
+        code = self.process.wait(PATIENCE)
         assert self.process.stdout is not None
         assert self.process.stdout.read() == ""
         self.process.stdout.close()
@@ -254,7 +255,7 @@ def test_a_signal_ends_it_cleanly_and_its_log_holds_no_content(how: signal.Signa
     with Listener(anywhere("tcp")) as target:
         running = Process(target.address, tmp_path / "log")
         try:
-            with connect(running.address, 5.0) as sock:
+            with connect(running.address, PATIENCE) as sock:
                 accepted = target.accept()
                 assert accepted is not None
                 with accepted[0] as served:
@@ -280,7 +281,7 @@ def test_a_reader_that_does_not_read_costs_no_memory_and_loses_nothing(tmp_path:
         try:
             ends, sent = [], [0] * count
             for _ in range(count):
-                sock, accepted = connect(running.address, 5.0), target.accept()
+                sock, accepted = connect(running.address, PATIENCE), target.accept()
                 assert accepted is not None
                 ends.append((sock, accepted[0]))
             before = running.memory()
@@ -294,7 +295,7 @@ def test_a_reader_that_does_not_read_costs_no_memory_and_loses_nothing(tmp_path:
             assert min(sent) > 1 << 20  # what the system's own buffers hold
             assert running.memory() - before < count * (1 << 18)
             for number, (sock, served) in enumerate(ends):
-                served.settimeout(10)
+                served.settimeout(PATIENCE)
                 sock.shutdown(socket.SHUT_WR)
                 assert same(read_all(served), data, sent[number])
                 sock.close()

@@ -80,7 +80,7 @@ def test_close_is_closed_at_the_other_end_and_truth_before_it(pair):
 def test_the_end_of_a_connection_without_close_is_truncation(cut):
     one, two = socket.socketpair()
     a, b = make((one, two))
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     one.sendall(a._session.seal(b"\x80")[:cut])
     one.close()
     with pytest.raises(Truncated):
@@ -116,7 +116,7 @@ def test_close_and_abort_from_another_thread_wake_a_sender_whom_the_peer_keeps_w
     time.sleep(0.1)
     start = time.monotonic()
     getattr(a, end)()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     with pytest.raises(Closed, match="this end"):
         sender.join()
     with pytest.raises(Truncated):
@@ -147,7 +147,7 @@ def test_a_timeout_of_the_callers_own_leaves_the_channel_alive(pair):
 def test_a_message_in_pieces_survives_timeouts_between_them():
     one, two = socket.socketpair()
     a, b = make((one, two))
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     data = a._session.seal(channel.codec.encode({"rows": bytes(100_000)}))
     for at in range(0, len(data), 30_000):
         with pytest.raises(TimedOut, match="no message"):
@@ -161,7 +161,7 @@ def test_a_message_in_pieces_survives_timeouts_between_them():
 def test_one_byte_writes_make_no_difference():
     one, two = socket.socketpair()
     a, b = make((one, two))
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     data = a._session.seal(b"\x80") + a._session.seal(b"\x81\xa1n\x01") + a._session.close()
     got = []
 
@@ -220,7 +220,7 @@ def test_gone_where_the_system_has_no_pollrdhup(monkeypatch):
 def test_a_broken_record_ends_the_channel_with_an_alert(spoil, error, code):
     one, two = socket.socketpair()
     a, b = make((one, two))
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     one.sendall(spoil(a._session.seal(b"\x80")))
     with pytest.raises(error):
         b.receive(5.0)
@@ -235,7 +235,7 @@ def test_a_broken_record_ends_the_channel_with_an_alert(spoil, error, code):
 def test_a_message_that_is_no_map_is_a_decode_error(body):
     one, two = socket.socketpair()
     a, b = make((one, two))
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     one.sendall(a._session.seal(body))
     with pytest.raises(DecodeError):
         b.receive(5.0)
@@ -262,7 +262,7 @@ def test_a_dead_channel_gives_its_part_of_the_budget_back():
     budget = Budget(1 << 20)
     one, two = socket.socketpair()
     a, b = make((one, two), stage={"budget": budget})
-    one.settimeout(5)  # from here on it is the test that writes
+    one.settimeout(60)  # from here on it is the test that writes
     one.sendall(a._session.seal(bytes(200_000))[:150_000])
     with pytest.raises(TimedOut):
         b.receive(0.1)

@@ -14,7 +14,7 @@ from transport.errors import Closed, TimedOut
 
 
 def drip(sock, data, pause, stop):
-    sock.settimeout(5)
+    sock.settimeout(60)
     with contextlib.suppress(OSError):
         for byte in data:
             sock.sendall(bytes([byte]))
@@ -31,7 +31,7 @@ def test_a_drip_does_not_prolong_the_deadline_of_a_message(pause):
     start = time.monotonic()
     with pytest.raises(TimedOut, match="finish a message"):
         b.receive()
-    assert 0.2 < time.monotonic() - start < 2
+    assert 0.2 < time.monotonic() - start < 10
     assert b.fileno() == -1
     stop.set()
     task.join()
@@ -46,7 +46,7 @@ def test_a_drip_or_silence_does_not_prolong_the_deadline_of_the_handshake(data):
     start = time.monotonic()
     with pytest.raises(TimedOut, match="handshake"):
         Channel.accept(two, STAGE_END, deadlines=Deadlines(handshake=0.3))
-    assert 0.2 < time.monotonic() - start < 2
+    assert 0.2 < time.monotonic() - start < 10
     assert two.fileno() == -1
     stop.set()
     task.join()
@@ -72,7 +72,7 @@ def test_idleness_has_a_deadline_and_pings_are_no_activity():
     start = time.monotonic()
     with pytest.raises(TimedOut, match="idle"):
         b.receive()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     a.abort()
 
 

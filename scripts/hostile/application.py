@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -13,6 +14,7 @@ import numpy as np
 from hostile import Seen, attack, require
 from hostile.arena import PATIENCE, TOKENS, Arena, eventually, together
 from hostile.ends import FakeStage, admitted_client, admitted_stage, generate_map, genuine, step_map, token_map
+from hostile.proxy import Frame, Tap, honest
 from hostile.rogue import ALERT, CLOSE, FIN, MESSAGE, Rogue
 from minigpt.errors import RequestRefused
 from minigpt.generation import CHUNK
@@ -252,6 +254,11 @@ def positions(arena: Arena) -> Seen:
     return together(seen)
 
 
+def unanswered(frame: Frame, tap: Tap) -> Iterable[bytes]:
+    """The rule that keeps back what a stage answers to steps; the initiator's first record is its evidence."""
+    return () if frame.sender == "R" and len(tap.sent("I", "record")) > 1 else (frame.data,)
+
+
 @attack(
     54, "a pooled channel with an answer outstanding; another client's cache", "never used again; not to be reached"
 )
@@ -259,15 +266,17 @@ def pooled(arena: Arena) -> Seen:
     proxy = arena.stages.proxies[1]
     for one in arena.stages.proxies:
         one.reset()
+    proxy.rule = unanswered
     length = min(3 * CHUNK + 5, arena.config.n_positions - TOKENS)
     secret = arena.prompt(length)
-    with admitted_client(arena.stages) as rogue:  # chunks of a prompt are under way, nobody waits for the answer
+    with admitted_client(arena.stages) as rogue:  # a prompt's answer is outstanding, and nobody waits for it
         rogue.say_map(generate_map(secret, TOKENS))
         require(
             eventually(lambda: bool(proxy.taps) and len(proxy.taps[0].sent("I", "record")) > 1, PATIENCE), "no step"
         )
         rogue.sock.close()
     require(eventually(lambda: proxy.taps[0].dead, PATIENCE), "a link with an answer outstanding was kept")
+    proxy.rule = honest
     link = arena.dial()  # control: a link that was left in good order is used again, and its cache is gone
     try:
         link.send(Generate(0, secret[:9], TOKENS))
