@@ -179,7 +179,7 @@ class GPT2:
             if name not in tensors:
                 raise CheckpointError(f"tensor {name} is missing: layers {layers.start}..{layers.stop} need it")
             tensor = tensors[name]
-            if tensor.shape != shape or tensor.dtype != np.float32 or not tensor.flags.c_contiguous:
+            if tensor.shape != shape or tensor.dtype != np.float32 or not tensor.flags.forc:
                 raise CheckpointError(f"tensor {name}: got {tensor.dtype} {tensor.shape}, wanted float32 {shape}")
             tensor.setflags(write=False)
         self.config = config

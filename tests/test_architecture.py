@@ -35,7 +35,7 @@ OUTSIDE = {  # of what is not in the standard library
 }
 KNOW_SOCKETS = {"minigpt.stage", "minigpt.serving", "minigpt.conversation", "minigpt.links", "minigpt.client",
                 "minigpt.local"}  # fmt: skip
-NUMPY_ONLY = {"minigpt.config", "minigpt.linalg", "minigpt.model", "minigpt.sampling"}
+NUMPY_ONLY = {"minigpt.config", "minigpt.linalg", "minigpt.model", "minigpt.sampling", "minigpt.threads"}
 LAZY = {"minigpt.checkpoints": "huggingface_hub", "minigpt.tokenizer": "tokenizers"}
 
 
