@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="one object instead of a table")
     status.set_defaults(run="status")
 
-    bench = _command(commands, "bench", "measure latency with local stages, and print a table")
+    bench = _command(commands, "bench", "measure latency with local stages, and print tables")
     _model(bench)
     bench.add_argument("--stages", type=counts, default="1,2", metavar="N,N",
                        help="numbers of stages to compare; the first is the baseline (default: 1,2)")  # fmt: skip
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     _option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
     _option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
     _option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
-    _option(bench, "--format", "md", "md|json", one_of("md", "json"), "a Markdown table, or JSON with every latency")
+    _option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
     bench.set_defaults(run="bench")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that admits only some")

@@ -3,6 +3,8 @@
 Configurations are interleaved, run by run, because a shared machine drifts: what is compared is measured side by side.
 A mean is over the runs, with its 95 % confidence interval (Student's t); an overhead is the mean of the differences of
 the runs that were made together, and an interval that holds 0 says that no difference was seen.
+
+The breakdown says where a token's time goes, party by party, from what each stage tells of itself with its answer.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from minigpt.client import Pipeline
 from minigpt.messages import Span
 from minigpt.text import ids_in
 
 MIN_P99 = 100  # samples; of fewer, a 99th percentile is the maximum by another name
+
+BREAKDOWN = """\
+Median ms of each part of a token after the first, where `wire` is a party's wait for the next one's answer less what
+the rows below account for; the parts of one token add up to its time, their medians not exactly."""
 
 # Student's t for a two-sided interval of 95 %, by degrees of freedom, from 1 (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
 _T95 = [
@@ -35,6 +42,15 @@ class Run:
     between: tuple[float, ...]
     spans: tuple[tuple[Span, ...], ...]
     bytes_per_token: float
+
+
+class Part(NamedTuple):
+    """What one party adds to a token's time, in seconds; `parts` says what is in each."""
+
+    compute: float
+    seal: float
+    open: float
+    wire: float  # of the link to the next party
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,41 @@ def bytes_per_token(spans: Sequence[tuple[Span, ...]]) -> float:
     return statistics.fmean(sum(span.bytes for span in token) for token in tokens) if tokens else 0.0
 
 
+def parts(spans: Sequence[Span]) -> list[Part]:
+    """A token's time by party: the client, then each stage. Together it is the client's seal, open and wait.
+
+    `compute` begins when the stage has its turn. `seal` and `open` are what the sender of a request spends on the
+    ciphers and records of its own end: sealing the request, opening the answer. `wire` is its wait for the answer, less
+    the whole span of the next stage: sockets and wake-ups, encoding and decoding at both ends, and what the next stage
+    does outside its span, which is to open the request, to wait for its turn, and to seal the answer.
+
+    The client asks once, and stage 0 goes on by itself. For a token after the first the client therefore seals nothing,
+    and its `open` and `wire` together are what stage 0 does between two steps (encode, seal and write an answer, look
+    for a Cancel, wait for its turn), and by how much this answer took longer than the last one to be received. So a
+    link's constant delay shows between stages, but not between the client and stage 0, and there a single token's
+    `wire` may be negative.
+    """
+    told = [span.compute + span.seal + span.open + span.wait for span in spans[1:]]
+    return [
+        Part(span.compute, span.seal, span.open, span.wait - after)
+        for span, after in zip(spans, [*told, 0.0], strict=True)
+    ]
+
+
+def breakdown(results: dict[int, list[Run]]) -> list[dict[str, object]]:
+    """The median of each of `parts` over the tokens after the first, in milliseconds; one row for each party."""
+    rows: list[dict[str, object]] = []
+    for count, runs in results.items():
+        tokens = [parts(spans) for run in runs for spans in run.spans[1:]]
+        for place, party in enumerate(zip(*tokens, strict=True)):
+            row: dict[str, object] = {"stages": count, "party": f"stage {place - 1}" if place else "client"}
+            linked = place + 1 < len(tokens[0])  # the last stage has no link on: not 0 ms, but nothing to measure
+            for name, samples in zip(Part._fields, zip(*party, strict=True), strict=True):
+                row[f"{name}_ms"] = 1000 * percentile(samples, 0.50) if linked or name == "compute" else None
+            rows.append(row)
+    return rows
+
+
 def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
     """One row of figures for each configuration, in milliseconds; what the table shows."""
     baseline = next(iter(results.values()))
@@ -141,10 +192,21 @@ def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
     return rows
 
 
+def figures(results: dict[int, list[Run]]) -> dict[str, object]:
+    """All that was measured, for JSON."""
+    return {"summary": summarise(results), "breakdown": breakdown(results), "latencies": latencies(results)}
+
+
+def tables(results: dict[int, list[Run]]) -> str:
+    """The table of latencies and, if any token came after a first, the breakdown, as Markdown."""
+    rows = breakdown(results)
+    return markdown(summarise(results)) + (f"\n\n{BREAKDOWN}\n\n{breakdown_markdown(rows)}" if rows else "")
+
+
 def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """The table, as Markdown."""
+    """The table of latencies, as Markdown."""
     titles = ["stages", "TTFT ms", "mean ms/token", "p50", "p95", "p99", "tokens/s", "bytes/token", "overhead"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---:|" * len(titles)]
+    lines = []
     for row in rows:
         overhead = "–"
         if row.get("overhead_ms"):
@@ -159,8 +221,20 @@ def markdown(rows: Sequence[dict[str, object]]) -> str:
             _shown(row["bytes_per_token"], 0),
             overhead,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _table(titles, lines)
+
+
+def breakdown_markdown(rows: Sequence[dict[str, object]]) -> str:
+    """The table of the breakdown, as Markdown."""
+    columns = [f"{name}_ms" for name in Part._fields]
+    lines = [[str(row["stages"]), str(row["party"]), *(_shown(row[name], 3) for name in columns)] for row in rows]
+    return _table(["stages", "party", *Part._fields], lines)
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    drawn = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
+    return "\n".join([drawn[0], "|" + "---:|" * len(titles), *drawn[1:]])
 
 
 def _shown(value: object, digits: int, *, sign: bool = False) -> str:

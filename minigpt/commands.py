@@ -291,7 +291,7 @@ def _save_evidence(folder: Path, reports: tuple[StageReport, ...]) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`minigpt bench`: a table, or every latency."""
+    """`minigpt bench`: tables, or every latency."""
     try:
         results = benchmark.measure(
             options.model or "tiny",
@@ -305,11 +305,7 @@ def bench(options: argparse.Namespace) -> int:
         )
     finally:
         progress("")
-    rows = benchmark.summarise(results)
-    if options.format == "json":
-        print(json.dumps({"summary": rows, "latencies": benchmark.latencies(results)}))
-    else:
-        print(benchmark.markdown(rows))
+    print(json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results))
     return 0
 
 

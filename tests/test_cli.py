@@ -220,7 +220,7 @@ def test_a_stage_says_in_a_sentence_why_it_does_not_start(tmp_path: Path, tiny: 
         assert "Traceback" not in done.stderr
 
 
-def test_bench_prints_a_table_or_every_latency(tmp_path: Path) -> None:
+def test_bench_prints_tables_or_every_latency(tmp_path: Path) -> None:
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     flags = (
         "bench",
@@ -235,13 +235,18 @@ def test_bench_prints_a_table_or_every_latency(tmp_path: Path) -> None:
         "--stages",
         "1,2",
     )
-    rows = run(*flags).stdout.splitlines()
-    assert len(rows) == 4
-    assert all(row.count("|") == rows[0].count("|") for row in rows)
+    latencies, sentence, breakdown = (part.splitlines() for part in run(*flags).stdout.split("\n\n"))
+    assert (len(latencies), len(breakdown)) == (4, 7)
+    assert "`wire`" in " ".join(sentence)
+    for rows in (latencies, breakdown):
+        assert all(row.count("|") == rows[0].count("|") for row in rows)
     told = json.loads(run(*flags, "--format", "json").stdout)
     assert [(each["stages"], each["run"], len(each["between_ms"])) for each in told["latencies"]] == [
         (1, 0, 3), (1, 1, 3), (2, 0, 3), (2, 1, 3)]  # fmt: skip
     assert [row["p99_ms"] for row in told["summary"]] == [None, None]  # of six samples there is no p99
+    assert [(row["stages"], row["party"]) for row in told["breakdown"]] == [
+        (1, "client"), (1, "stage 0"), (2, "client"), (2, "stage 0"), (2, "stage 1")]  # fmt: skip
+    assert [row["wire_ms"] is None for row in told["breakdown"]] == [False, True, False, False, True]
 
 
 def test_versions() -> None:
