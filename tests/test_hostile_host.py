@@ -20,7 +20,7 @@ from minigpt.config import Config  # noqa: E402
 everything()
 
 # Small, and yet wide enough that a chunk of a prompt takes two records.
-MODEL = Config(vocab_size=301, n_positions=320, n_embd=132, n_layer=4, n_head=4, n_inner=200, eos_token_id=(300,))
+MODEL = Config(vocab_size=301, n_positions=640, n_embd=68, n_layer=4, n_head=4, n_inner=200, eos_token_id=(300,))
 
 
 @pytest.fixture(scope="module")

@@ -93,10 +93,10 @@ def test_the_cache_grows_in_steps_up_to_the_context_and_no_further() -> None:
         MODEL.forward(MODEL.embed([token], n), [(cache, 1)])
         sizes.add(cache.nbytes)
     per_position = 2 * 4 * SMALL.n_layer * SMALL.n_embd
-    assert sizes == {64 * per_position, 128 * per_position, 160 * per_position}
-    with pytest.raises(ValueError, match="160 \\+ 1 positions, the model has 160"):
+    assert sizes == {64 * per_position, 128 * per_position, 256 * per_position, 320 * per_position}
+    with pytest.raises(ValueError, match="320 \\+ 1 positions, the model has 320"):
         MODEL.forward(np.zeros((1, SMALL.n_embd), np.float32), [(cache, 1)])
-    assert cache.length == 160
+    assert cache.length == 320
     cache.truncate(0)
     with pytest.raises(ValueError, match="rewind"):
         cache.truncate(1)
@@ -120,9 +120,9 @@ def test_ids_the_model_does_not_have_are_refused(ids: list[int]) -> None:
         MODEL.embed(ids, 0)
 
 
-@pytest.mark.parametrize(("start", "count"), [(-1, 1), (160, 1), (159, 2), (0, 161)])
+@pytest.mark.parametrize(("start", "count"), [(-1, 1), (320, 1), (319, 2), (0, 321)])
 def test_positions_the_model_does_not_have_are_refused(start: int, count: int) -> None:
-    with pytest.raises(ValueError, match="160 positions"):
+    with pytest.raises(ValueError, match="320 positions"):
         MODEL.embed([1] * count, start)
 
 

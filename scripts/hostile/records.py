@@ -17,6 +17,7 @@ from hostile.proxy import Frame, Rule, Tap
 from hostile.rogue import ALERT, CLOSE, FIN, MESSAGE, PING, Rogue
 from minigpt.generation import CHUNK
 from transport.noise import CipherState
+from transport.records import padded_size
 
 DEAD = "dead; the output is never silently another"
 SHORT = 1.5  # seconds that the client waits, where it waits for what never comes
@@ -59,13 +60,13 @@ def swap(sender: str, index: int) -> Rule:
 
 
 def long_prompt(arena: Arena) -> list[tuple[int, ...]]:
-    """A prompt of three chunks: stage 0 sends stage 1 one after another without waiting for an answer."""
-    return [arena.prompt(2 * CHUNK + 9)]
+    """A prompt of two or three chunks: stage 0 sends stage 1 one after another without waiting for an answer."""
+    return [arena.prompt(min(2 * CHUNK + 9, arena.config.n_positions - TOKENS))]
 
 
 def fragments(arena: Arena) -> int:
     """The records that one chunk of a prompt takes on link 1."""
-    return 1 + (CHUNK * arena.config.n_embd * 4 > 65000)
+    return -(-padded_size(CHUNK * arena.config.n_embd * 4 + 200) // 65515)
 
 
 @attack(28, "flip each byte of a data record, and of its length", DEAD, slow=True)
@@ -113,7 +114,7 @@ def delete(arena: Arena) -> Seen:
     count = fragments(arena)
 
     def tensor(frame: Frame, _tap: Tap) -> Iterable[bytes]:
-        gone = frame.sender == "I" and frame.kind == "record" and 1 + count <= frame.number < 1 + 2 * count
+        gone = frame.sender == "I" and frame.kind == "record" and 1 <= frame.number <= count
         return () if gone else (frame.data,)
 
     seen.append(arena.assault(tensor, link=1, ids=long_prompt(arena), timeout=SHORT))
