@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage")
     _option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where a text repeats itself: the same "
-            "text, sooner; 0 for none; greedy decoding only")  # fmt: skip
+            "text, sooner; 0 for none; greedy decoding only (default: 8 where stage 0 has AVX-512)")  # fmt: skip
     generate.add_argument("--logprobs", action="store_true", help="each token's logarithmic probability, in --json")
     generate.add_argument("--json", action="store_true", help="one object instead of text")
     generate.set_defaults(run="generate")

@@ -165,9 +165,9 @@ class Pipeline:
                 one, told by the result's `seed`.
             stop: strings to end before.
             logprobs: give each token's logarithmic probability.
-            draft: ids to guess ahead at most, where the text repeats itself; 0 for none, and by default `text.DRAFT`.
-                Greedy decoding only. The tokens are the same, and come faster where guesses are right, several at once;
-                their log-probabilities may differ in the last bits.
+            draft: ids to guess ahead at most, where the text repeats itself; 0 for none. By default the first stage
+                decides: `drafting.DRAFT`. Greedy decoding only. The tokens are the same, and come faster where guesses
+                are right, several at once; their log-probabilities may differ in the last bits.
 
         Raises, then or while iterating:
             UsageError: the arguments make no request.
@@ -280,8 +280,8 @@ class Pipeline:
                 if not isinstance(message, TokenMessage | Logits) or message.position != position:
                     raise MessageError(f"stage 0 sent {type(message).__name__} out of turn", stage=0)
                 count = len(message.ids) if isinstance(message, TokenMessage) else 1
-                if not 1 <= count <= 1 + request.draft:
-                    raise MessageError(f"stage 0 sent {count} tokens at once, wanted 1 to {1 + request.draft}", stage=0)
+                if not 1 <= count <= request.most:
+                    raise MessageError(f"stage 0 sent {count} tokens at once, wanted 1 to {request.most}", stage=0)
                 position += count
                 now, after = time.perf_counter(), link.traffic
                 yield with_span(message, span(0.0, now - began, before, after))

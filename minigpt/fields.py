@@ -69,6 +69,14 @@ def boolean() -> Field:
     return Field(lambda value: value, decode)
 
 
+def optional(rule: Field) -> Field:
+    """None, or what another rule takes."""
+    return Field(
+        lambda value: None if value is None else rule.encode(value),
+        lambda value: None if value is None else rule.decode(value),
+    )
+
+
 def choice(kind: type[enum.StrEnum]) -> Field:
     """One of an enumeration's strings."""
 

@@ -100,11 +100,19 @@ class Generate:
     sampling: SamplingField = GREEDY
     logprobs: Flag = False
     wanted: WantedField = Wanted.TOKEN
-    draft: Annotated[int, fields.integer(0, MAX_DRAFT)] = 0  # ids to guess ahead at most, where decoding is greedy
+    # Ids to guess ahead at most, where decoding is greedy; None where the first stage knows best.
+    draft: Annotated[int | None, fields.optional(fields.integer(0, MAX_DRAFT))] = 0
 
     def __post_init__(self) -> None:
         if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
             raise ValueError(f"{self.wanted} wanted: a generation is for a token at a time, or for logits")
+
+    @property
+    def most(self) -> int:
+        """Tokens that one answer may have."""
+        if self.sampling.temperature > 0:
+            return 1
+        return 1 + (MAX_DRAFT if self.draft is None else self.draft)
 
 
 @dataclass(frozen=True, slots=True)

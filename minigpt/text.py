@@ -21,10 +21,6 @@ from minigpt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
-# Ids that greedy decoding guesses ahead unless told otherwise. Off: where a step of a few rows costs nearly twice one
-# of a single row, or more, drafts gain little on most texts.
-DRAFT = 0
-
 
 @dataclass(frozen=True, slots=True)
 class Token:
@@ -216,8 +212,7 @@ def make_request(
             raise UsageError(f"{name} is {value!r}, wanted a whole number")
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}, wanted at least 1")
-    draft = DRAFT if draft is None else draft
-    if not 0 <= draft <= MAX_DRAFT:
+    if draft is not None and not 0 <= draft <= MAX_DRAFT:
         raise UsageError(f"draft is {draft}, wanted 0 (none) to {MAX_DRAFT}")
     if seed is None:
         seed = secrets.randbits(32) if temperature > 0 else 0

@@ -70,8 +70,8 @@ def test_tokens_that_came_together_share_the_parts_of_their_step() -> None:
         yield Token(3, (6, 7, 8), (), step)
         return Reason.LENGTH
 
-    def generate(ids: list[int], max_tokens: int) -> Generation:
-        return Generation(answers(), Generate(0, tuple(ids), max_tokens), SMALL)
+    def generate(ids: list[int], max_tokens: int, draft: int) -> Generation:
+        return Generation(answers(), Generate(0, tuple(ids), max_tokens, draft=draft), SMALL)
 
     pipeline: Any = SimpleNamespace(tokenizer=None, generate=generate)
     found = bench.run_once(pipeline, "1 2", 4)

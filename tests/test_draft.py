@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import ODD, SMALL, cut, odd, random_tensors, write
+from made import ODD, SMALL, cut, odd, random_tensors, whole, write
 from processes import Stages
 
 import minigpt
-from minigpt import checkpoints, messages, weights
+from minigpt import checkpoints, drafting, messages, weights
 from minigpt.__main__ import main
 from minigpt.client import Pipeline
 from minigpt.drafting import LONGEST, ROUNDING, SHORTEST, Lookup, settled
@@ -372,6 +372,21 @@ def test_a_draft_out_of_range_is_refused_in_words(draft: int) -> None:
     with pytest.raises(UsageError, match="draft"):
         make_request([1], None, SMALL, draft=draft)
     assert make_request([1], None, SMALL, draft=MAX_DRAFT).draft == MAX_DRAFT
+
+
+@pytest.mark.parametrize("default", [0, 6])
+def test_where_a_request_says_nothing_the_first_stage_decides(default: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "DRAFT", default)
+    request = messages.decode(messages.encode(make_request(PROMPT, None, SMALL, max_tokens=100)))
+    assert isinstance(request, Generate)
+    assert (request.draft, request.most) == (None, 1 + MAX_DRAFT)
+    model = whole()
+    asked = list(generate(Sequence(model), request))
+    told = [answer.ids for answer in asked if isinstance(answer, Token)]
+    assert (max(map(len, told)) > 1) == (default > 0)
+    sampled = make_request(PROMPT, None, SMALL, max_tokens=100, temperature=1.0)
+    assert sampled.most == 1
+    assert all(len(answer.ids) == 1 for answer in generate(Sequence(model), sampled) if isinstance(answer, Token))
 
 
 # The client

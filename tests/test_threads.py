@@ -1,0 +1,119 @@
+"""Computing in parts: every part once, errors raised, and the same bits on any number of threads."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from made import whole
+from processes import ROOT
+
+from minigpt import linalg, threads
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(threads, "THREADS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 5, 100])
+def test_every_part_is_computed_once_and_on_several_threads(count: int, parts: int) -> None:
+    seen, who = [0] * parts, set()
+    meet = threading.Barrier(max(1, min(count, parts)))
+
+    def work(part: slice) -> None:
+        meet.wait(60)  # all are under way at once
+        who.add(threading.get_ident())
+        for index in range(parts)[part]:
+            seen[index] += 1
+
+    threads.in_parts(work, parts)
+    assert seen == [1] * parts
+    assert len(who) == max(1, min(count, parts))
+
+
+def test_what_a_part_raises_is_raised_and_the_threads_live_on(count: int) -> None:
+    for bad in range(7):
+
+        def work(part: slice, bad: int = bad) -> None:
+            if bad in range(7)[part]:
+                raise FloatingPointError(str(bad))
+
+        with pytest.raises(FloatingPointError, match=str(bad)):
+            threads.in_parts(work, 7)
+    test_every_part_is_computed_once_and_on_several_threads(count, 7)
+
+
+def test_who_finds_the_threads_in_use_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    inner: list[slice] = []
+    threads.in_parts(lambda _part: threads.in_parts(inner.append, 4), 2)
+    assert inner == [slice(0, 4)] * 2
+
+
+@pytest.mark.parametrize(("set_to", "wanted"), [("3", 3), ("0", None), ("many", None), ("", None)])
+def test_there_are_as_many_threads_as_blas_has(
+    set_to: str, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", set_to)
+    assert threads.available() == wanted or (wanted is None and threads.available() >= 1)
+
+
+# What is computed in parts
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 31, 32, 33])
+@pytest.mark.parametrize("shape", [(1, 1), (48, 144), (768, 1000), (3072, 13), (70_000, 3)])
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_product_is_its_definition_whatever_its_way(
+    rows: int, shape: tuple[int, int], blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "BLOCKED", blocked)
+    monkeypatch.setattr(linalg, "FEW_ROWS", 32 if blocked else 3)
+    rng = np.random.default_rng(0)
+    x, matrix = rng.standard_normal((rows, shape[0]), np.float32), rng.standard_normal(shape, np.float32)
+    exact = x.astype(float) @ matrix.astype(float)
+    bits = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "THREADS", count)
+        found = [linalg.product(x, matrix), linalg.product(x, np.asfortranarray(matrix))]
+        assert all(np.abs(y - exact).max() < 2e-6 * shape[0] for y in found)
+        bits.append([y.tobytes() for y in found])
+    assert bits[0] == bits[1] == bits[2]
+
+
+def test_activations_and_softmax_have_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((12, 128, 300), np.float32)  # 14 pieces
+    for function in (*linalg.ACTIVATIONS.values(), linalg.softmax_numerators):
+        monkeypatch.setattr(threads, "THREADS", 1)
+        alone = function(x.copy())
+        monkeypatch.setattr(threads, "THREADS", 3)
+        assert np.array_equal(function(x.copy()), alone)
+        assert np.array_equal(np.concatenate([function(head.copy()[np.newaxis]) for head in x]), alone)
+
+
+def test_models_may_run_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    model = whole()
+    ids = list(range(20))
+
+    def run() -> bytes:
+        cache = model.new_cache()
+        return model.logits(model.forward(model.embed(ids, 0), [(cache, len(ids))])).tobytes()
+
+    alone, found = run(), []
+    workers = [threading.Thread(target=lambda: found.extend(run() for _ in range(20))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert found == [alone] * 80
+
+
+def test_the_helpers_do_not_keep_a_process_from_ending() -> None:
+    work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
+    code = f"import time, minigpt\nfrom minigpt import threads\nthreads.THREADS = 3\n{work}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
