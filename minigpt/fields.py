@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import struct
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ class Field(NamedTuple):
     decode: Callable[[object], Any]
 
 
+def _as_it_is(value: Any) -> object:
+    return value
+
+
 def integer(low: int, high: int) -> Field:
     """An integer from low to high, and no bool."""
 
@@ -33,7 +38,7 @@ def integer(low: int, high: int) -> Field:
             raise _wrong(value, f"an integer from {low} to {high}")
         return value
 
-    return Field(lambda value: value, decode)
+    return Field(_as_it_is, decode)
 
 
 def number(low: float, high: float) -> Field:
@@ -66,7 +71,7 @@ def boolean() -> Field:
             raise _wrong(value, "true or false")
         return value
 
-    return Field(lambda value: value, decode)
+    return Field(_as_it_is, decode)
 
 
 def optional(rule: Field) -> Field:
@@ -80,25 +85,34 @@ def optional(rule: Field) -> Field:
 def choice(kind: type[enum.StrEnum]) -> Field:
     """One of an enumeration's strings."""
 
+    choices: dict[object, enum.StrEnum] = {str(member): member for member in kind}
+
     def decode(value: object) -> enum.StrEnum:
-        if type(value) is not str or value not in list(kind):
+        if type(value) is not str or value not in choices:
             raise _wrong(value, "one of " + ", ".join(kind))
-        return kind(value)
+        return choices[value]
 
     return Field(str, decode)
 
 
-def numbers(dtype: str, limit: int) -> Field:
-    """A tuple of at most `limit` numbers, as packed bytes."""
-    return Field(
-        lambda values: np.asarray(values, dtype).tobytes(),
-        lambda value: tuple(_packed(value, dtype, limit).tolist()),
-    )
+def numbers(kind: str, limit: int) -> Field:
+    """A tuple of at most `limit` numbers, packed as `struct` has them, little-endian: "I" or "d"."""
+    width = struct.calcsize("<" + kind)
+
+    def decode(value: object) -> tuple[Any, ...]:
+        if type(value) is not bytes or len(value) % width or len(value) > limit * width:
+            raise _wrong(value, f"the bytes of at most {limit} numbers of {width} bytes")
+        unpacked = struct.unpack(f"<{len(value) // width}{kind}", value)
+        if kind == "d" and not all(map(math.isfinite, unpacked)):
+            raise MessageError("got NaN or infinity, wanted finite numbers")
+        return unpacked
+
+    return Field(lambda values: struct.pack(f"<{len(values)}{kind}", *values), decode)
 
 
 def vector(limit: int) -> Field:
     """A float32 array (N,), as packed bytes."""
-    return Field(lambda array: np.asarray(array, "<f4").tobytes(), lambda value: _packed(value, "<f4", limit))
+    return Field(lambda array: np.asarray(array, "<f4").tobytes(), lambda value: _packed(value, limit))
 
 
 def matrix(limit: int) -> Field:
@@ -112,7 +126,7 @@ def matrix(limit: int) -> Field:
         if type(value) is not list or len(value) != 3:
             raise _wrong(value, "[rows, columns, bytes]")
         rows, columns = size.decode(value[0]), size.decode(value[1])
-        array = _packed(value[2], "<f4", rows * columns)
+        array = _packed(value[2], rows * columns)
         if array.size != rows * columns:
             raise MessageError(f"got {array.size} numbers, wanted {rows} × {columns}")
         return array.reshape(rows, columns)
@@ -123,14 +137,15 @@ def matrix(limit: int) -> Field:
 def tuples(kind: type, limit: int) -> Field:
     """A tuple of at most `limit` named tuples of floats, as packed bytes."""
     width = len(kind.__annotations__)
+    floats = numbers("d", limit * width)
 
     def decode(value: object) -> tuple[Any, ...]:
-        flat = _packed(value, "<f8", limit * width)
-        if flat.size % width:
-            raise MessageError(f"got {flat.size} numbers, wanted a multiple of {width}")
-        return tuple(kind(*row) for row in flat.reshape(-1, width).tolist())
+        flat = floats.decode(value)
+        if len(flat) % width:
+            raise MessageError(f"got {len(flat)} numbers, wanted a multiple of {width}")
+        return tuple(kind(*flat[start : start + width]) for start in range(0, len(flat), width))
 
-    return Field(lambda rows: np.asarray(rows, "<f8").tobytes(), decode)
+    return Field(lambda rows: floats.encode([part for row in rows for part in row]), decode)
 
 
 def listed(kind: type, limit: int) -> Field:
@@ -178,13 +193,12 @@ def read(value: object, kind: type, rules: dict[str, Field]) -> Any:
         raise MessageError(f"{kind.__name__}: {error}") from None
 
 
-def _packed(value: object, dtype: str, limit: int) -> NDArray[Any]:
+def _packed(value: object, limit: int) -> NDArray[np.float32]:
     """The read-only array of at most `limit` finite numbers that these bytes are."""
-    width = np.dtype(dtype).itemsize
-    if type(value) is not bytes or len(value) % width or len(value) > limit * width:
-        raise _wrong(value, f"the bytes of at most {limit} numbers of {width} bytes")
-    array = np.frombuffer(value, dtype)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if type(value) is not bytes or len(value) % 4 or len(value) > 4 * limit:
+        raise _wrong(value, f"the bytes of at most {limit} numbers of 4 bytes")
+    array = np.frombuffer(value, "<f4")
+    if not np.isfinite(array).all():
         raise MessageError("got NaN or infinity, wanted finite numbers")
     return array
 

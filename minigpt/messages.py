@@ -66,8 +66,8 @@ Position = Annotated[int, fields.integer(0, MAX_IDS)]
 Seconds = Annotated[float, fields.number(0.0, 1e12)]
 Word = Annotated[str, fields.text(32)]
 Sentence = Annotated[str, fields.text(4096)]
-Ids = Annotated[tuple[int, ...], fields.numbers("<u4", MAX_IDS)]
-Floats = Annotated[tuple[float, ...], fields.numbers("<f8", MAX_IDS)]
+Ids = Annotated[tuple[int, ...], fields.numbers("I", MAX_IDS)]
+Floats = Annotated[tuple[float, ...], fields.numbers("d", MAX_IDS)]
 Hidden = NDArray[np.float32]  # (T, C), the hidden states of T positions
 Spans = Annotated[tuple[Span, ...], fields.tuples(Span, MAX_STAGES)]
 GREEDY = Sampling()
@@ -96,7 +96,7 @@ class Generate:
     start: Position
     ids: Ids
     max_tokens: Annotated[int, fields.integer(1, MAX_IDS)]
-    stop_ids: Annotated[tuple[int, ...], fields.numbers("<u4", 1024)] = ()
+    stop_ids: Annotated[tuple[int, ...], fields.numbers("I", 1024)] = ()
     sampling: SamplingField = GREEDY
     logprobs: Flag = False
     wanted: WantedField = Wanted.TOKEN
@@ -241,7 +241,9 @@ def decode(value: object) -> Message:
     kind = _KINDS.get(value["type"])
     if kind is None:
         raise MessageError(f"got a message of an unknown type, wanted one of {', '.join(_KINDS)}")
-    message: Message = fields.read({name: value[name] for name in value if name != "type"}, kind, _RULES[kind])
+    plain = dict(value)
+    del plain["type"]
+    message: Message = fields.read(plain, kind, _RULES[kind])
     return message
 
 
