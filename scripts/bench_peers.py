@@ -2,287 +2,270 @@
 
     streaming     the machine's limit: the same bytes of weights, read once by BLAS matrix-vector products
     minigpt       all layers in one process, without links
-    stages N      N stage processes with encrypted, attested links, by each AEAD library that is installed
+    stages N      N stage processes with encrypted, attested links, by pycryptodome; `fast` by cryptography
+    … drafted     the same, guessing ahead where a text repeats itself
     torch         transformers' GPT2LMHeadModel, float32, with its KV cache
-    ctranslate2   float32 and int8, if it is installed (the extra `bench`)
+    ctranslate2   float32 and int8
+    onnxruntime   float32, torch's model as its exporter writes it, with its KV cache
 
-The weights are GPT-2 small's shape, seeded random. Each contestant is a process of its own that waits while the others
-run; they take turns, round by round, in an order that alternates. Quoted are medians over the rounds and the median of
-the ratios to torch of the same round, with its 95 % confidence interval (of the median, from order statistics).
+The extra `bench` installs all of them; one that is missing or fails says so and is left out. llama.cpp is not here: its
+binding llama-cpp-python comes as source only, and what others publish compiled is not compiled for this machine.
+
+The weights are GPT-2 small's shape, seeded random. They write few different tokens, whatever the prompt is, by which no
+draft can be judged. So for drafts there is the embedded model too: it writes the same paragraph after a prompt that
+holds it, and after one that does not.
+
+Each contestant is a process of its own that waits while the others run; they take turns, round by round, in an order
+that alternates. What is compared was measured in the same round: medians of the ratios, with their 95 % confidence
+intervals (of the median, from order statistics: none from fewer than 6 rounds), and the mean of the differences with
+its own (Student's t). Times are per token after the first, or (TTFT) until the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from bench_contestants import CORES, SMALL, TINY, Request, Times, make_checkpoint
 
-import minigpt  # noqa: E402 — before NumPy, whose threads it sets
+from minigpt.bench import estimate
 
-# (name, tokens of the prompt, tokens generated)
-CASES = [
-    ("5 + 20", 5, 20),
-    ("5 + 100", 5, 100),
-    ("512 + 20", 512, 20),
-    ("TTFT 16", 16, 1),
-    ("TTFT 32", 32, 1),
-    ("TTFT 128", 128, 1),
-    ("TTFT 512", 512, 1),
-    ("TTFT 1000", 1000, 1),
-]
-CONTESTANTS = ["torch", "streaming", "minigpt", "stages 1", "stages 2", "stages 3", "stages 1 fast", "stages 2 fast",
-               "stages 3 fast", "ctranslate2 float32", "ctranslate2 int8"]  # fmt: skip
-Times = list[float]  # seconds from the request to each token
+DRAFT = 8  # ids to guess ahead at most
+PAUSE = 0.1  # seconds between two contestants: idle threads of the last one may spin for half of it before they sleep
 
 
-def make_checkpoint(folder: Path) -> None:
-    """GPT-2 small's shape with seeded random weights, and a vocabulary of made-up words for those who insist on one."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from minigpt.config import Config, tensor_shapes
-
-    config = Config()
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for name, shape in tensor_shapes(config, range(config.n_layer)).items():
-        tensors[name] = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-        if ".ln_" in name or name.startswith("ln_"):
-            tensors[name] += np.float32(name.endswith("weight"))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    document = config.to_json() | {"architectures": ["GPT2LMHeadModel"], "eos_token_id": None, "bos_token_id": None}
-    (folder / "config.json").write_text(json.dumps(document))
-    words = {"<|endoftext|>": config.vocab_size - 1} | {f"w{i}": i for i in range(config.vocab_size - 1)}
-    (folder / "words").mkdir()
-    (folder / "words" / "vocab.json").write_text(json.dumps(words))
-    (folder / "words" / "merges.txt").write_text("#version: 0.2\n")
+class Case(NamedTuple):
+    name: str
+    prompt: list[int] | str
+    tokens: int  # to generate
+    model: str = SMALL
+    drafted: bool = False  # whether the drafted contestants take part
 
 
-def prompt(length: int) -> list[int]:
-    """The same ids for everybody."""
+def ids(length: int) -> list[int]:
+    """A prompt without repetition."""
     return [(7919 * i + 13) % 50000 for i in range(length)]
 
 
-# The contestants: each makes a function that runs one case.
+QUESTION = "The capital of France is"
+PARAGRAPH = (  # as the embedded model writes it
+    "The capital of France is Paris. It lies on the river Seine. France has a border with Spain and Germany. France "
+    "lies in Western Europe. People in France speak French, and pay with the euro. France borders Spain and Germany, "
+    "and it has a coast on the Atlantic Ocean.\n\n"
+)
+CASES = [
+    Case("5 + 20", ids(5), 20),
+    Case("5 + 100", ids(5), 100, drafted=True),
+    Case("512 + 20", ids(512), 20),
+    *(Case(f"TTFT {length}", ids(length), 1) for length in (16, 32, 128, 512, 1000)),
+    Case("embedded 60 new", QUESTION, 60, TINY, drafted=True),
+    Case("embedded 60 repeated", 2 * PARAGRAPH + QUESTION, 60, TINY, drafted=True),
+]
+OWN = ["minigpt", "stages 1", "stages 2", "stages 3", "stages 1 fast", "stages 2 fast", "stages 3 fast"]
+PEERS = ["torch", "ctranslate2 float32", "ctranslate2 int8", "onnxruntime"]
+DRAFTED = " drafted"
+CONTESTANTS = ["streaming", *PEERS, *(name + end for name in OWN for end in ("", DRAFTED))]
+Results = dict[str, dict[str, list[float]]]  # milliseconds, by contestant and case
 
 
-def run_minigpt(folder: Path) -> Callable[[int, int], Times]:
-    model = minigpt.load(str(folder))
-
-    def run(length: int, count: int) -> Times:
-        generation = model.generate(prompt(length), max_tokens=count, draft=0)
-        assert len(list(generation)) == count
-        return generation.times
-
-    return run
+def takes_part(name: str, case: Case) -> bool:
+    if name.endswith(DRAFTED):
+        return case.drafted
+    return name in OWN or (case.model == SMALL and not (name == "streaming" and case.tokens == 1))
 
 
-def run_stages(folder: Path, stages: int) -> Callable[[int, int], Times]:
-    pipeline = minigpt.Pipeline.local(str(folder), stages)
-
-    def run(length: int, count: int) -> Times:
-        generation = pipeline.generate(prompt(length), max_tokens=count, draft=0)
-        assert len(list(generation)) == count
-        return generation.times
-
-    return run
-
-
-def run_streaming(folder: Path) -> Callable[[int, int], Times]:
-    import numpy as np
-
-    from minigpt import checkpoints, weights
-
-    config = checkpoints.read_config(folder)
-    tensors = weights.load(folder, config, range(config.n_layer)).tensors
-    read = [tensor for name, tensor in tensors.items() if tensor.ndim == 2 and name != "wpe.weight"]
-    vectors = {width: np.ones(width, np.float32) for width in {tensor.shape[1] for tensor in read}}
-
-    def run(length: int, count: int) -> Times:
-        began, times = time.perf_counter(), []
-        for _ in range(count):
-            for tensor in read:
-                tensor @ vectors[tensor.shape[1]]
-            times.append(time.perf_counter() - began)
-        return times
-
-    return run
-
-
-def run_torch(folder: Path) -> Callable[[int, int], Times]:
-    import torch
-    from transformers import GPT2LMHeadModel
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = GPT2LMHeadModel.from_pretrained(folder).float().eval()
-
-    def run(length: int, count: int) -> Times:
-        began, times = time.perf_counter(), []
-        ids, cache = torch.tensor([prompt(length)]), None
-        with torch.inference_mode():
-            for _ in range(count):
-                out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-                ids.item()
-                times.append(time.perf_counter() - began)
-        return times
-
-    return run
-
-
-def run_ctranslate2(folder: Path, kind: str) -> Callable[[int, int], Times]:
-    import ctranslate2
-    from ctranslate2.converters import TransformersConverter
-    from transformers import GPT2Tokenizer
-
-    words = GPT2Tokenizer(str(folder / "words" / "vocab.json"), str(folder / "words" / "merges.txt"))
-    words.save_pretrained(folder)
-    out = folder / f"ctranslate2-{kind}"
-    TransformersConverter(str(folder)).convert(str(out), quantization=kind, force=True)
-    model = ctranslate2.Generator(str(out), intra_threads=os.cpu_count() or 1, compute_type=kind)
-
-    def run(length: int, count: int) -> Times:
-        began, times = time.perf_counter(), []
-        given = [f"w{token}" for token in prompt(length)]
-        for _ in model.generate_tokens(given, max_length=count, sampling_topk=1, end_token=[]):
-            times.append(time.perf_counter() - began)
-        return times
-
-    return run
-
-
-def serve(contestant: str, folder: Path) -> None:
-    """Answers cases on standard input with times on standard output, until the input ends."""
-    kind, _, rest = contestant.partition(" ")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    if kind == "stages":
-        run = run_stages(folder, int(rest.split()[0]))
-    elif kind == "ctranslate2":
-        run = run_ctranslate2(folder, rest)
-    else:
-        run = {"minigpt": run_minigpt, "torch": run_torch, "streaming": run_streaming}[kind](folder)
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        length, count = json.loads(line)
-        print(json.dumps(run(length, count)), file=answers, flush=True)
+class Failed(Exception):
+    """A contestant does not answer. The message is the last that it said."""
 
 
 class Contestant:
     """A child process that runs cases when it is asked to."""
 
-    def __init__(self, name: str, folder: Path, log: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         environment = os.environ | {"MINIGPT_AEAD": "cryptography" if name.endswith("fast") else "pycryptodome"}
-        with log.open("wb") as errors:
+        self._log = folder / f"{name}.log"
+        script = Path(__file__).with_name("bench_contestants.py")
+        with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, "--serve", name, "--checkpoint", str(folder)],
+                [sys.executable, script, name, folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 env=environment,
             )
-        assert self._process.stdout is not None
-        self.ready = self._process.stdout.readline() == '"ready"\n'
 
-    def run(self, length: int, count: int) -> Times:
-        assert self._process.stdin is not None
+    def answer(self) -> Times | str:
         assert self._process.stdout is not None
-        print(json.dumps([length, count]), file=self._process.stdin, flush=True)
-        times: Times = json.loads(self._process.stdout.readline())
+        try:
+            answer: Times | str = json.loads(self._process.stdout.readline())
+        except ValueError:
+            self._process.wait(30)
+            words = self._log.read_text(errors="replace").strip().splitlines()
+            raise Failed(words[-1] if words else "no reason given") from None
+        return answer
+
+    def run(self, request: Request) -> Times:
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        times = self.answer()
+        assert isinstance(times, list)
         return times
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what it was last asked may not have reached it
+                    pipe.close()
         self._process.wait(30)
 
 
-def figure(case: str, times: Times) -> float:
-    """What a case measures, in milliseconds: the first token, or the mean of those after it."""
-    return 1000 * (times[0] if case.startswith("TTFT") else (times[-1] - times[0]) / (len(times) - 1))
+def figure(times: Times) -> float:
+    """What a case measures, in milliseconds: the mean of the tokens after the first, or the only one."""
+    return 1000 * (times[0] if len(times) == 1 else (times[-1] - times[0]) / (len(times) - 1))
 
 
-def interval(samples: list[float]) -> tuple[float, float, float]:
-    """The median, and a 95 % confidence interval of it from order statistics (normal approximation of ranks)."""
+def measure(names: Sequence[str], cases: Sequence[Case], runs: int) -> Results:
+    """All rounds, after one that does not count, of the contestants that can take part."""
+
+    def leave_out(process: str, error: Exception) -> None:
+        print(f"{process} does not take part: {error}", file=sys.stderr)
+        running.pop(process).close()
+        for name in [name for name in results if name.removesuffix(DRAFTED) == process]:
+            del results[name]
+
+    running: dict[str, Contestant] = {}
+    results: Results = {}
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        make_checkpoint(folder)
+        for process in dict.fromkeys(name.removesuffix(DRAFTED) for name in names):
+            running[process] = Contestant(process, folder)
+            try:
+                running[process].answer()
+            except Failed as error:
+                leave_out(process, error)
+        for name in names:
+            taken = [case.name for case in cases if takes_part(name, case)]
+            if name.removesuffix(DRAFTED) in running and taken:
+                results[name] = {case: [] for case in taken}
+        for number in range(runs + 1):
+            for case in cases:
+                order = [name for name in results if case.name in results[name]]
+                for name in order if number % 2 else reversed(order):
+                    process = name.removesuffix(DRAFTED)
+                    if process not in running:  # it failed in this round
+                        continue
+                    request = Request(case.prompt, case.tokens, DRAFT if name.endswith(DRAFTED) else 0, case.model)
+                    time.sleep(PAUSE)
+                    try:
+                        times = running[process].run(request)
+                    except (Failed, OSError) as error:
+                        leave_out(process, error)
+                        continue
+                    if number:
+                        results[name][case.name].append(figure(times))
+        for contestant in running.values():
+            contestant.close()
+    return results
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The narrowest pair of order statistics, alike at both ends, that holds the median with 95 %; None of too few."""
     ranked, count = sorted(samples), len(samples)
-    half = 1.96 * math.sqrt(count) / 2
-    low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half) - 1)
-    return statistics.median(ranked), ranked[low], ranked[high]
+    outside, rank = 0.0, 0
+    while (outside := outside + 2 * math.comb(count, rank) / 2**count) <= 0.05:
+        rank += 1
+    return (ranked[rank - 1], ranked[-rank]) if rank else None
 
 
-def rows(results: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
-    for case in next(iter(results.values())):
-        base = results.get("torch", {}).get(case)
-        for name, cases in results.items():
-            if name == "streaming" and case.startswith("TTFT"):
-                continue
-            ratio = "–"
-            if base and name != "torch":
-                middle, low, high = interval([ours / theirs for ours, theirs in zip(cases[case], base, strict=True)])
-                ratio = f"{middle:.2f} ({low:.2f}–{high:.2f})"
-            yield [case, name, f"{statistics.median(cases[case]):.1f}", ratio]
-        for fast in ("", " fast"):
-            one = results.get(f"stages 1{fast}", {}).get(case)
-            for stages in (2, 3):
-                more = results.get(f"stages {stages}{fast}", {}).get(case)
-                if one and more:
-                    middle, low, high = interval([b / a for a, b in zip(one, more, strict=True)])
-                    name = f"stages {stages}{fast} / stages 1{fast}"
-                    yield [case, name, "", f"{middle:.3f} ({low:.3f}–{high:.3f})"]
+def ratio(over: Sequence[float], under: Sequence[float]) -> str:
+    """The median of the rounds' ratios, with its interval."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    ends = interval(ratios)
+    return f"{statistics.median(ratios):.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean of the rounds' differences, with its interval."""
+    mean = estimate([a - b for a, b in zip(ours, theirs, strict=True)])
+    return f"{mean.mean:+.2f}" + (f" ± {mean.margin:.2f}" if mean.margin is not None else "")
+
+
+HEADER = ["case", "contestant", "ms", "time / torch's", "compared", "ratio", "difference, ms"]
+
+
+def rows(results: Results) -> Iterator[list[str]]:
+    """The table's rows, by case: stages are compared with one stage in time, drafts with none in tokens per second."""
+    for case in dict.fromkeys(case for cases in results.values() for case in cases):
+        taking_part = {name: cases[case] for name, cases in results.items() if case in cases}
+        for name, ours in taking_part.items():
+            row = [case, name, f"{statistics.median(ours):.2f}", "–", "–", "–", "–"]
+            if "torch" in taking_part and name != "torch":
+                row[3] = ratio(ours, taking_part["torch"])
+            plain = name.removesuffix(DRAFTED)
+            one = name.replace("stages 2", "stages 1").replace("stages 3", "stages 1")
+            if plain != name and plain in taking_part:
+                theirs = taking_part[plain]
+                row[4:] = [f"tokens/s / {plain}'s", ratio(theirs, ours), difference(ours, theirs)]
+            elif plain == name and one != name and one in taking_part:
+                theirs = taking_part[one]
+                row[4:] = [f"time / {one}'s", ratio(ours, theirs), difference(ours, theirs)]
+            yield row
+
+
+def machine() -> str:
+    """What the figures depend on."""
+    import numpy as np
+
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in reversed(described.splitlines()) if ":" in line)  # the first core's
+    fields = {name.strip(): value.split() for name, value in lines.items()}
+    simd = next((level for level in ("avx512f", "avx2") if level in fields.get("flags", [])), "neither AVX2 nor more")
+    built = np.show_config(mode="dicts")
+    assert isinstance(built, dict)
+    blas = built["Build Dependencies"]["blas"]
+    facts = [
+        f"{' '.join(fields.get('model name', [])) or platform.machine()}, {CORES} cores, {simd.removesuffix('f')}",
+        f"Python {platform.python_version()}",
+        f"NumPy {np.__version__} with {blas['name']} {blas['version']}",
+    ]
+    for package in ("torch", "transformers", "ctranslate2", "onnxruntime"):
+        try:
+            facts.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "; ".join(facts)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=int, default=12, help="rounds that count, after one that does not")
     options.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
-    options.add_argument("--cases", default=",".join(name for name, _, _ in CASES), help="cases, separated by commas")
+    options.add_argument("--cases", default=",".join(case.name for case in CASES), help="cases, separated by commas")
     options.add_argument("--json", metavar="FILE", help="write every figure there")
-    options.add_argument("--serve", help=argparse.SUPPRESS)
-    options.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.serve is not None:
-        serve(given.serve, given.checkpoint)
-        return
-    cases = [case for case in CASES if case[0] in given.cases.split(",")]
-    with tempfile.TemporaryDirectory() as where:
-        folder = Path(where)
-        make_checkpoint(folder)
-        taking_part: dict[str, Contestant] = {}
-        for name in given.only.split(","):
-            log = folder / f"{name}.log"
-            contestant = Contestant(name, folder, log)
-            if contestant.ready:
-                taking_part[name] = contestant
-            else:
-                words = log.read_text(errors="replace").strip().splitlines()
-                print(f"{name} does not take part: {words[-1] if words else 'no reason given'}", file=sys.stderr)
-                contestant.close()
-        results: dict[str, dict[str, list[float]]] = {name: {case[0]: [] for case in cases} for name in taking_part}
-        for number in range(given.runs + 1):
-            for case, length, count in cases:
-                order: list[Any] = list(taking_part.items())
-                for name, contestant in order if number % 2 else reversed(order):
-                    times = contestant.run(length, count)
-                    if number:
-                        results[name][case].append(figure(case, times))
-        for contestant in taking_part.values():
-            contestant.close()
-    print("| case | | ms | ratio to torch |\n|---|---|---:|---:|")
-    for row in rows(results):
+    names, wanted = given.only.split(","), given.cases.split(",")
+    unknown = {*names, *wanted} - {*CONTESTANTS, *(case.name for case in CASES)}
+    if unknown or given.runs < 1:
+        options.error(f"no contestant or case: {', '.join(sorted(unknown))}" if unknown else "--runs is 1 or more")
+    results = measure(names, [case for case in CASES if case.name in wanted], given.runs)
+    print(f"{machine()}: `python {shlex.join(['scripts/bench_peers.py', *sys.argv[1:]])}`\n")
+    for row in (HEADER, ["---", "---", "---:", "---:", "---", "---:", "---:"], *rows(results)):
         print("| " + " | ".join(row) + " |")
     if given.json:
         Path(given.json).write_text(json.dumps(results))
