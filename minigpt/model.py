@@ -37,8 +37,9 @@ CACHE_STEP = 64  # positions: the smallest cache: 4.5 MiB for GPT-2 small
 class KVCache:
     """Keys and values of one sequence's positions so far, for the layers of one range.
 
-    Preallocated and grown in doubling steps: a new position is written in place (concatenating would copy the whole
-    cache for every token), and a short sequence does not pay for n_positions. Not thread-safe.
+    Preallocated with room for a quarter more, and grown so again: a new position is written in place (concatenating
+    would copy the whole cache for every token), the first token after a prompt does not wait for a larger cache, and a
+    short sequence does not pay for n_positions. Not thread-safe.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, n_positions: int) -> None:
@@ -64,7 +65,7 @@ class KVCache:
         if wanted > self._n_positions:
             raise ValueError(f"cache: {self.length} + {rows} positions, the model has {self._n_positions}")
         if wanted > capacity:
-            steps = math.ceil(max(wanted, 2 * capacity) / CACHE_STEP)
+            steps = math.ceil((wanted + wanted // 4) / CACHE_STEP)
             self._keys = self._grown(self._keys, min(steps * CACHE_STEP, self._n_positions))
             self._values = self._grown(self._values, self._keys.shape[2])
 
