@@ -44,14 +44,14 @@ FEW = 2
 
 
 class Lookup:
-    """A sequence of token ids that grows to at most `room`, and what may follow it.
+    """A sequence of token ids that grows, and what may follow it.
 
     The longest run of ids that stands at its end and stood in it before is looked up, and what followed it the last
     time is guessed to follow again. A guess pays only if enough of it is right: so a run must have some length, which
     doubles when a guess was mostly wrong and halves when it was mostly right, and no guess is longer than its run. This
     follows from the sequence, and never from time or load: the same request makes the same guesses.
 
-    >>> lookup = Lookup([7, 1, 2, 3, 4, 5, 9, 1, 2, 3], room=20)
+    >>> lookup = Lookup([7, 1, 2, 3, 4, 5, 9, 1, 2, 3])
     >>> lookup.guess(2), lookup.guess(8)
     ([4, 5], [4, 5, 9])
     >>> lookup.extend([4])
@@ -59,31 +59,40 @@ class Lookup:
     [5, 9, 1, 2]
     """
 
-    def __init__(self, ids: Iterable[int] = (), *, room: int) -> None:
-        self._length = 0
-        self._ids = np.empty(room, np.int64)
-        self._runs = np.zeros(room, np.int64)  # [i]: how many ids before index i are also the last of the sequence
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self._ids: list[int] = []
+        self._seen: set[tuple[int, ...]] = set()  # every run of SHORTEST ids
+        self._recurs = False  # whether the last of them stood before
         self._demanded = SHORTEST
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Adds ids to the sequence; each takes 3 to 5 µs."""
+        """Adds ids to the sequence. A set is asked first, because most texts do not repeat what they have just said."""
         for token in ids:
-            end = self._length
-            self._runs[1 : end + 1] = np.where(self._ids[:end] == token, self._runs[:end] + 1, 0)
-            self._ids[end] = token
-            self._length = end + 1
+            self._ids.append(token)
+            run = tuple(self._ids[-SHORTEST:])
+            self._recurs = run in self._seen
+            self._seen.add(run)
 
     def guess(self, most: int) -> list[int]:
         """At most so many ids that may follow; none where no run that stood before is long enough."""
-        runs = self._runs[: self._length]
-        longest = int(runs.max(initial=0))
+        if not self._recurs:
+            return []
+        ids = np.array(self._ids)
+        ends = np.flatnonzero(ids[:-1] == ids[-1]) + 1  # where the run of one id stood before: the index after it
+        longest = 1
+        while longest < LONGEST:
+            longer = ends[ends > longest]
+            longer = longer[ids[longer - longest - 1] == ids[-longest - 1]]
+            if not longer.size:
+                break
+            ends, longest = longer, longest + 1
         if longest < self._demanded:
             return []
-        after = int(np.flatnonzero(runs == longest)[-1])
+        after = int(ends[-1])
         guess: list[int] = []
         for place in range(after, after + min(most, longest)):  # past the end, it goes on with what it guessed
-            guess.append(int(self._ids[place]) if place < self._length else guess[place - self._length])
+            guess.append(self._ids[place] if place < len(ids) else guess[place - len(ids)])
         return guess
 
     def learn(self, guessed: int, right: int) -> None:
@@ -129,7 +138,7 @@ class Decoding:
             self._draft = 0
         self._start = request.start
         self._ids = [*request.ids, token]
-        self._lookup = Lookup(self._ids, room=sequence.model.config.n_positions + 1) if self._draft else None
+        self._lookup = Lookup(self._ids) if self._draft else None
         self._plain = request.start + len(request.ids)  # the positions before it are as plain decoding leaves them
         self._open = False  # whether the next token was left open
 

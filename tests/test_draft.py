@@ -307,13 +307,13 @@ def followers(ids: list[int], demanded: int) -> list[int]:
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 40), st.integers(0, 9))
 def test_the_longest_run_that_stood_before_says_what_follows(ids: list[int], given_: int, most: int) -> None:
-    lookup = Lookup(ids[:given_], room=40)
+    lookup = Lookup(ids[:given_])
     lookup.extend(ids[given_:])
     assert lookup.guess(most) == followers(ids, SHORTEST)[:most]
 
 
 def test_wrong_guesses_demand_longer_runs_and_right_ones_shorter() -> None:
-    lookup = Lookup([1, 2, 3, 4, 1, 2, 3], room=200)
+    lookup = Lookup([1, 2, 3, 4, 1, 2, 3])
     lookup.learn(4, 2)
     assert lookup.guess(4) == [4, 1, 2]
     lookup.learn(4, 1)
