@@ -71,7 +71,7 @@ CASES = [
     Case("5 + 20", ids(5), 20),
     Case("5 + 100", ids(5), 100, drafted=True),
     Case("512 + 20", ids(512), 20),
-    *(Case(f"TTFT {length}", ids(length), 1) for length in (16, 32, 128, 512, 1000)),
+    *(Case(f"TTFT {length}", ids(length), 1) for length in (5, 16, 32, 128, 512, 1000)),
     Case("embedded 60 new", QUESTION, 60, TINY, drafted=True),
     Case("embedded 60 repeated", 2 * PARAGRAPH + QUESTION, 60, TINY, drafted=True),
 ]
