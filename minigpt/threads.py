@@ -59,8 +59,21 @@ class _Helper:
             self._end.release()
 
 
-_helpers: list[_Helper] = []
-_in_use = threading.Lock()
+class _Pool:
+    """The helpers of this process, and the lock of whoever uses them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew; in the child of a fork too, where no helper lives and the lock may be held for ever."""
+        self.helpers: list[_Helper] = []
+        self.in_use = threading.Lock()
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.reset)
 
 
 def in_parts(work: Work, count: int) -> None:
@@ -69,22 +82,27 @@ def in_parts(work: Work, count: int) -> None:
     Where another computation uses the threads already, this one runs on its own.
     """
     parts = min(THREADS, count)
-    if parts < 2 or not _in_use.acquire(blocking=False):
+    if parts < 2 or not _pool.in_use.acquire(blocking=False):
         work(slice(0, count))
         return
+    errors: list[BaseException | None] = []
     try:
-        while len(_helpers) < parts - 1:
-            _helpers.append(_Helper())
+        while len(_pool.helpers) < parts - 1:
+            _pool.helpers.append(_Helper())
         bounds = [count * part // parts for part in range(parts + 1)]
-        helpers = _helpers[: parts - 1]
+        helpers = _pool.helpers[: parts - 1]
         for helper, start, stop in zip(helpers, bounds[1:], bounds[2:], strict=False):
             helper.begin(work, slice(start, stop))
         try:
             work(slice(0, bounds[1]))
-        finally:
-            errors = [helper.end() for helper in helpers]
+        except BaseException as error:
+            errors.append(error)
+        errors += [helper.end() for helper in helpers]
+    except BaseException:  # Ctrl-C while they compute: they are not in step with us any more
+        _pool.helpers.clear()
+        raise
     finally:
-        _in_use.release()
-    for error in errors:
-        if error is not None:
-            raise error
+        _pool.in_use.release()
+    for raised in errors:
+        if raised is not None:
+            raise raised

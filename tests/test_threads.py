@@ -112,6 +112,34 @@ def test_models_may_run_in_several_threads_at_once(monkeypatch: pytest.MonkeyPat
     assert found == [alone] * 80
 
 
+def test_an_interrupt_while_the_helpers_compute_leaves_none_of_them_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    threads.in_parts(lambda _part: None, 2)
+    before = threads._pool.helpers[0]
+    go_on = threading.Event()
+
+    def end(_helper: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads._Helper, "end", end)
+        with pytest.raises(KeyboardInterrupt):
+            threads.in_parts(lambda part: part.start == 0 or go_on.wait(60), 2)
+    seen: list[int] = []
+    threads.in_parts(lambda part: seen.append(part.start), 2)
+    go_on.set()
+    assert sorted(seen) == [0, 1]
+    assert before not in threads._pool.helpers
+
+
+def test_a_forked_process_has_helpers_of_its_own() -> None:
+    work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
+    code = f"import os, time, minigpt\nfrom minigpt import threads\nthreads.THREADS = 3\n{work}\nif os.fork() == 0:\n"
+    code += f"    {work}\n    os._exit(7)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("7\n", 0)
+
+
 def test_the_helpers_do_not_keep_a_process_from_ending() -> None:
     work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
     code = f"import time, minigpt\nfrom minigpt import threads\nthreads.THREADS = 3\n{work}"
