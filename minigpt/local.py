@@ -1,8 +1,9 @@
 """A pipeline of child processes on this machine, for a demonstration, a test or a measurement.
 
 The keys are made here and never touch a disk: each stage gets the manifest and its mock key through a pipe. The
-listening sockets are bound here and handed down, so that the manifest can name their ports. The children live as long
-as a pipe to each of them: if this process dies, even by kill -9, they end too.
+listening sockets are bound here and handed down, so that the manifest can name their ports; so is a file by which the
+stages take turns at the cores. The children live as long as a pipe to each of them: if this process dies, even by kill
+-9, they end too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class LocalStages:
         root = MockRoot.generate()
         self._processes: list[subprocess.Popen[str]] = []
         self._logs: list[IO[bytes]] = []
+        self._turns = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `close`
         with contextlib.ExitStack() as sockets:
             listeners = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in layers]
             data = manifests.write(
@@ -86,8 +88,8 @@ class LocalStages:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        for log in self._logs:
-            log.close()
+        for file in (*self._logs, self._turns):
+            file.close()
         self._processes, self._logs = [], []
 
     def _start(
@@ -101,7 +103,7 @@ class LocalStages:
             command = [
                 sys.executable, "-P", "-m", "minigpt.stage", "--index", str(index), "--model", str(folder),
                 "--manifest", f"/dev/fd/{sources[0]}", "--mock-key", f"/dev/fd/{sources[1]}", "--allow-mock",
-                "--listen", f"fd:{listener.fileno()}", "--until-eof",
+                "--listen", f"fd:{listener.fileno()}", "--turns", f"/dev/fd/{self._turns.fileno()}", "--until-eof",
             ]  # fmt: skip
             if threads is not None:
                 command += ["--threads", str(threads)]
@@ -113,7 +115,7 @@ class LocalStages:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                pass_fds=[listener.fileno(), *sources],
+                pass_fds=[listener.fileno(), self._turns.fileno(), *sources],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for this process, which ends them in order
             )

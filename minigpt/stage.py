@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import minigpt
 from minigpt import options as options_of
@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--handshake-timeout", "S", "seconds that a handshake may take", options_of.seconds, 10.0)
     add("--message-timeout", "S", "seconds that a message may take once it has begun", options_of.seconds, 60.0)
     add("--idle-timeout", "S", "seconds that a channel may be silent", options_of.seconds, 3600.0)
+    add("--turns", "FILE", "compute in turns with the stages that name the same file: they share this machine's "
+        "cores")  # fmt: skip
     options.add_argument("--until-eof", action="store_true", help="end when standard input does: a parent that dies "
                          "takes its stages along")  # fmt: skip
     return options
@@ -129,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     model = GPT2(manifest.config, entry.layers, loaded.tensors)
     attester = MockAttester(key, manifest.claims(entry.index))
     _check_own_evidence(manifest, entry.index, attester)
-    stage = Stage(manifest, entry.index, model, attester, _limits(options))
+    stage = Stage(manifest, entry.index, model, attester, _limits(options), _shared(options.turns))
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
     try:
@@ -181,6 +183,18 @@ def _limits(options: argparse.Namespace) -> Limits:
         idle=options.idle_timeout,
         deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
     )
+
+
+def _shared(path: str | None) -> IO[bytes] | None:
+    """The file of --turns, open as locking wants it."""
+    from minigpt.errors import UsageError
+
+    if path is None:
+        return None
+    try:
+        return open(path, "r+b", buffering=0)
+    except OSError as error:
+        raise UsageError(f"--turns {path}: {error.strerror}; wanted a file that can be read and written") from None
 
 
 def _listener(listen: str | None, entry: StageEntry) -> Listener:

@@ -1,5 +1,6 @@
 """A pipeline of real processes: what it gives, what it refuses, and how it ends."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -390,6 +391,30 @@ def test_a_stage_refuses_to_start_with_other_weights(folder: Path, tmp_path: Pat
 
 
 # How it ends
+
+
+def test_stages_that_share_a_machine_compute_in_turns(folder: Path, tmp_path: Path) -> None:
+    turns, found = tmp_path / "turns", []
+    turns.touch()
+    with Stages(folder, "2+2", tmp_path) as stages:
+        for index in (1, 0):
+            stages.start(index, "--turns", str(turns))
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made, turns.open("r+b") as held:
+            wanted = ids(made.generate(IDS[:5], max_tokens=5))
+            fcntl.lockf(held, fcntl.LOCK_EX)
+            running = made.generate(IDS[:5], max_tokens=5)
+            asking = threading.Thread(target=lambda: found.extend(token.id for token in running))
+            asking.start()
+            asking.join(0.5)
+            assert asking.is_alive()
+            assert found == []
+            fcntl.lockf(held, fcntl.LOCK_UN)
+            asking.join(60)
+            assert found == wanted
+        stages.kill(0)
+        process = stages.spawn(0, "--turns", str(tmp_path / "none" / "such"))
+        assert process.wait(60) == 2
+        assert "none/such: No such file or directory" in stages.log(0)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
