@@ -44,7 +44,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
                 pipeline.status()
             for ids in requests:
                 tokens.append([])
-                for token in pipeline.generate(ids, max_tokens=most, **sampling):
+                for token in pipeline.generate(ids, max_tokens=most, draft=0, **sampling):
                     tokens[-1].append(token.id)
         whole = True
     except Exception as caught:  # whatever it is, it is what the user sees
