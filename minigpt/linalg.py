@@ -1,7 +1,7 @@
 """The arithmetic of the forward pass, float32 throughout: each trick under a name, with its reason and its gain.
 
-The gains quoted were measured for GPT-2 small on two cores of an AMD Zen 3 with OpenBLAS 0.3.31; ratios travel
-between machines, milliseconds do not.
+The gains quoted were measured for GPT-2 small on two cores of an AMD Zen 3, or a Zen 4 where AVX-512 is named, with
+OpenBLAS 0.3.31; ratios travel between machines, milliseconds do not.
 
 Letters: R rows, C n_embd, N any width, M matrix outputs, H heads, T new positions, S cached + new ones, D = C / H.
 """
@@ -49,7 +49,8 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
     tokens, a short prompt) are multiplied in another way:
 
     - with AVX-512, block by block of the matrix's columns, which are small enough not to be repacked: 2, 4 and 8 rows
-      take 1.1, 1.2 and 1.5 times one row. That wants each column in one piece, which one row does not mind.
+      take 1.1, 1.2 and 1.5 times one row. That wants each column in one piece, which costs one row nothing on two
+      threads, and 16 % on one.
     - otherwise row by row: 2 and 3 rows take 1.7 and 2.4 times one, since all but the first find the matrix in the
       third-level cache.
     """
