@@ -239,14 +239,14 @@ class Arena:
         """What a stage has logged since `mark`."""
         return self.stages.log(index)[self._marks[index] :]
 
-    def verdict(self, index: int, timeout: float = 5.0) -> str:
+    def verdict(self, index: int, timeout: float = PATIENCE) -> str:
         """How stage `index` logged the end of the first channel since `mark` that has ended."""
         found: list[str] = []
 
         def ended() -> bool:
             found[:] = [
                 match[2] + match[3]
-                for match in map(_VERDICT.search, self.said(index).splitlines())
+                for match in map(_VERDICT.search, self.said(index).split("\n")[:-1])  # lines that are whole
                 if match and int(match[1]) > self._channels[index] and match[2] != "open"
             ]
             return bool(found)
