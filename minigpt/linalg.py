@@ -193,7 +193,7 @@ def _polynomial(z: Array, coefficients: tuple[float, ...]) -> Array:
 def in_pieces(work: Callable[[Array], None], x: Array) -> None:
     """Calls `work` with views that cover a contiguous array, whole rows of its last axis and about PIECE numbers each.
 
-    For a prompt of 512 tokens the GELUs took 80 ms on one thread and 47 on two.
+    Of a prompt of 512 tokens the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
     """
     rows = x.reshape(-1, x.shape[-1])
     step = max(1, PIECE // rows.shape[1])
