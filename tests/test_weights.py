@@ -83,6 +83,25 @@ def test_bfloat16_is_widened_exactly_in_blocks_of_any_size(
     assert loaded.digest == expected_digest(b"BF16", stored)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_how_matrices_lie_in_memory_changes_neither_them_nor_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type
+) -> None:
+    write(tmp_path, SMALL, TENSORS, dtype=dtype)
+    monkeypatch.setattr(weights, "BLOCK", 1000)
+    loaded = {}
+    for blocked in (False, True):
+        monkeypatch.setattr(weights, "BLOCKED", blocked)
+        loaded[blocked] = weights.load(tmp_path, SMALL, ALL)
+    rows, columns = (made.tensors for made in loaded.values())
+    assert loaded[False].digest == loaded[True].digest
+    assert all(np.array_equal(rows[name], columns[name]) for name in TENSORS)
+    assert all(tensor.flags.c_contiguous for tensor in rows.values())
+    matrices = {name for name, tensor in columns.items() if not tensor.flags.c_contiguous}
+    assert matrices == {name for name, tensor in TENSORS.items() if name.startswith("h.") and tensor.ndim == 2}
+    assert all(columns[name].T.flags.c_contiguous for name in matrices)
+
+
 def test_dtypes_may_be_mixed_and_unknown_neighbours_passed_over(tmp_path: Path) -> None:
     stored = {name: ("F32", t.shape, t.tobytes()) for name, t in TENSORS.items()}
     stored["ln_f.bias"] = ("F16", TENSORS["ln_f.bias"].shape, TENSORS["ln_f.bias"].astype(np.float16).tobytes())
