@@ -27,7 +27,7 @@ from minigpt.model import GPT2, KVCache
 from minigpt.sampling import Sampling, logprob, sample
 
 # Rows of a prompt computed at once: what the token of another channel waits for at most, and the stages after this one
-# begin with. Each chunk costs a repacking of all matrices: chunks of 128 took 20 % longer for 1000 tokens.
+# begin with. Each chunk costs a repacking of all matrices: chunks of 128 took a quarter longer for 1000 tokens.
 CHUNK = 256
 
 Answer = Token | Logits

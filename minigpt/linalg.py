@@ -39,6 +39,7 @@ FEW_ROWS = 32 if BLOCKED else 3  # more are multiplied as BLAS does it
 # What OpenBLAS takes as small: numbers of a block's result, and multiplications for it.
 _BLOCK_RESULT = 1200
 _BLOCK_WORK = 1_000_000
+_LARGE = 2**20  # numbers of a matrix: a smaller one is read before another thread has begun
 
 
 def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
@@ -77,7 +78,11 @@ def _block_by_block(x: Array, columns: Array) -> Array:  # (R, N), (M, N) -> (R,
     y = np.empty((rows, outputs), np.float32)
     matrices = columns[:even].reshape(blocks, size, width).transpose(0, 2, 1)  # (blocks, N, B)
     results = y[:, :even].reshape(rows, blocks, size).transpose(1, 0, 2)  # (blocks, R, B)
-    in_parts(lambda part: np.matmul(x, matrices[part], out=results[part]), blocks)
+
+    def work(part: slice) -> None:
+        np.matmul(x, matrices[part], out=results[part])
+
+    in_parts(work, blocks) if columns.size >= _LARGE else work(slice(0, blocks))
     if even < outputs:
         np.matmul(x, columns[even:].T, out=y[:, even:])
     return y

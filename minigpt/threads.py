@@ -2,7 +2,7 @@
 
 OpenBLAS spreads what it spreads over threads of its own. What it does not, and NumPy's elementwise functions, are cut
 here into parts that do not touch each other, so that results do not depend on the number of threads. A hand-over to a
-sleeping thread and back takes 70 to 150 µs: it pays for what takes several times that.
+sleeping thread and back takes about 110 µs: it pays for what takes several times that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THREADS = available()
 
 
 class _Helper:
-    """A thread that waits for parts to compute. Two bare locks: futures and queues take twice the time."""
+    """A thread that waits for parts to compute. Two bare locks: an executor takes 30 µs more, each time."""
 
     def __init__(self) -> None:
         self._begin, self._end = threading.Lock(), threading.Lock()

@@ -9,8 +9,8 @@ block is digested as it arrived and then copied to its place as float32, so that
 are computed with, whatever happens to the file meanwhile, and the memory needed beside the tensors is a few blocks.
 
 All tensors lie in one allocation, which Linux then backs with huge pages but for its ends: a token reads every weight,
-and of 4 KiB pages each read costs a walk through the page tables. That took 4 % off a token with two threads, and 5 to
-10 % with one. Layers' matrices lie as `linalg` wants them.
+and of 4 KiB pages each read costs a walk through the page tables. That took 4 % off a token's matrices on two threads,
+and 5 to 10 % on one. Layers' matrices lie as `linalg` wants them.
 
 The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
 

@@ -65,7 +65,7 @@ def test_there_are_as_many_threads_as_blas_has(
 
 
 @pytest.mark.parametrize("rows", [2, 3, 8, 31, 32, 33])
-@pytest.mark.parametrize("shape", [(1, 1), (48, 144), (768, 1000), (3072, 13), (70_000, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (48, 144), (768, 1000), (3072, 13), (70_000, 3), (768, 1500)])
 @pytest.mark.parametrize("blocked", [False, True])
 def test_a_product_is_its_definition_whatever_its_way(
     rows: int, shape: tuple[int, int], blocked: bool, monkeypatch: pytest.MonkeyPatch
