@@ -109,12 +109,13 @@ def lock_down() -> None:
 def run(options: argparse.Namespace) -> None:
     """Loads what the options name, and serves until a signal comes."""
     from attest.mock import MockAttester, MockKey
-    from minigpt import checkpoints, weights
+    from minigpt import checkpoints, threads, weights
     from minigpt.errors import UsageError, WeightsMismatch
     from minigpt.manifest import MAX_MANIFEST, Manifest
     from minigpt.model import GPT2
     from minigpt.serving import Stage
 
+    blas = threads.native()
     manifest = Manifest.parse(_receive(options.manifest, MAX_MANIFEST))
     entry = _entry(manifest, options)
     if options.mock_key is None:
@@ -131,7 +132,10 @@ def run(options: argparse.Namespace) -> None:
     model = GPT2(manifest.config, entry.layers, loaded.tensors)
     attester = MockAttester(key, manifest.claims(entry.index))
     _check_own_evidence(manifest, entry.index, attester)
-    stage = Stage(manifest, entry.index, model, attester, _limits(options), _shared(options.turns))
+    cores = _shared(options.turns)
+    if cores is not None:
+        threads.spread(blas, entry.index)
+    stage = Stage(manifest, entry.index, model, attester, _limits(options), cores)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
     try:
