@@ -208,7 +208,7 @@ class Conversation:
                 )
             try:
                 link = None if stage.model.is_last else self._take_link()
-                self.sequence = Sequence(stage.model, link, stage=stage.index, turn=stage.turn)
+                self.sequence = Sequence(stage.model, link, stage=stage.index, turns=stage.turns)
             except BaseException:
                 stage.sequences.release()
                 raise

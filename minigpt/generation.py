@@ -30,6 +30,8 @@ from minigpt.sampling import Sampling, logprob, sample
 # begin with. Each chunk costs a repacking of all matrices: chunks of 128 took a quarter longer for 1000 tokens.
 CHUNK = 256
 
+_ALONE = nullcontext()
+
 Answer = Token | Logits
 Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
 
@@ -71,7 +73,7 @@ class Sequence:
         model: the stage's layers.
         following: what comes after them; None in the last stage.
         stage: the stage's index, for what it says.
-        turn: entered around each computation, so that channels take turns.
+        turns: held for each computation, so that channels take turns.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Sequence:
         following: Steps | None = None,
         *,
         stage: int = 0,
-        turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        turns: AbstractContextManager[Any] = _ALONE,
     ) -> None:
         if (following is None) != model.is_last:
             raise ValueError("a stage that is not the last has another after it, and the last has none")
@@ -88,7 +90,7 @@ class Sequence:
         self.cache: KVCache = model.new_cache()
         self.following = following
         self.stage = stage
-        self.turn = turn
+        self.turns = turns
 
     def step(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
         """Computes new positions and says what was wanted of them.
@@ -102,7 +104,7 @@ class Sequence:
             RequestRefused: as `check`; nothing has changed then.
         """
         self.check(start, rows)
-        with self.turn():
+        with self.turns:
             began = time.perf_counter()
             self.cache.truncate(start)
             hidden = self.model.embed(rows, start) if self.model.is_first else rows

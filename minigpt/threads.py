@@ -40,8 +40,8 @@ def spread(workers: Sequence[int], first: int) -> None:
     """Gives each thread that computes a processor of its own, the caller's the one with number `first`, counted around.
 
     For processes that compute in turns on the same processors. While the threads of one are about to sleep, those of
-    the next wake up, and the system often puts two of them on one processor and moves them apart milliseconds later: one
-    token in twenty took 5 to 15 ms longer. Threads that the caller starts later stay with it.
+    the next wake up, and the system often puts two of them on one processor and moves them apart milliseconds later:
+    one token in twenty took 5 to 15 ms longer. Threads that the caller starts later stay with it.
 
     Does nothing where the threads are not as many as the processors: then the system knows better which ones are free.
 

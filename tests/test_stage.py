@@ -17,7 +17,7 @@ from processes import ROOT, Stages, eventually
 import minigpt
 from minigpt.client import Pipeline
 from minigpt.config import Config
-from minigpt.serving import FairLock
+from minigpt.serving import Turns
 
 
 def free_port() -> tuple[socket.socket, int]:
@@ -88,15 +88,15 @@ def test_no_other_process_of_the_user_may_read_a_stages_memory() -> None:
 
 
 def test_turns_are_taken_in_the_order_of_asking() -> None:
-    lock, taken = FairLock(), []
+    lock, taken = Turns(), []
 
     def take(number: int) -> None:
-        with lock.turn():
+        with lock:
             taken.append(number)
             time.sleep(0.001)
 
     threads = []
-    with lock.turn():
+    with lock:
         for number in range(12):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
@@ -104,15 +104,15 @@ def test_turns_are_taken_in_the_order_of_asking() -> None:
     for thread in threads:
         thread.join()
     assert taken == list(range(12))
-    with lock.turn():
+    with lock:
         pass
 
 
 def test_a_turn_is_given_back_when_a_computation_fails() -> None:
-    lock = FairLock()
+    lock = Turns()
     for _ in range(2):
         try:
-            with lock.turn():
+            with lock:
                 raise FloatingPointError
         except FloatingPointError:
             pass

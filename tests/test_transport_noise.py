@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise.connection import Keypair, NoiseConnection
 
-from transport import noise
+from transport import aead, noise
 from transport.errors import HandshakeError, LimitError, RecordError, TransportError
 from transport.noise import XX, CipherState, KeyPair
 
@@ -141,7 +141,7 @@ def test_wrong_lengths_die_before_any_cryptography(number, monkeypatch):
         if n != number:
             return message
         monkeypatch.setattr(KeyPair, "dh", None)
-        monkeypatch.setattr(noise, "decrypt", None)
+        monkeypatch.setattr(aead.Cipher, "decrypt", None)
         return message[:-1]
 
     with pytest.raises(HandshakeError, match=f"message {number}: .* wanted"):
@@ -247,8 +247,8 @@ def test_the_aead_agrees_with_two_libraries(k, n, ad, plaintext):
     cipher = ChaCha20_Poly1305.new(key=k, nonce=nonce)
     cipher.update(ad)
     sealed = b"".join(cipher.encrypt_and_digest(plaintext))
-    assert noise.encrypt(k, n, ad, plaintext) == sealed == ChaCha20Poly1305(k).encrypt(nonce, plaintext, ad)
-    assert noise.decrypt(k, n, ad, bytearray(sealed)) == plaintext
+    assert aead.Cipher(k).encrypt(n, ad, plaintext) == sealed == ChaCha20Poly1305(k).encrypt(nonce, plaintext, ad)
+    assert aead.Cipher(k).decrypt(n, ad, bytearray(sealed)) == plaintext
 
 
 def test_private_keys_are_in_no_repr():

@@ -96,6 +96,8 @@ def _no_ext(_code: int, _data: bytes) -> NoReturn:
 def _check(value: Any, depth: int, lists: tuple[type, ...], scalars: tuple[type, ...]) -> None:
     """Raises TypeError or ValueError unless it is a plain value, of not too many levels or items."""
     kind = type(value)
+    if kind in scalars:
+        return
     if kind is dict or kind in lists:
         if depth == 0 or len(value) > MAX_ITEMS:
             raise ValueError(f"more than {MAX_DEPTH} levels, or {MAX_ITEMS} items in one list or map")
@@ -108,5 +110,5 @@ def _check(value: Any, depth: int, lists: tuple[type, ...], scalars: tuple[type,
     elif kind is float:
         if not math.isfinite(value):
             raise ValueError("a float is not finite")
-    elif kind not in scalars:
+    else:
         raise TypeError(f"a {kind.__name__} is not allowed")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key, key_agreement
 from Crypto.Random import get_random_bytes
 
-from transport.aead import TAGLEN, Bytes, decrypt, encrypt
+from transport.aead import TAGLEN, Bytes, Cipher
 from transport.errors import HandshakeError, LimitError, RecordError
 from transport.kem import CTLEN, EKLEN, KemKey, encapsulate
 
@@ -92,26 +92,27 @@ def generate_keypair() -> tuple[bytes, bytes]:
 class CipherState:
     """A key and the number of the next message under it (section 5.1)."""
 
-    __slots__ = ("k", "n")
+    __slots__ = ("_cipher", "k", "n")
 
     def __init__(self, k: bytes | None = None) -> None:
         self.k = k
         self.n = 0
+        self._cipher = None if k is None else Cipher(k)
 
     def encrypt_with_ad(self, ad: Bytes, plaintext: Bytes) -> bytes:
         """Raises LimitError after 2^64 - 1 messages."""
-        if self.k is None:
+        if self._cipher is None:
             return bytes(plaintext)
-        ciphertext = encrypt(self.k, self._nonce(), ad, plaintext)
+        ciphertext = self._cipher.encrypt(self._nonce(), ad, plaintext)
         self.n += 1
         return ciphertext
 
     def decrypt_with_ad(self, ad: Bytes, ciphertext: Bytes) -> bytes:
         """Raises RecordError if it is not authentic, LimitError after 2^64 - 1 messages."""
-        if self.k is None:
+        if self._cipher is None:
             return bytes(ciphertext)
         try:
-            plaintext = decrypt(self.k, self._nonce(), ad, ciphertext)
+            plaintext = self._cipher.decrypt(self._nonce(), ad, ciphertext)
         except ValueError:
             raise RecordError(f"record {self.n}: it was altered, moved, or made with another key") from None
         self.n += 1
@@ -119,8 +120,9 @@ class CipherState:
 
     def rekey(self) -> None:
         """REKEY(k), section 4.2; n goes on."""
-        if self.k is not None:
-            self.k = encrypt(self.k, MAX_NONCE, b"", bytes(32))[:32]
+        if self._cipher is not None:
+            self.k = self._cipher.encrypt(MAX_NONCE, b"", bytes(32))[:32]
+            self._cipher = Cipher(self.k)
 
     def _nonce(self) -> int:
         if self.n >= MAX_NONCE:
