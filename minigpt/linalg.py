@@ -8,7 +8,6 @@ Letters: R rows, C n_embd, N any width, M matrix outputs, H heads, T new positio
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -98,13 +97,12 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:  # (R, N), (N, M), (M
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  # (R, C), (C,), (C,) -> (R, C)
     """Layer normalisation over the last axis, variance without Bessel's correction (arXiv:1607.06450).
 
-    The sums are dot products: 14 µs a row, against 26 with `mean` and `var`.
+    The sums are a ufunc's and a dot product: 9 µs a row, against 26 with `mean` and `var`, which are Python inside.
     """
-    width = x.shape[-1]
-    mean = x @ _averaging(width)
-    y: Array = x - mean[:, np.newaxis]
+    inverse = np.float32(1 / x.shape[-1])
+    y: Array = x - np.add.reduce(x, axis=-1, keepdims=True) * inverse
     variance = np.vecdot(y, y)
-    variance /= width
+    variance *= inverse
     variance += np.float32(epsilon)
     y /= np.sqrt(variance)[:, np.newaxis]
     y *= weight
@@ -112,21 +110,22 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  
     return y
 
 
-@cache
-def _averaging(width: int) -> Array:  # (N,)
-    """What a row is multiplied with to have its mean."""
-    return np.full(width, 1.0 / width, np.float32)
+# sqrt(2 / π) (x + 0.044715 x³) is x (_LINEAR + _CUBIC x²). Made once: of a single row each ufunc takes 1 to 2 µs, and a
+# new number or function beside it a good part of that.
+_LINEAR = np.float32(math.sqrt(2 / math.pi))
+_CUBIC = np.float32(0.044715 * math.sqrt(2 / math.pi))
+_ONE, _HALF = np.float32(1), np.float32(0.5)
 
 
 def softmax_numerators(scores: Array) -> Array:  # (H, T, S) -> the same array, overwritten
     """exp(scores - their maximum). Dividing by the sum is left for after the product with the values: it is smaller."""
-
-    def work(part: Array) -> None:
-        part -= part.max(axis=-1, keepdims=True)
-        np.exp(part, out=part)
-
-    in_pieces(work, scores)
+    in_pieces(_softmax_numerators, scores)
     return scores
+
+
+def _softmax_numerators(part: Array) -> None:
+    part -= np.maximum.reduce(part, axis=-1, keepdims=True)
+    np.exp(part, out=part)
 
 
 def gelu_tanh(x: Array) -> Array:  # (R, N) -> the same array, overwritten
@@ -134,32 +133,32 @@ def gelu_tanh(x: Array) -> Array:  # (R, N) -> the same array, overwritten
 
     x³ is a product: `x**3` calls pow for each number and takes ten times as long or more.
     """
-
-    def work(part: Array) -> None:
-        u = part * part
-        u *= np.float32(0.044715 * math.sqrt(2 / math.pi))
-        u += np.float32(math.sqrt(2 / math.pi))
-        u *= part
-        np.tanh(u, out=u)
-        u += np.float32(1)
-        u *= np.float32(0.5)
-        part *= u
-
-    in_pieces(work, x)
+    in_pieces(_gelu_tanh, x)
     return x
+
+
+def _gelu_tanh(part: Array) -> None:
+    u = part * part
+    u *= _CUBIC
+    u += _LINEAR
+    u *= part
+    np.tanh(u, out=u)
+    u += _ONE
+    u *= _HALF
+    part *= u
 
 
 def gelu_erf(x: Array) -> Array:  # (R, N) -> the same array, overwritten
     """GELU as defined, x Φ(x) (arXiv:1606.08415); "gelu" in a config."""
-
-    def work(part: Array) -> None:
-        u = erf(part * np.float32(math.sqrt(0.5)))
-        u += np.float32(1)
-        u *= np.float32(0.5)
-        part *= u
-
-    in_pieces(work, x)
+    in_pieces(_gelu_erf, x)
     return x
+
+
+def _gelu_erf(part: Array) -> None:
+    u = erf(part * np.float32(math.sqrt(0.5)))
+    u += _ONE
+    u *= _HALF
+    part *= u
 
 
 def relu(x: Array) -> Array:  # (R, N) -> the same array, overwritten
@@ -200,12 +199,12 @@ def in_pieces(work: Callable[[Array], None], x: Array) -> None:
 
     Of a prompt of 512 tokens the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
     """
+    if x.size <= PIECE:
+        work(x)
+        return
     rows = x.reshape(-1, x.shape[-1])
     step = max(1, PIECE // rows.shape[1])
     count = -(-len(rows) // step)
-    if count == 1:
-        work(rows)
-        return
 
     def pieces(part: slice) -> None:
         for index in range(part.start, part.stop):

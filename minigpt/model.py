@@ -97,7 +97,7 @@ def attention(q: Array, k: Array, v: Array) -> Array:  # (H, T, D), (H, S, D), (
         scores[:, :, -new:] += np.triu(np.full((new, new), -np.inf, np.float32), 1)
     softmax_numerators(scores)
     out: Array = scores @ v
-    out /= scores.sum(axis=-1, keepdims=True)
+    out /= np.add.reduce(scores, axis=-1, keepdims=True)
     return out
 
 
