@@ -100,7 +100,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  
     The sums are a ufunc's and a dot product: 9 µs a row, against 26 with `mean` and `var`, which are Python inside.
     """
     inverse = np.float32(1 / x.shape[-1])
-    y: Array = x - np.add.reduce(x, axis=-1, keepdims=True) * inverse
+    mean: Array = np.add.reduce(x, axis=-1, keepdims=True) * inverse
+    y: Array = x - mean
     variance = np.vecdot(y, y)
     variance *= inverse
     variance += np.float32(epsilon)

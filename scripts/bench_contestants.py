@@ -108,13 +108,13 @@ def torch_model(folder: Path) -> Any:
 
 def decode_torch(model: Any, request: Request) -> tuple[list[int], Times]:
     import torch
+    from transformers.cache_utils import DynamicCache
 
     began, times = time.perf_counter(), []
-    ids, cache, found = torch.tensor([request.prompt]), None, []
+    ids, cache, found = torch.tensor([request.prompt]), DynamicCache(config=model.config), []
     with torch.inference_mode():
         for _ in range(request.tokens):
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            ids = model(ids, cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             found.append(int(ids.item()))
             times.append(time.perf_counter() - began)
     return found, times
@@ -161,7 +161,7 @@ def export_onnx(model: Any, file: Path) -> tuple[list[str], list[str]]:
 
         def forward(self, ids: Any, *past: Any) -> tuple[Any, ...]:
             cache = DynamicCache(tuple(zip(past[:layers], past[layers:], strict=True)))
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(ids, cache, use_cache=True, logits_to_keep=1)
             keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
             return out.logits[:, -1].argmax(-1, keepdim=True), *keys, *values
 
