@@ -37,6 +37,11 @@ class Config:
     tie_word_embeddings: bool = True
     eos_token_id: tuple[int, ...] = (50256,)  # none, one or several; ids outside the vocabulary are dropped
 
+    @property
+    def head(self) -> str:
+        """The name of the tensor (V, C) that scores the tokens."""
+        return "wte.weight" if self.tie_word_embeddings else "lm_head.weight"
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Config":
         """Read a parsed config.json; ConfigError names the field that is malformed or asks for what is not supported.
@@ -160,8 +165,7 @@ def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
             f"h.{i}.mlp.c_proj.bias": (c,),
         }
     if layers.stop == config.n_layer:
-        shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,)}
-        shapes["wte.weight" if config.tie_word_embeddings else "lm_head.weight"] = (config.vocab_size, c)
+        shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,), config.head: (config.vocab_size, c)}
     return shapes
 
 

@@ -193,7 +193,7 @@ class GPT2:
             self.wte, self.wpe = tensors["wte.weight"], tensors["wpe.weight"]
         if self.is_last:
             self.ln_f = LayerNorm(tensors["ln_f.weight"], tensors["ln_f.bias"], config.layer_norm_epsilon)
-            self.lm_head = tensors["wte.weight" if config.tie_word_embeddings else "lm_head.weight"]
+            self.lm_head = tensors[config.head]
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence through these layers."""

@@ -10,7 +10,7 @@ are computed with, whatever happens to the file meanwhile, and the memory needed
 
 All tensors lie in one allocation, which Linux then backs with huge pages but for its ends: a token reads every weight,
 and of 4 KiB pages each read costs a walk through the page tables. That took 4 % off a token's matrices on two threads,
-and 5 to 10 % on one. Layers' matrices lie as `linalg` wants them.
+and 5 to 10 % on one. What rows are multiplied with lies as `linalg` wants it.
 
 The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
 
@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt.config import Config, tensor_shapes
 from minigpt.errors import CheckpointError
-from minigpt.linalg import BLOCKED, Array
+from minigpt.linalg import Array, by_columns
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
             raise CheckpointError(f"tensor {name}: got shape {places[name].shape!s:.80}, the config wants {shape}")
         if places[name].dtype not in ("F32", "F16", "BF16"):
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
-    tensors = _room(shapes)
+    tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
     names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)  # the largest first: an even finish
     with ThreadPoolExecutor(READERS, "weights") as readers:
         digests = dict(
@@ -120,8 +120,8 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
     return Weights(tensors, digest.digest(), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def _room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Arrays to be filled, one after another in one allocation; a layer's matrices column by column where BLOCKED."""
+def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
+    """Arrays to be filled, one after another in one allocation; `head` names the one that is multiplied transposed."""
     sizes = {name: -(-math.prod(shape) // _ALIGN) * _ALIGN for name, shape in shapes.items()}
     try:
         room = np.empty(sum(sizes.values()), np.float32)
@@ -130,8 +130,12 @@ def _room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     tensors, start = {}, 0
     for name, shape in shapes.items():
         flat = room[start : start + math.prod(shape)]
-        columns_first = BLOCKED and name.startswith("h.") and len(shape) == 2
-        tensors[name] = flat.reshape(shape[::-1]).T if columns_first else flat.reshape(shape)
+        turned = False
+        if name == head:
+            turned = not by_columns(shape[1], shape[0])
+        elif name.startswith("h.") and len(shape) == 2:
+            turned = by_columns(*shape)
+        tensors[name] = flat.reshape(shape[::-1]).T if turned else flat.reshape(shape)
         start += sizes[name]
     return tensors
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import SMALL, expected_digest, odd, random_tensors, write
 
-from minigpt import weights
+from minigpt import linalg, weights
 from minigpt.config import Config, tensor_shapes
 from minigpt.errors import CheckpointError
 from minigpt.model import GPT2
@@ -89,17 +89,23 @@ def test_how_matrices_lie_in_memory_changes_neither_them_nor_the_digest(
 ) -> None:
     write(tmp_path, SMALL, TENSORS, dtype=dtype)
     monkeypatch.setattr(weights, "BLOCK", 1000)
-    loaded = {}
-    for blocked in (False, True):
-        monkeypatch.setattr(weights, "BLOCKED", blocked)
-        loaded[blocked] = weights.load(tmp_path, SMALL, ALL)
-    rows, columns = (made.tensors for made in loaded.values())
-    assert loaded[False].digest == loaded[True].digest
-    assert all(np.array_equal(rows[name], columns[name]) for name in TENSORS)
-    assert all(tensor.flags.c_contiguous for tensor in rows.values())
-    matrices = {name for name, tensor in columns.items() if not tensor.flags.c_contiguous}
-    assert matrices == {name for name, tensor in TENSORS.items() if name.startswith("h.") and tensor.ndim == 2}
-    assert all(columns[name].T.flags.c_contiguous for name in matrices)
+    layers = {name for name, tensor in TENSORS.items() if name.startswith("h.") and tensor.ndim == 2}
+    shrinking = {name for name in layers if TENSORS[name].shape[0] > TENSORS[name].shape[1]}
+    assert SMALL.tie_word_embeddings
+    assert shrinking
+    digests = set()
+    for blocked, part, turned in (
+        (False, ALL, {*shrinking, "wte.weight"}),  # the longer side in one piece
+        (True, ALL, layers),  # columns in one piece; the head's are the embedding's rows
+        (False, range(1), {name for name in shrinking if name.startswith("h.0.")}),  # here it only embeds
+    ):
+        monkeypatch.setattr(linalg, "BLOCKED", blocked)
+        loaded = weights.load(tmp_path, SMALL, part)
+        assert all(np.array_equal(tensor, TENSORS[name].astype(dtype)) for name, tensor in loaded.tensors.items())
+        assert {name for name, tensor in loaded.tensors.items() if not tensor.flags.c_contiguous} == turned
+        assert all(loaded.tensors[name].T.flags.c_contiguous for name in turned)
+        digests |= {loaded.digest} if part == ALL else set()
+    assert len(digests) == 1
 
 
 def test_dtypes_may_be_mixed_and_unknown_neighbours_passed_over(tmp_path: Path) -> None:
