@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.threads import in_parts
+from minigpt.threads import THREADS, in_parts
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -34,6 +34,7 @@ def _small_blocks_pay() -> bool:
 # A rule of the machine, and FEW_ROWS one of the shape: never of load, or a text would depend on who else is served.
 BLOCKED = _small_blocks_pay()
 FEW_ROWS = 32 if BLOCKED else 3  # more are multiplied as BLAS does it
+EVEN_ROWS = 1 if BLOCKED else 4 * THREADS  # and then a multiple of so many
 
 # What OpenBLAS takes as small: numbers of a block's result, and multiplications for it.
 _BLOCK_RESULT = 1200
@@ -61,17 +62,20 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
     - with AVX-512, block by block of the matrix's columns, which are small enough not to be repacked: 2, 4 and 8 rows
       take 1.1, 1.2 and 1.5 times one row. That wants each column in one piece, which costs one row nothing on two
       threads, and 16 % on one.
-    - otherwise row by row: 2 and 3 rows take 1.7 and 2.4 times one, since all but the first find the matrix in the
-      third-level cache.
+    - otherwise row by row: 2 and 3 rows take 1.7 and 2.1 times one, since all but the first find the matrix in the
+      third-level cache. More are filled up with zeros, to four for each thread: OpenBLAS shares rows out to its threads
+      and is slow where one gets another number. On two threads 5, 6 and 7 rows take 2.3 times one, as 8 do, which by
+      themselves take 3.2, 3.8 and 3.0.
     """
-    rows = len(x)
-    if rows == 1 or rows > FEW_ROWS:
-        y: Array = x @ matrix
-    elif BLOCKED:
-        y = _block_by_block(x, matrix.T)
-    else:
-        y = (x[:, np.newaxis] @ matrix)[:, 0]
-    return y
+    rows, width = x.shape
+    if rows == 1:
+        return x @ matrix
+    if rows <= FEW_ROWS:
+        return _block_by_block(x, matrix.T) if BLOCKED else (x[:, np.newaxis] @ matrix)[:, 0]
+    if lacking := -rows % EVEN_ROWS:
+        x = np.concatenate((x, np.zeros((lacking, width), np.float32)))
+    y: Array = x @ matrix
+    return y[:rows]
 
 
 def _block_by_block(x: Array, columns: Array) -> Array:  # (R, N), (M, N) -> (R, M)

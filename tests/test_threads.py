@@ -72,6 +72,7 @@ def test_a_product_is_its_definition_whatever_its_way(
 ) -> None:
     monkeypatch.setattr(linalg, "BLOCKED", blocked)
     monkeypatch.setattr(linalg, "FEW_ROWS", 32 if blocked else 3)
+    monkeypatch.setattr(linalg, "EVEN_ROWS", 1 if blocked else 8)
     rng = np.random.default_rng(0)
     x, matrix = rng.standard_normal((rows, shape[0]), np.float32), rng.standard_normal(shape, np.float32)
     exact = x.astype(float) @ matrix.astype(float)
