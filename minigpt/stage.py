@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
     _check_own_evidence(manifest, entry.index, attester)
     cores = _shared(options.turns)
     if cores is not None:
-        threads.spread(blas, entry.index)
+        threads.spread(blas)
     stage = Stage(manifest, entry.index, model, attester, _limits(options), cores)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns

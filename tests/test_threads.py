@@ -1,5 +1,7 @@
 """Computing in parts: every part once, errors raised, and the same bits on any number of threads."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -59,6 +61,31 @@ def test_there_are_as_many_threads_as_blas_has(
 ) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", set_to)
     assert threads.available() == wanted or (wanted is None and threads.available() >= 1)
+
+
+SPREAD = """
+import minigpt, os, numpy
+from minigpt import threads
+workers = threads.native()
+threads.spread(workers)
+places = [sorted(os.sched_getaffinity(thread)) for thread in (0, *workers)]
+threads.in_parts(lambda part: places.append(sorted(os.sched_getaffinity(0))) if part.start else None, threads.THREADS)
+print(places)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's threads, and where they may run")
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
+def test_threads_are_spread_where_they_are_as_many_as_the_processors(count: int) -> None:
+    processors = sorted(os.sched_getaffinity(0))
+    environment = os.environ | {"MINIGPT_THREADS": str(count)}
+    done = subprocess.run([sys.executable, "-c", SPREAD], capture_output=True, text=True, cwd=ROOT, env=environment)
+    places = json.loads(done.stdout)
+    if count == len(processors):
+        assert places[:count] == [[one] for one in processors]  # the caller's, and those of BLAS
+        assert sorted(places[count:]) == [[one] for one in processors[1:]]  # our own beside the caller's
+    else:  # BLAS may have taken fewer
+        assert all(place == processors for place in places)
 
 
 # What is computed in parts
