@@ -16,7 +16,7 @@ from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedSt
 from minigpt.generation import CHUNK, Answer, Ask, Traffic
 from minigpt.manifest import Manifest
 from minigpt.messages import Failure, Logits, Message, Refusal, Token, Wanted
-from transport.channel import Budget, Channel, Deadlines
+from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
 from transport.errors import Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
 
@@ -74,7 +74,7 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
     )
 
 
-def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget | None = None) -> Channel:
+def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget = PROCESS_BUDGET) -> Channel:
     """Connects to stage `index`. Raises UntrustedStage, or StageError if it cannot be reached."""
     try:
         return Channel.connect(manifest.stages[index].address, end, deadlines=deadlines, budget=budget)

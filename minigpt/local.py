@@ -42,7 +42,6 @@ class LocalStages:
         root = MockRoot.generate()
         self._processes: list[subprocess.Popen[str]] = []
         self._logs: list[IO[bytes]] = []
-        self._turns = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `close`
         with contextlib.ExitStack() as sockets:
             listeners = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in layers]
             data = manifests.write(
@@ -59,6 +58,7 @@ class LocalStages:
             )
             self.manifest = Manifest.parse(data)
             expires = int(self.manifest.expires.timestamp() * 1000)
+            self._turns = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `close`
             try:
                 for index, listener in enumerate(listeners):
                     key = MockKey.generate(root, index, expires).to_json().encode()

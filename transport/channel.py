@@ -18,13 +18,13 @@ from attest import AttestationResult, Binding, Evidence
 from transport import codec, link
 from transport.address import Address
 from transport.errors import Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
-from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget
+from transport.records import PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, hang_up, receive_once
 
 if TYPE_CHECKING:
     from socket import socket
 
-__all__ = ["Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
+__all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
 
 _SMALL_READ = 1 << 14  # bytes; a step of one token is 3 KB, and a large buffer costs 3 µs more to allocate
 _LARGE_READ = 1 << 18  # bytes; once a message is known to be large
@@ -88,49 +88,32 @@ class Channel:
         end: link.End,
         *,
         deadlines: Deadlines = DEFAULT_DEADLINES,
-        max_message: int = MAX_MESSAGE,
-        budget: Budget | None = None,
+        budget: Budget = PROCESS_BUDGET,
     ) -> Self:
         """Connects to `address` and establishes a link.
 
         Args:
-            max_message: bytes of the largest message, either way.
-            budget: for what has arrived of messages that are not whole yet; that of the process if None.
+            budget: for what has arrived of messages that are not whole yet.
 
         Raises:
             TransportError: Unreachable, TimedOut, or the handshake failed.
             attest.AttestationError: the peer's evidence is refused.
         """
-        sock = connect(address, deadlines.connect)
-        return cls.initiate(sock, end, deadlines=deadlines, max_message=max_message, budget=budget)
+        return cls.initiate(connect(address, deadlines.connect), end, deadlines=deadlines, budget=budget)
 
     @classmethod
     def initiate(
-        cls,
-        sock: socket,
-        end: link.End,
-        *,
-        deadlines: Deadlines = DEFAULT_DEADLINES,
-        max_message: int = MAX_MESSAGE,
-        budget: Budget | None = None,
+        cls, sock: socket, end: link.End, *, deadlines: Deadlines = DEFAULT_DEADLINES, budget: Budget = PROCESS_BUDGET
     ) -> Self:
         """Establishes a link over a connected stream socket, as the end that connected. Raises as `connect` does."""
-        steps = link.initiate(end, max_message=max_message, budget=budget or PROCESS_BUDGET)
-        return cls._establish(sock, steps, deadlines)
+        return cls._establish(sock, link.initiate(end, budget=budget), deadlines)
 
     @classmethod
     def accept(
-        cls,
-        sock: socket,
-        end: link.End,
-        *,
-        deadlines: Deadlines = DEFAULT_DEADLINES,
-        max_message: int = MAX_MESSAGE,
-        budget: Budget | None = None,
+        cls, sock: socket, end: link.End, *, deadlines: Deadlines = DEFAULT_DEADLINES, budget: Budget = PROCESS_BUDGET
     ) -> Self:
         """Establishes a link over an accepted stream socket. Raises as `connect` does."""
-        steps = link.respond(end, max_message=max_message, budget=budget or PROCESS_BUDGET)
-        return cls._establish(sock, steps, deadlines)
+        return cls._establish(sock, link.respond(end, budget=budget), deadlines)
 
     @classmethod
     def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines) -> Self:
@@ -213,13 +196,6 @@ class Channel:
             self._write(records)
         self._active = time.monotonic()
         return len(body)
-
-    def ping(self) -> None:
-        """Shows whatever sits between that this end lives; does nothing where the last time was not 10 s ago."""
-        with self._sending:
-            record = self._session.ping()
-            if record is not None:
-                self._write(record)
 
     def _write(self, records: bytes) -> None:
         try:

@@ -1,6 +1,7 @@
 """A session: what a link is once both ends have accepted each other's evidence. Bytes in, bytes out; no I/O.
 
-Only MESSAGE carries what applications say; PING, CLOSE and ALERT are dealt with here.
+Only MESSAGE carries what applications say; PING, CLOSE and ALERT are dealt with here. A PING, by which a peer may keep
+a way open, is taken and never sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transport.errors import Alert, Closed, LimitError, PeerAlert, RecordError, 
 from transport.records import MAX_MESSAGE, MAX_RECORDS, Message, Opener, Sealer, Type
 
 MAX_AGE = 24 * 3600.0  # seconds; then a link must be made anew, with fresh evidence
-PING_INTERVAL = 10.0  # seconds between two PINGs, at least
+PING_INTERVAL = 10.0  # seconds between two PINGs of a peer, at least
 
 _COUNT = struct.Struct(">Q")
 
@@ -53,7 +54,7 @@ class Session:
         opener.limits = {Type.MESSAGE: max_message, Type.ALERT: 1, Type.CLOSE: _COUNT.size, Type.PING: 0}
         self._max_message = max_message
         self._clock = clock
-        self._made = self._pinged = clock()
+        self._made = clock()
         self._pings = 0
         self._peer_closed = False
 
@@ -93,14 +94,6 @@ class Session:
         if self._clock() - self._made > MAX_AGE:
             raise LimitError("the link is older than 24 h: make a new one, with fresh evidence")
         return self._sealer.seal(Type.MESSAGE, message, least)
-
-    def ping(self) -> bytes | None:
-        """A PING, or None where the last one, or the beginning, is not 10 s ago."""
-        now = self._clock()
-        if now - self._pinged < PING_INTERVAL:
-            return None
-        self._pinged = now
-        return self._sealer.seal(Type.PING)
 
     def alert(self, code: Alert) -> bytes:
         """An ALERT. It ends this direction."""

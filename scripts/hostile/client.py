@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import minigpt
 
 PLAIN = """
-import transport.noise as noise
-noise.encrypt = lambda k, n, ad, plaintext: bytes(plaintext) + bytes(16)
-noise.decrypt = lambda k, n, ad, ciphertext: bytes(ciphertext)[:-16]
+from transport.aead import Cipher
+Cipher.encrypt = lambda self, n, ad, plaintext: bytes(plaintext) + bytes(16)
+Cipher.decrypt = lambda self, n, ad, ciphertext: bytes(ciphertext)[:-16]
 """
 
 
