@@ -45,13 +45,12 @@ class KVCache:
     def __init__(self, layers: int, heads: int, head_dim: int, n_positions: int) -> None:
         self.length = 0
         self._n_positions = n_positions
-        self._keys = np.empty((layers, heads, 0, head_dim), np.float32)  # (L, H, capacity, D)
-        self._values = np.empty_like(self._keys)
+        self._kv = np.empty((layers, 2, heads, 0, head_dim), np.float32)  # keys and values: (L, 2, H, capacity, D)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, whether filled or not."""
-        return self._keys.nbytes + self._values.nbytes
+        return self._kv.nbytes
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; ValueError if there are not so many."""
@@ -61,25 +60,20 @@ class KVCache:
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` more positions; ValueError beyond the model's last."""
-        wanted, capacity = self.length + rows, self._keys.shape[2]
+        wanted, capacity = self.length + rows, self._kv.shape[3]
         if wanted > self._n_positions:
             raise ValueError(f"cache: {self.length} + {rows} positions, the model has {self._n_positions}")
         if wanted > capacity:
             steps = math.ceil((wanted + wanted // 4) / CACHE_STEP)
-            self._keys = self._grown(self._keys, min(steps * CACHE_STEP, self._n_positions))
-            self._values = self._grown(self._values, self._keys.shape[2])
+            old, capacity = self._kv, min(steps * CACHE_STEP, self._n_positions)
+            self._kv = np.empty((*old.shape[:3], capacity, old.shape[4]), np.float32)
+            self._kv[:, :, :, : self.length] = old[:, :, :, : self.length]
 
-    def _grown(self, old: Array, capacity: int) -> Array:
-        new = np.empty((*old.shape[:2], capacity, old.shape[3]), np.float32)
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
-
-    def put(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:  # (H, T, D) -> (H, S, D)
+    def put(self, layer: int, kv: Array) -> Array:  # (2, H, T, D) -> (2, H, S, D)
         """Write the new positions of a layer, and return all of them so far; `advance` makes them count."""
-        end = self.length + k.shape[1]
-        self._keys[layer, :, self.length : end] = k
-        self._values[layer, :, self.length : end] = v
-        return self._keys[layer, :, :end], self._values[layer, :, :end]
+        end = self.length + kv.shape[2]
+        self._kv[layer, :, :, self.length : end] = kv
+        return self._kv[layer, :, :, :end]
 
     def advance(self, rows: int) -> None:
         """Count `rows` positions that every layer has put."""
@@ -135,7 +129,7 @@ class Block:
     c_fc: Conv1D
     mlp_c_proj: Conv1D
     config: Config
-    scale: float  # of q · k
+    scale: np.float32  # of q · k
 
     def __call__(self, x: Array, layer: int, segments: Segments) -> Array:  # (R, C) -> (R, C)
         x = x + self.attn(self.ln_1(x), layer, segments)
@@ -145,18 +139,18 @@ class Block:
         """Each sequence's rows attend to that sequence's positions; the matrices take all rows at once."""
         heads, head_dim = self.config.n_head, self.config.head_dim
         qkv = self.c_attn(x).reshape(-1, 3, heads, head_dim).transpose(1, 2, 0, 3)  # (3, H, R, D)
-        qkv[0] *= np.float32(self.scale)
-        out = np.empty((x.shape[0], heads, head_dim), np.float32)
-        row = 0
+        q = qkv[0]
+        q *= self.scale
+        blocks, row = [], 0
         for cache, rows in segments:
-            q, k, v = qkv[:, :, row : row + rows]
-            keys, values = cache.put(layer, k, v)
+            k, v = cache.put(layer, qkv[1:, :, row : row + rows])
             for start in range(0, rows, QUERY_BLOCK):
                 stop = min(start + QUERY_BLOCK, rows)
                 seen = cache.length + stop
-                block = attention(q[:, start:stop], keys[:, :seen], values[:, :seen])
-                out[row + start : row + stop] = block.transpose(1, 0, 2)
+                block = attention(q[:, row + start : row + stop], k[:, :seen], v[:, :seen])
+                blocks.append(block.transpose(1, 0, 2))
             row += rows
+        out = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]  # (R, H, D)
         return self.attn_c_proj(out.reshape(x.shape))
 
     def mlp(self, x: Array) -> Array:  # (R, C) -> (R, C)
@@ -251,5 +245,5 @@ def _block(config: Config, i: int, tensors: Mapping[str, Array]) -> Block:
     return Block(
         norm("ln_1"), matrix("attn.c_attn"), matrix("attn.c_proj"),
         norm("ln_2"), matrix("mlp.c_fc"), matrix("mlp.c_proj"),
-        config, scale,
+        config, np.float32(scale),
     )  # fmt: skip
