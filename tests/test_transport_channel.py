@@ -27,6 +27,7 @@ from transport.errors import (
     Truncated,
 )
 from transport.link import CLIENT, End
+from transport.records import Type
 
 
 @pytest.fixture(params=["unix", *SCHEMES])
@@ -246,7 +247,8 @@ def test_a_message_that_is_no_map_is_a_decode_error(body):
 
 def test_a_message_over_the_limit_ends_the_channel_and_frees_the_budget():
     budget = Budget(1 << 20)
-    a, b = make(stage={"max_message": 200_000, "budget": budget})
+    a, b = make(stage={"budget": budget})
+    b._session._opener.limits |= {Type.MESSAGE: 200_000}
     sender = background(a.send, {"rows": bytes(300_000)})
     with pytest.raises(LimitError):
         b.receive(5.0)
