@@ -188,6 +188,7 @@ def generate(
     start, rows = request.start, np.asarray(request.ids, np.int64)
     n_positions = sequence.model.config.n_positions
     sequence.check(start, rows)
+    sequence.cache.reserve(start + len(rows))  # at once: chunk by chunk it would be copied each time
     while len(rows) > CHUNK:
         check()
         sequence.step(start, rows[:CHUNK], replace(ask, wanted=Wanted.NOTHING))

@@ -1,7 +1,7 @@
 """The arithmetic of the forward pass, float32 throughout: each trick under a name, with its reason and its gain.
 
-The gains quoted were measured for GPT-2 small on two cores of an AMD Zen 3, or a Zen 4 where AVX-512 is named, with
-OpenBLAS 0.3.31; ratios travel between machines, milliseconds do not.
+The gains quoted were measured for GPT-2 small on two cores of an AMD Zen 3 or Zen 4, with OpenBLAS 0.3.31; ratios
+travel between machines, milliseconds do not.
 
 Letters: R rows, C n_embd, N any width, M matrix outputs, H heads, T new positions, S cached + new ones, D = C / H.
 """

@@ -58,13 +58,12 @@ class KVCache:
             raise ValueError(f"cache: cannot rewind to {length}, wanted 0 to {self.length}")
         self.length = length
 
-    def reserve(self, rows: int) -> None:
-        """Make room for `rows` more positions; ValueError beyond the model's last."""
-        wanted, capacity = self.length + rows, self._kv.shape[3]
-        if wanted > self._n_positions:
-            raise ValueError(f"cache: {self.length} + {rows} positions, the model has {self._n_positions}")
-        if wanted > capacity:
-            steps = math.ceil((wanted + wanted // 4) / CACHE_STEP)
+    def reserve(self, positions: int) -> None:
+        """Make room for so many positions in all; ValueError if the model has fewer."""
+        if positions > self._n_positions:
+            raise ValueError(f"cache: {positions} positions, the model has {self._n_positions}")
+        if positions > self._kv.shape[3]:
+            steps = math.ceil((positions + positions // 4) / CACHE_STEP)
             old, capacity = self._kv, min(steps * CACHE_STEP, self._n_positions)
             self._kv = np.empty((*old.shape[:3], capacity, old.shape[4]), np.float32)
             self._kv[:, :, :, : self.length] = old[:, :, :, : self.length]
@@ -220,7 +219,7 @@ class GPT2:
         if len({id(cache) for cache, _ in segments}) != len(segments):
             raise ValueError("forward: a cache appears twice; give its rows as one segment")
         for cache, rows in segments:
-            cache.reserve(rows)
+            cache.reserve(cache.length + rows)
         for layer, block in enumerate(self.h):
             x = block(x, layer, segments)
         for cache, rows in segments:
