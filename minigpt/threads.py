@@ -25,15 +25,20 @@ def available() -> int:
 
 THREADS = available()
 
-
 _processors: list[int] = []  # of each thread that computes, once they are spread
 
 
 def native() -> list[int]:
-    """The ids of this process's threads that are not Python's: right after NumPy's import those of BLAS. Linux only."""
+    """The ids of this process's threads that are not Python's: right after NumPy's import those of BLAS.
+
+    None where the system does not tell them, as Linux does in /proc.
+    """
     ours = {thread.native_id for thread in threading.enumerate()}
-    known = os.listdir("/proc/self/task") if sys.platform == "linux" else []
-    return sorted(tid for tid in map(int, known) if tid not in ours)
+    try:
+        known = map(int, os.listdir("/proc/self/task"))
+    except OSError:
+        return []
+    return sorted(tid for tid in known if tid not in ours)
 
 
 def spread(workers: Sequence[int]) -> None:
