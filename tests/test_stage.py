@@ -119,6 +119,17 @@ def test_a_turn_is_given_back_when_a_computation_fails() -> None:
     assert not lock._held
 
 
+def test_a_turn_that_cannot_be_taken_is_given_on(tmp_path: Path) -> None:
+    cores = (tmp_path / "turns").open("w+b", buffering=0)
+    lock = Turns(cores)
+    with pytest.raises(ValueError, match="closed"), lock:
+        cores.close()  # the other end of the turn
+    for _ in range(2):
+        with pytest.raises(ValueError, match="closed"), lock:
+            raise AssertionError("computed without a turn")
+    assert not lock._held
+
+
 def test_the_embedded_model_names_the_capitals_through_two_stages() -> None:
     countries = json.loads((Path(__file__).parent / "data" / "capitals.json").read_text())
     assert len(countries) == 193
