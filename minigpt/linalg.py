@@ -64,7 +64,7 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
       threads, and 16 % on one.
     - otherwise row by row: 2 and 3 rows take 1.7 and 2.1 times one, since all but the first find the matrix in the
       third-level cache. More are filled up with zeros, to four for each thread: OpenBLAS shares rows out to its threads
-      and is slow where one gets another number. On two threads 5, 6 and 7 rows take 2.3 times one, as 8 do, which by
+      and is slow where one gets another number. On two threads 5, 6 and 7 rows take 2.1 times one, as 8 do, which by
       themselves take 3.2, 3.8 and 3.0.
     """
     rows, width = x.shape
