@@ -16,19 +16,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minigpt.client import Pipeline
-    from minigpt.inprocess import Model, load
-    from minigpt.text import Generation, Token
+    from minigpt.client.inprocess import Model, load
+    from minigpt.client.pipeline import Pipeline
+    from minigpt.client.text import Generation, Token
 
 __version__ = "0.1.0"
 __all__ = ["Generation", "Model", "Pipeline", "Token", "__version__", "load", "set_threads"]
 
 _HOME = {
-    "Generation": "minigpt.text",
-    "Model": "minigpt.inprocess",
-    "Pipeline": "minigpt.client",
-    "Token": "minigpt.text",
-    "load": "minigpt.inprocess",
+    "Generation": "minigpt.client.text",
+    "Model": "minigpt.client.inprocess",
+    "Pipeline": "minigpt.client.pipeline",
+    "Token": "minigpt.client.text",
+    "load": "minigpt.client.inprocess",
 }
 
 # An idle OpenBLAS worker spins for 2 ** this many cycles before it sleeps. Its default, 2 ** 26 (about 29 ms), keeps a

@@ -6,7 +6,7 @@
     python scripts/hostile_host.py --list
 
 It starts the stages of the embedded model (or of --model, a folder) as processes, a client as another, and a proxy on
-every link. A new attack is one function in scripts/hostile. Exit code 1 if one attack did what it must not.
+every link. A new attack is one function in tests/attacks. Exit code 1 if one attack did what it must not.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 os.environ["MINIGPT_THREADS"] = "1"  # of every process: the same bits everywhere
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]  # tests: the starter of stages
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from hostile import ATTACKS, Survived, everything  # noqa: E402
-from hostile.arena import Arena  # noqa: E402
+from attacks import ATTACKS, Survived, everything  # noqa: E402
+from attacks.arena import Arena  # noqa: E402
 
-from minigpt import checkpoints  # noqa: E402
+from minigpt.checkpoint import sources  # noqa: E402
 
 COLUMNS = (3, 44, 40, 48, 48, 8)  # characters
 
@@ -44,7 +44,7 @@ def main() -> int:
         return 0
     failed = []
     print(row("", "attack", "expected", "seen at the client", "seen at the stage", "verdict"))
-    with Arena(checkpoints.find(options.model).folder, thorough=not options.quick, suite=options.suite) as arena:
+    with Arena(sources.find(options.model).folder, thorough=not options.quick, suite=options.suite) as arena:
         arena.control()
         for attack in chosen:
             began = time.monotonic()

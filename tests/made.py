@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from minigpt.config import Config, tensor_shapes
-from minigpt.model import GPT2
+from minigpt.engine.config import Config, tensor_shapes
+from minigpt.engine.model import GPT2
 
 SMALL = Config(vocab_size=97, n_positions=320, n_embd=48, n_layer=4, n_head=4, n_inner=192, eos_token_id=(96,))
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from attest.measure import measure
 from attest.mock import MockKey, MockRoot
-from minigpt import checkpoints, manifest, tokenizer, weights
-from minigpt.manifest import Manifest, split_layers
+from minigpt.checkpoint import sources, tokenizer, weights
+from minigpt.protocol import manifest
+from minigpt.protocol.manifest import Manifest, split_layers
 
 HOUR = 3600 * 1000  # milliseconds
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ class Stages:
         self.folder = folder
         self.where = where
         self.root = MockRoot.generate()
-        config = checkpoints.read_config(folder)
+        config = sources.read_config(folder)
         layers = split_layers(config.n_layer, split)
         # A bound socket that does not listen keeps the port ours, while connections to it are refused.
         self._ports = [self._socket() for _ in layers]

@@ -1,0 +1,138 @@
+"""Where checkpoints come from: a folder, the embedded one, or the Hugging Face hub.
+
+The hub client is imported only when it is needed. It honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and
+shows a progress bar on a terminal.
+"""
+
+import importlib.resources
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.engine.config import Config
+from minigpt.errors import CheckpointError, ConfigError
+
+TINY = "tiny"  # the embedded checkpoint's name
+MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
+
+# What a pipeline needs of a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+]
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs of it
+_HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        folder: has config.json, the weights, and perhaps a tokenizer.
+        name: a folder's own name, "tiny", or the hub id.
+        revision: the hub's commit; None where it did not come from the hub.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:
+    """The checkpoint that `model` names: a folder, else "tiny", else a hub id, which is downloaded if need be.
+
+    Args:
+        revision: of a hub id: a branch, a tag or a commit; the main branch by default.
+        files: patterns of what is needed of a hub's repository.
+        download: False to make do with what was downloaded before, without asking the hub.
+
+    Raises:
+        CheckpointError: there is none, or the hub cannot be reached or refuses; says which.
+    """
+    if os.path.isdir(model) or model == TINY:
+        if revision is not None:
+            raise CheckpointError(f"revision {revision}: {model!r} is not on the hub, and has no revisions")
+        folder = local(model)
+        return Checkpoint(folder, TINY if folder == _embedded() else folder.name)
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"model {model!r}: no such folder, and not a hub id such as openai-community/gpt2")
+    return _download(model, revision, files, download)
+
+
+def local(model: str) -> Path:
+    """The folder of a checkpoint that is on this machine: a folder, or "tiny". Never asks the hub.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if os.path.isdir(model):
+        return Path(model).resolve()
+    if model != TINY:
+        raise CheckpointError(f"model {model!r}: there is no such folder")
+    folder = _embedded()
+    if folder is None or not (folder / "config.json").is_file():
+        raise CheckpointError("the embedded checkpoint is missing: install the package anew, unzipped")
+    return folder
+
+
+def _embedded() -> Path | None:
+    folder = importlib.resources.files("minigpt") / "data"
+    return folder if isinstance(folder, Path) else None
+
+
+def read_config(folder: Path) -> Config:
+    """The folder's config.json.
+
+    Raises:
+        ConfigError: it is missing, malformed, or asks for what is not supported.
+    """
+    path = folder / "config.json"
+    if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes
+        raise ConfigError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise ConfigError(f"{path}: more than {MAX_CONFIG} bytes")
+        data = json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: a checkpoint's folder has a config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    try:
+        return Config.from_json(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _download(model: str, revision: str | None, files: list[str], download: bool) -> Checkpoint:
+    """Fetch what is not in the hub's cache yet; without a network, what is in the cache must do."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    wanted = f"model {model!r}" + (f" at revision {revision!r}" if revision is not None else "")
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=not download))
+    except hub.GatedRepoError:
+        reason = "the hub wants you to accept its terms first, and HF_TOKEN set"
+    except hub.RepositoryNotFoundError:
+        reason = "there is no such folder here, and no such model on the hub (or it is private: set HF_TOKEN)"
+    except hub.RevisionNotFoundError:
+        reason = "the hub has the model, but not this revision"
+    except hub.LocalEntryNotFoundError:
+        reason = "there is no such folder here, it was not downloaded before, and the hub cannot be reached"
+    except hub.HFValidationError as error:
+        reason = f"not a hub id: {error}"
+    except (OSError, ValueError) as error:  # what the hub answers, the network, the disk; their root is OSError
+        reason = f"cannot be downloaded: {type(error).__name__}: {error}"
+    else:
+        return Checkpoint(folder, model, folder.name)  # the cache names a snapshot by its commit
+    raise CheckpointError(f"{wanted}: {reason}")

@@ -1,0 +1,291 @@
+"""A checkpoint's tensors for a range of layers: read into memory, and digested on the way.
+
+    model.safetensors                                       one file, or
+    model.safetensors.index.json + model-*-of-*.safetensors   several, and which tensor is in which
+
+The `safetensors` package opens each file and checks its header; the bytes are then read directly, because its NumPy
+interface knows no bfloat16 and takes twice the memory. A stage reads only its own tensors, each once, in blocks: a
+block is digested as it arrived and then copied to its place as float32, so that the digest is over the very bytes that
+are computed with, whatever happens to the file meanwhile, and the memory needed beside the tensors is a few blocks.
+
+All tensors lie in one allocation, which Linux then backs with huge pages but for its ends: a token reads every weight,
+and of 4 KiB pages each read costs a walk through the page tables. That took 4 % off a token's matrices on two threads,
+and 5 to 10 % on one. What rows are multiplied with lies as `linalg` wants it.
+
+The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
+
+    u16 length of the name, the name
+    u8 length of the dtype, the dtype as safetensors spells it: F32, F16 or BF16
+    u8 number of dimensions, each dimension as u64
+    SHA-256 of the stored bytes
+
+with big-endian integers, after the 19 bytes of "minigpt-weights-v1" and a zero. It does not depend on how the
+checkpoint is split into files, nor on what else is in them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from minigpt.engine.config import Config, tensor_shapes
+from minigpt.engine.linalg import Array, by_columns
+from minigpt.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 4 * 2**20  # bytes of a file's header, or of an index; GPT-2 XL's are 60 KB, with 1024 layers 1.5 MB
+BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: they are still in the cache when they are hashed
+READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
+
+_ALIGN = 16  # numbers: a tensor begins with a cache line
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DOMAIN = b"minigpt-weights-v1\0"
+_PREFIX = "transformer."
+# Bits of an element, by safetensors' names: a tensor we pass over must still be measured to find the next.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+    "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a stage computes with.
+
+    Attributes:
+        tensors: by name without prefix, float32.
+        digest: 32 bytes, as defined above.
+        nbytes: the tensors' size in memory.
+    """
+
+    tensors: Mapping[str, Array]
+    digest: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    offset: int  # bytes from the file's start
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.dtype, self.shape)
+
+
+def tensor_names(config: Config, layers: range) -> list[str]:
+    """The names, without prefix and sorted, of the tensors that a stage with these layers reads."""
+    return sorted(tensor_shapes(config, layers))
+
+
+def load(folder: Path, config: Config, layers: range) -> Weights:
+    """Read the tensors of `layers` from the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing, damaged, or of another shape or type than the config says.
+    """
+    shapes = tensor_shapes(config, layers)
+    places = _places(folder, shapes, tied=config.tie_word_embeddings)
+    for name, shape in shapes.items():
+        if places[name].shape != shape:
+            raise CheckpointError(f"tensor {name}: got shape {places[name].shape!s:.80}, the config wants {shape}")
+        if places[name].dtype not in ("F32", "F16", "BF16"):
+            raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
+    tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
+    names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)  # the largest first: an even finish
+    with ThreadPoolExecutor(READERS, "weights") as readers:
+        digests = dict(
+            zip(names, readers.map(lambda name: _read(name, places[name], tensors[name]), names), strict=True)
+        )
+    if config.tie_word_embeddings and layers.stop == config.n_layer:
+        _check_tied(folder, digests["wte.weight"])
+    digest = hashlib.sha256(_DOMAIN)
+    for name in sorted(shapes, key=str.encode):
+        digest.update(_record(name, places[name]) + digests[name])
+    return Weights(tensors, digest.digest(), sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
+    """Arrays to be filled, one after another in one allocation; `head` names the one that is multiplied transposed."""
+    sizes = {name: -(-math.prod(shape) // _ALIGN) * _ALIGN for name, shape in shapes.items()}
+    try:
+        room = np.empty(sum(sizes.values()), np.float32)
+    except (MemoryError, ValueError):  # the latter beyond the address space
+        raise CheckpointError(f"there is no memory for the weights, {4 * sum(sizes.values())} bytes") from None
+    tensors, start = {}, 0
+    for name, shape in shapes.items():
+        flat = room[start : start + math.prod(shape)]
+        turned = False
+        if name == head:
+            turned = not by_columns(shape[1], shape[0])
+        elif name.startswith("h.") and len(shape) == 2:
+            turned = by_columns(*shape)
+        tensors[name] = flat.reshape(shape[::-1]).T if turned else flat.reshape(shape)
+        start += sizes[name]
+    return tensors
+
+
+def _record(name: str, place: _Place) -> bytes:
+    """What the digest holds of a tensor before the digest of its bytes."""
+    label, dtype = name.encode(), place.dtype.encode()
+    sizes = b"".join(size.to_bytes(8, "big") for size in place.shape)
+    return len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype + bytes([len(place.shape)]) + sizes
+
+
+def _read(name: str, place: _Place, tensor: Array) -> bytes:
+    """Fills a tensor, block by block of its rows, and returns the SHA-256 of its stored bytes."""
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
+    row = rows.shape[1] * _BITS[place.dtype] // 8  # bytes
+    per_block = max(1, BLOCK // row)
+    buffer, digest = np.empty(min(per_block, len(rows)) * row, np.uint8), hashlib.sha256()
+    try:
+        with open(place.path, "rb", buffering=0) as file:
+            for start in range(0, len(rows), per_block):
+                target = rows[start : start + per_block]
+                block = buffer[: len(target) * row]
+                _fill(file.fileno(), block.data, place.offset + start * row)
+                digest.update(block.data)
+                stored = block.view(_STORED[place.dtype]).reshape(target.shape)
+                if place.dtype == "BF16":  # the upper half of a float32
+                    target[:] = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+                else:
+                    target[:] = stored
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"tensor {name}: cannot be read from {place.path}: {error}") from None
+    return digest.digest()
+
+
+def _check_tied(folder: Path, embedding: bytes) -> None:
+    """Refuse a stored head that differs from the embedding it shall be tied to: config and checkpoint disagree."""
+    stored = _stored_names(folder)
+    if "lm_head.weight" not in stored:
+        return
+    place, digest = _header(folder / stored["lm_head.weight"]).get("lm_head.weight"), hashlib.sha256()
+    if place is None:
+        raise CheckpointError(f"tensor lm_head.weight is not in {folder / stored['lm_head.weight']}")
+    try:
+        with place.path.open("rb", buffering=0) as file:
+            for start in range(0, place.nbytes, BLOCK):
+                block = np.empty(min(BLOCK, place.nbytes - start), np.uint8).data
+                _fill(file.fileno(), block, place.offset + start)
+                digest.update(block)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"tensor lm_head.weight: cannot be read from {place.path}: {error}") from None
+    if digest.digest() != embedding:
+        raise CheckpointError(
+            f"tensor lm_head.weight in {folder} is not wte.weight, though config.json ties them: "
+            "set tie_word_embeddings to false there if the head is meant to be its own"
+        )
+
+
+def _fill(file: int, target: memoryview, offset: int) -> None:
+    """Read exactly as many bytes as `target` has."""
+    while target:
+        count = os.preadv(file, [target], offset)
+        if not count:
+            raise EOFError("the file has become shorter")
+        target, offset = target[count:], offset + count
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _BITS[dtype] // 8
+
+
+def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Place]:
+    """Where every wanted tensor lies, by its name without prefix."""
+    stored = _stored_names(folder)
+    files: dict[str, dict[str, str]] = {}  # file -> name as stored -> name wanted
+    for name in wanted:
+        spellings = [spelling for spelling in (name, _PREFIX + name) if spelling in stored]
+        if not spellings and tied and name == "wte.weight" and "lm_head.weight" in stored:
+            spellings = ["lm_head.weight"]  # of tied tensors a writer may keep either
+        if not spellings:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint {folder}")
+        if len(spellings) > 1:
+            raise CheckpointError(f"tensor {name} is there twice in {folder}: as {' and as '.join(spellings)}")
+        files.setdefault(stored[spellings[0]], {})[spellings[0]] = name
+    places: dict[str, _Place] = {}
+    for file, names in files.items():
+        found = _header(folder / file)
+        for spelling, name in names.items():
+            if spelling not in found:
+                raise CheckpointError(f"tensor {spelling} is not in {folder / file}, where {INDEX} says it is")
+            places[name] = found[spelling]
+    return places
+
+
+def _stored_names(folder: Path) -> dict[str, str]:
+    """Each tensor's name as stored, and the file in `folder` that holds it. transformers looks in the same order."""
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(_header(folder / SINGLE), SINGLE)
+    if (folder / INDEX).is_file():
+        return _index(folder / INDEX)
+    pickled = any(folder.glob("*.bin"))
+    hint = "; its *.bin files are pickles, which can run code: convert them with transformers' save_pretrained"
+    raise CheckpointError(f"no {SINGLE} and no {INDEX} in {folder}{hint if pickled else ''}")
+
+
+def _index(path: Path) -> dict[str, str]:
+    """The weight_map of an index. Its files must be plain names: an index must not lead out of its folder."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_HEADER + 1)
+        if len(data) > MAX_HEADER:
+            raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes")
+        weight_map = json.loads(data, object_pairs_hook=_unique)["weight_map"]
+        entries = dict(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
+    for name, file_name in entries.items():
+        if not isinstance(file_name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file_name):
+            got = f"tensor {name!r:.80} is in {file_name!r:.80}"
+            raise CheckpointError(f"{path}: {got}, wanted a *.safetensors file beside it")
+    return entries
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """Every tensor of a safetensors file, whose header the package has checked: no holes, no overlaps."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or not a file")
+    places: dict[str, _Place] = {}
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise CheckpointError(f"{path}: a header of {length} bytes, wanted at most {MAX_HEADER}")
+            json.loads(file.read(length), object_pairs_hook=_unique)  # of equal names the package takes the last
+        with safe_open(path, framework="numpy") as opened:
+            offset = 8 + length
+            for name in opened.offset_keys():
+                piece = opened.get_slice(name)
+                dtype, shape = str(piece.get_dtype()), tuple(piece.get_shape())
+                if dtype not in _BITS:
+                    raise CheckpointError(f"{path}: tensor {name!r:.80} has the unknown dtype {dtype}")
+                places[name] = _Place(path, offset, dtype, shape)
+                offset += _nbytes(dtype, shape)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file: {str(error)!r:.200}") from None
+    return places
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Readers differ in which of two equal keys wins, so there must be none."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return fields

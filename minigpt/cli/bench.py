@@ -1,0 +1,259 @@
+"""The latency tables: `minigpt bench`.
+
+Configurations are interleaved, run by run, because a shared machine drifts: what is compared is measured side by side.
+A mean is over the runs, with its 95 % confidence interval (Student's t); an overhead is the mean of the differences of
+the runs that were made together, and an interval that holds 0 says that no difference was seen.
+
+The breakdown says where a token's time goes, party by party, from what each stage tells of itself with its answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from minigpt.client.pipeline import Pipeline
+from minigpt.client.text import ids_in
+from minigpt.protocol.messages import Span
+
+MIN_P99 = 100  # samples; of fewer, a 99th percentile is the maximum by another name
+
+BREAKDOWN = """\
+Median ms of each part of a token after the first, where `wire` is a party's wait for the next one's answer less what
+the rows below account for; the parts of one token add up to its time, their medians not exactly."""
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom, from 1 (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
+_T95 = [
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation: seconds from the request to the first token, and from each token to the next."""
+
+    first: float
+    between: tuple[float, ...]
+    spans: tuple[tuple[Span, ...], ...]
+    bytes_per_token: float
+
+
+class Part(NamedTuple):
+    """What one party adds to a token's time, in seconds; `parts` says what is in each."""
+
+    compute: float
+    seal: float
+    open: float
+    wire: float  # of the link to the next party
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its 95 % confidence interval (None for a single sample, which has none)."""
+
+    mean: float
+    margin: float | None
+
+
+def estimate(samples: Sequence[float]) -> Estimate:
+    """The mean of independent samples, with its interval."""
+    mean = statistics.fmean(samples)
+    if len(samples) < 2:
+        return Estimate(mean, None)
+    degrees = len(samples) - 1
+    t = _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+    return Estimate(mean, t * statistics.stdev(samples) / math.sqrt(len(samples)))
+
+
+def percentile(samples: Sequence[float], part: float) -> float:
+    """The smallest sample that at least `part` of all do not exceed (nearest rank)."""
+    return sorted(samples)[max(0, math.ceil(part * len(samples)) - 1)]
+
+
+def measure(
+    model: str,
+    stages: Sequence[int],
+    *,
+    prompt: str,
+    runs: int,
+    max_tokens: int,
+    revision: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[int, list[Run]]:
+    """Runs each configuration `runs` times, interleaved, after one run that does not count."""
+    with ExitStack() as stack:
+        pipelines = {}
+        for count in stages:
+            progress(f"starting {count} stage{'s' if count > 1 else ''}")
+            pipeline = Pipeline.local(model, count, revision=revision, threads=threads)
+            pipelines[count] = stack.enter_context(pipeline)
+        results: dict[int, list[Run]] = {count: [] for count in stages}
+        for number in range(runs + 1):
+            progress(f"run {number} of {runs}" if number else "warming up")
+            order = list(pipelines.items())
+            for count, pipeline in order if number % 2 else reversed(order):
+                run = run_once(pipeline, prompt, max_tokens)
+                if number:
+                    results[count].append(run)
+    return results
+
+
+def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
+    """One greedy generation, timed: token by token, without drafts."""
+    given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
+    generation = pipeline.generate(given, max_tokens=max_tokens, draft=0)
+    for _ in generation:
+        pass
+    times = generation.times
+    return Run(
+        first=times[0],
+        between=tuple(later - earlier for earlier, later in itertools.pairwise(times)),
+        spans=tuple(generation.spans),
+        bytes_per_token=bytes_per_token(generation.spans),
+    )
+
+
+def bytes_per_token(spans: Sequence[tuple[Span, ...]]) -> float:
+    """Ciphertext on all links together for one token, both ways: the mean over those after the first, if any."""
+    tokens = spans[1:] or spans
+    return statistics.fmean(sum(span.bytes for span in token) for token in tokens) if tokens else 0.0
+
+
+def parts(spans: Sequence[Span]) -> list[Part]:
+    """A token's time by party: the client, then each stage. Together it is the client's seal, open and wait.
+
+    `compute` begins when the stage has its turn. `seal` and `open` are what the sender of a request spends on the
+    ciphers and records of its own end: sealing the request, opening the answer. `wire` is its wait for the answer, less
+    the whole span of the next stage: sockets and wake-ups, encoding and decoding at both ends, and what the next stage
+    does outside its span, which is to open the request, to wait for its turn, and to seal the answer.
+
+    The client asks once, and stage 0 goes on by itself. For a token after the first the client therefore seals nothing,
+    and its `open` and `wire` together are what stage 0 does between two steps (encode, seal and write an answer, look
+    for a Cancel, wait for its turn), and by how much this answer took longer than the last one to be received. So a
+    link's constant delay shows between stages, but not between the client and stage 0, and there a single token's
+    `wire` may be negative.
+    """
+    told = [span.compute + span.seal + span.open + span.wait for span in spans[1:]]
+    return [
+        Part(span.compute, span.seal, span.open, span.wait - after)
+        for span, after in zip(spans, [*told, 0.0], strict=True)
+    ]
+
+
+def breakdown(results: dict[int, list[Run]]) -> list[dict[str, object]]:
+    """The median of each of `parts` over the tokens after the first, in milliseconds; one row for each party."""
+    rows: list[dict[str, object]] = []
+    for count, runs in results.items():
+        tokens = [parts(spans) for run in runs for spans in run.spans[1:]]
+        for place, party in enumerate(zip(*tokens, strict=True)):
+            row: dict[str, object] = {"stages": count, "party": f"stage {place - 1}" if place else "client"}
+            linked = place + 1 < len(tokens[0])  # the last stage has no link on: not 0 ms, but nothing to measure
+            for name, samples in zip(Part._fields, zip(*party, strict=True), strict=True):
+                row[f"{name}_ms"] = 1000 * percentile(samples, 0.50) if linked or name == "compute" else None
+            rows.append(row)
+    return rows
+
+
+def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
+    """One row of figures for each configuration, in milliseconds; what the table shows."""
+    baseline = next(iter(results.values()))
+    rows: list[dict[str, object]] = []
+    for count, runs in results.items():
+        between = [1000 * gap for run in runs for gap in run.between]
+        means = [1000 * statistics.fmean(run.between) for run in runs if run.between]
+        base = [1000 * statistics.fmean(run.between) for run in baseline if run.between]
+        row: dict[str, object] = {
+            "stages": count,
+            "ttft_ms": asdict(estimate([1000 * run.first for run in runs])),
+            "samples": len(between),
+            "bytes_per_token": statistics.fmean(run.bytes_per_token for run in runs),
+        }
+        if means:
+            pairs = list(zip(means, base, strict=True))
+            difference = estimate([ours - theirs for ours, theirs in pairs])
+            percent = estimate([100 * (ours / theirs - 1) for ours, theirs in pairs])
+            row |= {
+                "mean_ms": asdict(estimate(means)),
+                "p50_ms": percentile(between, 0.50),
+                "p95_ms": percentile(between, 0.95),
+                "p99_ms": percentile(between, 0.99) if len(between) >= MIN_P99 else None,
+                "tokens_per_second": asdict(estimate([1000 / mean for mean in means])),
+                "overhead_ms": None if runs is baseline else asdict(difference),
+                "overhead_percent": None if runs is baseline else asdict(percent),
+            }
+        rows.append(row)
+    return rows
+
+
+def figures(results: dict[int, list[Run]]) -> dict[str, object]:
+    """All that was measured, for JSON."""
+    return {"summary": summarise(results), "breakdown": breakdown(results), "latencies": latencies(results)}
+
+
+def tables(results: dict[int, list[Run]]) -> str:
+    """The table of latencies and, if any token came after a first, the breakdown, as Markdown."""
+    rows = breakdown(results)
+    return markdown(summarise(results)) + (f"\n\n{BREAKDOWN}\n\n{breakdown_markdown(rows)}" if rows else "")
+
+
+def markdown(rows: Sequence[dict[str, object]]) -> str:
+    """The table of latencies, as Markdown."""
+    titles = ["stages", "TTFT ms", "mean ms/token", "p50", "p95", "p99", "tokens/s", "bytes/token", "overhead"]
+    lines = []
+    for row in rows:
+        overhead = "–"
+        if row.get("overhead_ms"):
+            percent = _shown(row["overhead_percent"], 1, sign=True)
+            overhead = f"{_shown(row['overhead_ms'], 2, sign=True)} ms ({percent} %)"
+        cells = [
+            str(row["stages"]),
+            _shown(row["ttft_ms"], 1),
+            _shown(row.get("mean_ms"), 2),
+            *(_shown(row.get(name), 2) for name in ("p50_ms", "p95_ms", "p99_ms")),
+            _shown(row.get("tokens_per_second"), 1),
+            _shown(row["bytes_per_token"], 0),
+            overhead,
+        ]
+        lines.append(cells)
+    return _table(titles, lines)
+
+
+def breakdown_markdown(rows: Sequence[dict[str, object]]) -> str:
+    """The table of the breakdown, as Markdown."""
+    columns = [f"{name}_ms" for name in Part._fields]
+    lines = [[str(row["stages"]), str(row["party"]), *(_shown(row[name], 3) for name in columns)] for row in rows]
+    return _table(["stages", "party", *Part._fields], lines)
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    drawn = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
+    return "\n".join([drawn[0], "|" + "---:|" * len(titles), *drawn[1:]])
+
+
+def _shown(value: object, digits: int, *, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    if isinstance(value, dict):
+        margin = f" ± {value['margin']:.{digits}f}" if value["margin"] is not None else ""
+        return f"{value['mean']:{plus}.{digits}f}{margin}"
+    return f"{value:{plus}.{digits}f}" if isinstance(value, int | float) else "–"
+
+
+def latencies(results: dict[int, list[Run]]) -> list[dict[str, object]]:
+    """Every single latency, in milliseconds, run by run."""
+    return [
+        {
+            "stages": count,
+            "run": number,
+            "ttft_ms": 1000 * run.first,
+            "between_ms": [1000 * gap for gap in run.between],
+        }
+        for count, runs in results.items()
+        for number, run in enumerate(runs)
+    ]

@@ -1,0 +1,351 @@
+"""What each command of the command line does. Options are those that `minigpt.__main__` declares."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from attest.measure import measure
+from minigpt.checkpoint import sources, tokenizer, weights
+from minigpt.cli import bench as benchmark
+from minigpt.cli.values import positive
+from minigpt.client.pipeline import Pipeline
+from minigpt.client.text import Generation, ids_in
+from minigpt.errors import StageError, UntrustedStage, UsageError
+from minigpt.protocol import manifest
+from minigpt.protocol.manifest import StageEntry
+from minigpt.protocol.messages import StageReport
+from transport.address import Address
+from transport.noise import generate_keypair
+from transport.relay import Relay
+
+MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
+
+
+def say(line: str) -> None:
+    """A line for a person."""
+    print(line, file=sys.stderr)
+
+
+def progress(line: str) -> None:
+    """What is being done, in one line that the next one replaces; only on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`minigpt generate`: text as it comes, then a summary; or all of it as one object."""
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
+    with _pipeline(options) as pipeline:
+        generation = pipeline.generate(
+            prompt if pipeline.tokenizer is not None else ids_in(prompt),
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            stop=options.stop,
+            logprobs=options.logprobs,
+            draft=options.draft,
+        )
+        tokens = []
+        try:
+            for token in generation:
+                tokens.append(token)
+                if not options.json:
+                    print(f"{token.id} " if token.text is None else token.text, end="", flush=True)
+        finally:
+            if tokens and not options.json:
+                print(flush=True)  # and what is said next, an error too, is on a line of its own
+        summary = _summary(pipeline, generation)
+        if options.json:
+            listed = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
+            text = None if pipeline.tokenizer is None else "".join(token.text or "" for token in tokens)
+            print(json.dumps({"text": text, "tokens": listed, **summary}))
+        else:
+            _say_summary(summary)
+    return 0
+
+
+def _standard_input() -> str:
+    """The prompt, without the newline that ends its last line."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not UTF-8 text") from None
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    """The pipeline that the options name: a running one, or one of our own child processes."""
+    if options.manifest is not None:
+        for flag in ("stages", "split"):
+            if getattr(options, flag) is not None:
+                raise UsageError(f"--{flag} is for local stages: the manifest says what its pipeline is")
+        return Pipeline.connect(
+            options.manifest,
+            manifest_sha256=options.manifest_sha256,
+            model=options.model,
+            allow_mock=options.allow_mock,
+            timeout=options.timeout,
+            client_key=_read_key(options.client_key),
+        )
+    for flag in ("manifest_sha256", "client_key"):
+        if getattr(options, flag) is not None:
+            raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
+    split = _split(options)
+    return Pipeline.local(
+        options.model or "tiny",
+        **({"stages": split} if isinstance(split, int) else {"split": split}),
+        revision=options.revision,
+        threads=options.threads,
+        timeout=options.timeout,
+    )
+
+
+def _split(options: argparse.Namespace) -> str | int:
+    """How the layers are split: by a flag, else by the environment, else in two."""
+    if options.split is None and options.stages is None:
+        return options.split_default or positive(options.stages_default)
+    split: str | int = options.split or options.stages
+    return split
+
+
+def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
+    """What is told of a generation: stages, evidence, times, bytes."""
+    times, count = generation.times, len(generation.times)
+    stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
+    return {
+        "reason": str(generation.reason),
+        "seed": generation.seed,
+        "prompt_tokens": generation.prompt_tokens,
+        "ttft_ms": 1000 * times[0],
+        "ms_per_token": 1000 * (times[-1] - times[0]) / (count - 1) if count > 1 else None,
+        "steps": len(set(times)),  # fewer than tokens where several were drafted together
+        "latencies_ms": [1000 * (later - earlier) for earlier, later in zip([0.0, *times], times, strict=False)],
+        "bytes_per_token": benchmark.bytes_per_token(generation.spans),
+        "stages": [_stage_state(entry, report) for entry, report in stages],
+    }
+
+
+def _say_summary(summary: dict[str, Any]) -> None:
+    for stage in summary["stages"]:
+        say(_stage_line(stage) + (f"  {stage['error']}" if stage["error"] else ""))
+    if any(stage["provider"] == "mock" for stage in summary["stages"]):
+        say(MOCK_NOTICE)
+    pace, count, steps = summary["ms_per_token"], len(summary["latencies_ms"]), summary["steps"]
+    say(
+        f"{count} tokens"
+        + (f" in {steps} steps" if steps < count else "")
+        + f", ended by {summary['reason']}; first after {summary['ttft_ms']:.1f} ms"
+        + (f", then {pace:.2f} ms/token" if pace else "")
+        + f"; {summary['bytes_per_token']:.0f} bytes/token on {len(summary['stages'])} encrypted links"
+        + (f"; seed {summary['seed']}" if summary["seed"] is not None else "")
+    )
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`minigpt plan`: writes a manifest, and prints its digest."""
+    checkpoint = sources.find(options.model or "tiny", options.revision)
+    config = sources.read_config(checkpoint.folder)
+    layers = manifest.split_layers(config.n_layer, _split(options))
+    addresses = options.address or [f"tcp://127.0.0.1:{5001 + i}" for i in range(len(layers))]
+    for address in addresses:
+        Address.parse(address)
+    if len(addresses) != len(layers):
+        raise UsageError(f"{len(addresses)} addresses for {len(layers)} stages: give --address once for each")
+    found = tokenizer.load(checkpoint.folder)
+    data = manifest.write(
+        config=config,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        tokenizer_sha256=found.digest if found else None,
+        layers=layers,
+        weights_sha256=[weights.load(checkpoint.folder, config, part).digest for part in layers],
+        addresses=addresses,
+        **_pins(options, len(layers)),
+        suites=options.suite or [2],
+        clients=[_hex("--client", text, 32) for text in options.client] or None,
+        days=options.days,
+    )
+    Path(options.output).write_bytes(data)
+    print(hashlib.sha256(data).hexdigest())
+    for index, (part, address) in enumerate(zip(layers, addresses, strict=True)):
+        say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
+    say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
+    return 0
+
+
+def _pins(options: argparse.Namespace, stages: int) -> dict[str, Any]:
+    """Whose evidence `minigpt plan` pins: Nitro's of each stage's image, or the mock's."""
+    if not options.pcrs:
+        if options.root_key is None:
+            raise UsageError("give --root-key, the mock's; or --pcrs once for each stage, for images")
+        measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
+        return {"root_key": _hex("--root-key", options.root_key, 32), "measurements": measurements}
+    if options.root_key is not None or options.measurement:
+        raise UsageError("--pcrs pins images in the place of the mock: leave out --root-key and --measurement")
+    if len(options.pcrs) != stages:
+        raise UsageError(f"{len(options.pcrs)} files of --pcrs for {stages} stages: give it once for each")
+    return {"pcrs": [_pcrs(path) for path in options.pcrs]}
+
+
+def _pcrs(path: str) -> list[bytes]:
+    """PCR0, PCR1 and PCR2 of an image's description."""
+    try:
+        found = json.loads(Path(path).read_bytes())["Measurements"]
+        texts = [found[f"PCR{i}"] for i in range(3)]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
+    return [_hex(f"--pcrs {path}", text, 48) for text in texts]
+
+
+def _hex(flag: str, text: str, length: int) -> bytes:
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != length:
+        raise UsageError(f"{flag}: got {text[:120]!r}, wanted {2 * length} hex digits")
+    return value
+
+
+def status(options: argparse.Namespace) -> int:
+    """`minigpt status`: every stage as it says it is, and whether its evidence was accepted."""
+    data = manifest.read(options.manifest)
+    entries = manifest.Manifest.parse(data).stages
+    reports: tuple[StageReport, ...]
+    try:
+        with Pipeline.connect(
+            data,
+            manifest_sha256=options.manifest_sha256,
+            text=False,
+            allow_mock=options.allow_mock,
+            timeout=options.timeout,
+            client_key=_read_key(options.client_key),
+        ) as pipeline:
+            reports = pipeline.status()
+    except StageError as error:
+        reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
+        reports = (StageReport(0, error=str(error), reason=reason),)
+    missing = [StageReport(entry.index, "not asked: a stage before it failed", "failed") for entry in entries]
+    reports += tuple(missing[len(reports) :])
+    if options.save_evidence is not None:
+        _save_evidence(Path(options.save_evidence), reports)
+    stages = [_stage_state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+    if options.json:
+        print(json.dumps({"stages": stages}))
+    else:
+        for entry, report in zip(entries, reports, strict=True):
+            print(_stage_line(_stage_state(entry, report)) + "  " + (report.error or _load(report)))
+        say(MOCK_NOTICE)
+    if any(report.reason == "attestation" for report in reports):
+        return UntrustedStage.exit_code
+    return StageError.exit_code if any(report.error for report in reports) else 0
+
+
+def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
+    """A stage for --json: what the manifest says of it, and what was found."""
+    verdict = "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted"
+    return {
+        "stage": entry.index,
+        "layers": [entry.layers.start, entry.layers.stop],
+        "address": str(entry.address),
+        "provider": entry.provider.name.lower(),
+        "evidence": verdict,
+        "error": report.error or None,
+        "uptime_s": report.uptime,
+        "weights_bytes": report.weights_bytes,
+        "channels": report.channels,
+        "sequences": report.sequences,
+        "cache_bytes": report.cache_bytes,
+        "steps": report.steps,
+    }
+
+
+def _stage_line(state: dict[str, Any]) -> str:
+    first, end = state["layers"]
+    place = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address']}"
+    return f"{place}  {state['provider']} evidence {state['evidence']}"
+
+
+def _load(report: StageReport) -> str:
+    return (
+        f"up {report.uptime:.0f} s, {report.weights_bytes / 1e6:.1f} MB of weights, {report.channels} channels, "
+        f"{report.sequences} sequences, {report.cache_bytes / 1e6:.1f} MB of cache, {report.steps} steps"
+    )
+
+
+def _save_evidence(folder: Path, reports: tuple[StageReport, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for report in reports:
+        if report.evidence:
+            (folder / f"stage-{report.stage}.json").write_text(report.evidence)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`minigpt bench`: tables, or every latency."""
+    try:
+        results = benchmark.measure(
+            options.model or "tiny",
+            options.stages,
+            prompt=options.prompt,
+            runs=options.runs,
+            max_tokens=options.max_tokens,
+            revision=options.revision,
+            threads=options.threads,
+            progress=progress,
+        )
+    finally:
+        progress("")
+    print(json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results))
+    return 0
+
+
+def keygen(options: argparse.Namespace) -> int:
+    """`minigpt keygen`: a file with a client's private key; prints the public one."""
+    private, public = generate_keypair()
+    try:
+        with open(os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(private.hex() + "\n")
+    except FileExistsError:
+        raise UsageError(f"{options.output} exists, and a key is never overwritten: choose another name") from None
+    print(public.hex())
+    say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
+    return 0
+
+
+def relay(options: argparse.Namespace) -> int:
+    """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C. It logs who came and how much passed."""
+    if options.connections < 1:
+        raise UsageError(f"--connections {options.connections}: wanted at least 1")
+    logging.basicConfig(level=logging.INFO, format="relay: %(levelname)s %(message)s")
+    target = Address.parse(options.target)
+    passing = Relay(Address.parse(options.listen), target, options.connections)
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: passing.close())
+    try:
+        print(f"relay ready: {passing.address} to {target}", flush=True)
+        passing.serve()
+    finally:
+        passing.stop()
+    return 0
+
+
+def _read_key(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text().strip()
+    except (OSError, ValueError):
+        raise UsageError(f"--client-key {path}: cannot be read") from None
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise UsageError(f"--client-key {path}: is not a key that `minigpt keygen` wrote")
+    return bytes.fromhex(text)

@@ -1,0 +1,1 @@
+"""The user's side of a pipeline, and a whole model in this process."""

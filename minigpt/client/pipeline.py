@@ -1,0 +1,353 @@
+"""The client's end of a pipeline: `Pipeline.connect`, `generate`, `logits`, `status`.
+
+The client is the driver and the only party that sees the prompt, the text and the seed. Its root of trust is the
+manifest, which is checked whole before anything is sent: every stage's evidence must be pinned, because the client
+itself meets only stage 0, and the other stages are met by measured code that enforces the same manifest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attest import dump_evidence
+from minigpt.checkpoint import sources
+from minigpt.checkpoint import tokenizer as tokenizers
+from minigpt.checkpoint.tokenizer import Tokenizer
+from minigpt.client.text import Generation, Prompt, encode_prompt, make_request
+from minigpt.errors import CheckpointError, ManifestError, MessageError, RequestRefused, StageError, UsageError
+from minigpt.protocol import links, messages
+from minigpt.protocol import manifest as manifests
+from minigpt.protocol.links import StageLink
+from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import (
+    Answer,
+    Cancel,
+    Done,
+    Generate,
+    Logits,
+    Reason,
+    Refusal,
+    Report,
+    StageReport,
+    Status,
+    Wanted,
+    span,
+    with_span,
+)
+from minigpt.protocol.messages import Token as TokenMessage
+from transport.channel import Deadlines
+
+if TYPE_CHECKING:
+    from minigpt.launch.local import LocalStages
+
+
+class Pipeline:
+    """A connection to a pipeline. One sequence at a time; not for several threads at once.
+
+    Use `connect` or `local`, and `with`, or `close` when done.
+
+    Attributes:
+        manifest: what the pipeline is.
+        config: the model's.
+        tokenizer: None where the client has none for this model: prompts are then token ids.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        tokenizer: Tokenizer | None = None,
+        allow_mock: bool = False,
+        timeout: float = 150.0,  # more than a stage waits for the next, so that it is the stage which is named
+        connect_timeout: float = 10.0,
+        client_key: bytes | None = None,
+    ) -> None:
+        check(manifest, allow_mock=allow_mock, client_key=client_key)
+        if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
+            raise ManifestError("the tokenizer is not the one that the manifest names: get the model's own")
+        self.manifest = manifest
+        self.config = manifest.config
+        self.tokenizer = tokenizer
+        self._timeout = timeout
+        self._deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
+        self._key = client_key
+        self._link: StageLink | None = None
+        self._closed = False
+        self._running: Generation | None = None
+        self._stages: LocalStages | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        manifest: str | Path | bytes,
+        *,
+        manifest_sha256: str | None = None,
+        model: str | None = None,
+        text: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Connects to the pipeline that a manifest describes, and verifies stage 0.
+
+        Args:
+            manifest: its file, or its bytes. It is what you trust: get it by a way that you trust, or
+            manifest_sha256: give its digest, in hex.
+            model: where to find the tokenizer: a folder, "tiny" or a hub id; by default what the manifest names, if it
+                is on this machine. Its digest must be the manifest's.
+            text: False for token ids only: no tokenizer is looked for.
+            allow_mock: accept mock evidence, where the manifest says so. It proves nothing about hardware.
+            timeout: seconds to wait for an answer.
+            connect_timeout: seconds for the connection, and for its handshake.
+            client_key: a static private key (X25519, 32 bytes), where the manifest admits only some clients.
+
+        Raises:
+            ManifestError: the manifest is malformed, expired, or not acceptable; nothing was connected then.
+            UntrustedStage: the evidence of stage 0 was refused.
+            StageError: stage 0 cannot be reached.
+        """
+        data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
+        parsed = Manifest.parse(data)
+        if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
+            raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
+        pipeline = cls(parsed, tokenizer=_tokenizer(parsed, model) if text else None, **options)
+        pipeline._open()
+        return pipeline
+
+    @classmethod
+    def local(
+        cls,
+        model: str = "tiny",
+        stages: int = 2,
+        *,
+        split: str | None = None,
+        revision: str | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Starts stages as child processes on this machine, with fresh mock keys, and connects to them.
+
+        Args:
+            model: a folder, "tiny" or a hub id.
+            stages: how many, of as many layers each as can be.
+            split: or the layers of each, as "6+6".
+            revision: of a hub id.
+            threads: BLAS threads of each stage.
+        """
+        from minigpt.launch.local import LocalStages
+
+        checkpoint = sources.find(model, revision)
+        processes = LocalStages(checkpoint, split or stages, threads=threads)
+        try:
+            pipeline = cls(processes.manifest, tokenizer=tokenizers.load(checkpoint.folder), allow_mock=True, **options)
+            pipeline._stages = processes
+            pipeline._open()
+        except BaseException:
+            processes.close()
+            raise
+        return pipeline
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 20,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        draft: int | None = None,
+    ) -> Generation:
+        """Generates tokens, to be iterated over; a new request ends the one before it.
+
+        Args:
+            prompt: text, or token ids.
+            max_tokens: how many at most.
+            temperature: 0 takes the likeliest token each time; 1 draws from the model's distribution.
+            top_k: draw among the k likeliest only; 0 for all.
+            top_p: draw among the likeliest that have this probability together only; 1 for all.
+            seed: of the draws; the same seed gives the same tokens, whatever the number of stages. By default a new
+                one, told by the result's `seed`.
+            stop: strings to end before.
+            logprobs: give each token's logarithmic probability.
+            draft: ids to guess ahead at most, where the text repeats itself; 0 for none. By default the first stage
+                decides: `drafting.DRAFT`. Greedy decoding only. The tokens are the same, and come faster where guesses
+                are right, several at once; their log-probabilities may differ in the last bits.
+
+        Raises, then or while iterating:
+            UsageError: the arguments make no request.
+            RequestRefused: a stage refuses it, in words.
+            StageError: a stage failed, cannot be reached, or timed out.
+        """
+        request = make_request(
+            prompt, self.tokenizer, self.config, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed, stop=stop, logprobs=logprobs, draft=draft,
+        )  # fmt: skip
+        self._finish_running()
+        self._running = Generation(self._answers(request), request, self.config, self.tokenizer, stop)
+        return self._running
+
+    def logits(self, prompt: Prompt) -> NDArray[np.float32]:
+        """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
+        ids = encode_prompt(prompt, self.tokenizer, self.config)
+        self._finish_running()
+        values = [
+            answer.values
+            for answer in self._answers(Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.LOGITS))
+            if isinstance(answer, Logits)
+        ]
+        if len(values) != 1 or values[0].shape != (self.config.vocab_size,):
+            raise MessageError("stage 0 sent no logits, or not as many as the vocabulary has ids", stage=0)
+        return values[0]
+
+    def status(self) -> tuple[StageReport, ...]:
+        """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
+        self._finish_running()
+        link = self._open()
+        answer = self._guarded(link, Status())
+        indices = [report.stage for report in answer.stages] if isinstance(answer, Report) else []
+        if not isinstance(answer, Report) or indices not in _prefixes(len(self.manifest.stages)):
+            raise MessageError("stage 0 did not answer with a report of the stages in order", stage=0)
+        evidence = dump_evidence(link.channel.peer_evidence, link.channel.peer_binding)
+        return (replace(answer.stages[0], evidence=evidence), *answer.stages[1:])
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of a local pipeline's stages, in order."""
+        return [] if self._stages is None else self._stages.pids
+
+    def close(self) -> None:
+        """Ends the connection; and the stages, if they are ours."""
+        self._closed = True
+        self._running = None
+        if self._link is not None:
+            self._link.channel.close()
+            self._link = None
+        if self._stages is not None:
+            self._stages.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> StageLink:
+        """The link to stage 0, made anew if it has broken."""
+        if self._closed:
+            raise UsageError("this pipeline is closed: connect again")
+        if self._link is not None and (self._link.channel.expired or self._link.channel.poll()):
+            self._drop(self._link)
+        if self._link is None:
+            self.manifest.check_time(time.time())
+            end = links.calling_end(self.manifest, 0, None, self._key)
+            self._link = StageLink(links.dial(self.manifest, 0, end, self._deadlines), 0, self._timeout)
+        return self._link
+
+    def _drop(self, link: StageLink) -> None:
+        link.channel.abort()
+        if self._link is link:
+            self._link = None
+
+    def _finish_running(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _guarded(self, link: StageLink, message: messages.Message) -> messages.Message:
+        """Asks; whatever goes wrong but a refusal ends the link."""
+        try:
+            return link.ask(message)
+        except RequestRefused:
+            raise
+        except BaseException:
+            self._drop(link)
+            raise
+
+    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
+        """Yields what stage 0 answers, and returns why it ended. Closed early, it cancels the request."""
+        link = self._open()
+        position = request.start + len(request.ids)
+        whole = False
+        try:
+            began, before = time.perf_counter(), link.traffic
+            link.send(request)
+            while True:
+                message = link.receive()
+                if isinstance(message, Done):
+                    whole = True
+                    return message.reason
+                if isinstance(message, Refusal):
+                    whole = True
+                    raise messages.refused(message)
+                if not isinstance(message, TokenMessage | Logits) or message.position != position:
+                    raise MessageError(f"stage 0 sent {type(message).__name__} out of turn", stage=0)
+                count = len(message.ids) if isinstance(message, TokenMessage) else 1
+                if not 1 <= count <= request.most:
+                    raise MessageError(f"stage 0 sent {count} tokens at once, wanted 1 to {request.most}", stage=0)
+                position += count
+                now, after = time.perf_counter(), link.traffic
+                yield with_span(message, span(0.0, now - began, before, after))
+                began, before = now, after
+        except GeneratorExit:
+            with suppress(StageError):
+                whole = self._cancel(link)
+            raise
+        finally:
+            if not whole:
+                self._drop(link)
+
+    def _cancel(self, link: StageLink) -> bool:
+        """Cancels what is running, and reads to its end; whether there was one."""
+        link.send(Cancel())
+        until = time.monotonic() + self._timeout
+        while time.monotonic() < until:
+            message = link.receive()
+            if isinstance(message, Done | Refusal):
+                return True
+        return False
+
+
+def _prefixes(count: int) -> list[list[int]]:
+    """[0], [0, 1], …: the stages that a report may tell of."""
+    return [list(range(end)) for end in range(1, count + 1)]
+
+
+def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:
+    """Is this manifest acceptable to this client? One unacceptable stage refuses the whole pipeline.
+
+    Raises:
+        ManifestError: it has expired, wants evidence that cannot be verified or mock evidence without `allow_mock`, or
+            does not admit this client.
+    """
+    manifest.check_time(time.time() if now is None else now)
+    manifest.check_verifiable()
+    if not allow_mock:
+        raise ManifestError(
+            "the manifest accepts mock evidence, which proves nothing about hardware: "
+            "refused without --allow-mock (allow_mock=True)"
+        )
+    if manifest.clients is not None and client_key is None:
+        raise ManifestError("the manifest admits listed clients only: give the key of one, --client-key")
+
+
+def _tokenizer(manifest: Manifest, model: str | None) -> Tokenizer | None:
+    """The tokenizer of `model`, which must be there; or that of the manifest's model, if it is on this machine."""
+    if model is not None:
+        return tokenizers.load(sources.find(model, files=sources.TOKENIZER_FILES).folder)
+    try:
+        found = sources.find(manifest.model, manifest.revision, files=sources.TOKENIZER_FILES, download=False)
+        return tokenizers.load(found.folder)
+    except CheckpointError:
+        return None

@@ -1,0 +1,230 @@
+"""Text on the client's side: a prompt becomes a request, and answers become tokens with text.
+
+Stages know ids only. What concerns text, stop strings and characters that are not whole yet, is decided here, by the
+program that holds the prompt anyway.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+from minigpt.checkpoint.tokenizer import Tokenizer
+from minigpt.engine.config import Config
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import UsageError
+from minigpt.protocol.messages import MAX_DRAFT, Answer, Generate, Logits, Reason, Span, ending
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        id: in the model's vocabulary.
+        text: what this token lets be shown: whole characters only, and nothing that may yet become part of a stop
+            string, so it may be empty or complete earlier tokens. None where the checkpoint has no tokenizer.
+        logprob: natural logarithm of the probability that the model gave it (before temperature, top-k and top-p),
+            None unless asked for.
+    """
+
+    id: int
+    text: str | None
+    logprob: float | None = None
+
+
+class Generation(Iterator[Token]):
+    """The tokens of one request as they come.
+
+    Attributes:
+        reason: why it ended, None while it has not.
+        seed: of the random draws, None for greedy decoding.
+        prompt_tokens: how many ids the prompt had.
+        times: seconds since the request, at each token; the same for those that came together.
+        spans: for each token, where its time went: in a pipeline first the client's own, then stage by stage. Tokens
+            that came together have equal parts of their step's.
+    """
+
+    def __init__(
+        self,
+        answers: Generator[Answer, None, Reason],
+        request: Generate,
+        config: Config,
+        tokenizer: Tokenizer | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.reason: Reason | None = None
+        self.seed = request.sampling.seed if request.sampling.temperature > 0 else None
+        self.prompt_tokens = len(request.ids)
+        self.times: list[float] = []
+        self.spans: list[tuple[Span, ...]] = []
+        self._answers = answers
+        self._request = request
+        self._n_positions = config.n_positions
+        self._decoder = tokenizer.stream() if tokenizer is not None else None
+        self._stops = StopStrings(stop)
+        self._began: float | None = None
+        self._arrived: deque[tuple[int, float | None, float, tuple[Span, ...]]] = deque()
+
+    def __next__(self) -> Token:
+        if self.reason is not None:
+            raise StopIteration
+        if not self._arrived:
+            self._receive()
+        token, logprob, arrived, spans = self._arrived.popleft()
+        self.times.append(arrived)
+        self.spans.append(spans)
+        text = None
+        if self._decoder is not None:
+            final = ending(self._request, self._n_positions, len(self.times), token) is not None
+            text = self._stops.push(self._decoder.push(token))
+            if final and not self._stops.found:
+                text += self._stops.push(self._decoder.flush()) + self._stops.flush()
+            if self._stops.found:
+                self._answers.close()
+                self.reason = Reason.STOP
+        return Token(token, text, logprob)
+
+    def _receive(self) -> None:
+        """Waits for the next answer. Raises StopIteration at the end."""
+        self._began = self._began or time.perf_counter()
+        try:
+            answer = next(self._answers)
+        except StopIteration as end:
+            self.reason = end.value
+            raise StopIteration from None
+        if isinstance(answer, Logits):
+            raise TypeError("this request is for logits, not for tokens")
+        arrived, count = time.perf_counter() - self._began, len(answer.ids)
+        spans = tuple(Span(*(part / count for part in span)) for span in answer.spans)
+        for token, logprob in zip(answer.ids, answer.logprobs or [None] * count, strict=True):
+            self._arrived.append((token, logprob, arrived, spans))
+
+    def close(self) -> None:
+        """Ends the generation, in every stage."""
+        self._answers.close()
+        if self.reason is None:
+            self.reason = Reason.CANCELLED
+
+
+class StopStrings:
+    """Cuts text before the stop string that is whole first, and holds back what may be the beginning of one.
+
+    >>> stops = StopStrings(["\\n\\n"])
+    >>> stops.push("one\\n"), stops.push("two\\n"), stops.push("\\nthree"), stops.found
+    ('one', '\\ntwo', '', True)
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """More text; returns what can be shown now."""
+        self._held += text
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.found = True
+            _, place = min(found)
+            shown, self._held = self._held[:place], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -> tuple[int, ...]:
+    """The prompt's token ids. Raises UsageError for an empty one, or ids that are no ids of this vocabulary."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("there is no tokenizer of this model here: give the prompt as token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError("the prompt is not UTF-8 text") from None
+        ids = tuple(tokenizer.encode(prompt))
+    else:
+        ids = tuple(int(token) for token in prompt)
+        if any(not 0 <= token < config.vocab_size for token in ids):
+            raise UsageError(f"a token id of the prompt is outside the vocabulary, 0 to {config.vocab_size - 1}")
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one token")
+    if len(ids) > config.n_positions:
+        raise UsageError(f"the prompt has {len(ids)} tokens, and the model {config.n_positions} positions: shorten it")
+    return ids
+
+
+def ids_in(text: str) -> list[int]:
+    """The token ids written in `text`, where there is no tokenizer. Raises UsageError if it is anything else.
+
+    >>> ids_in("464 3139")
+    [464, 3139]
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+        raise UsageError(
+            'there is no tokenizer of this model here, so the prompt must be token ids, as "464 3139"; '
+            "or give --model, a folder or a hub id that has one"
+        )
+    return [int(word) for word in words]
+
+
+def make_request(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    config: Config,
+    *,
+    max_tokens: int = 20,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    logprobs: bool = False,
+    draft: int | None = None,
+) -> Generate:
+    """The request for a prompt. Raises UsageError for arguments that make none."""
+    if isinstance(stop, str):
+        raise UsageError("stop is a list of strings: write [stop]")
+    if stop and tokenizer is None:
+        raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
+    if any(not text for text in stop):
+        raise UsageError("a stop string is empty, and would end every text at once")
+    for name, value in (("max_tokens", max_tokens), ("top_k", top_k), ("seed", seed), ("draft", draft)):
+        if value is not None and type(value) is not int:
+            raise UsageError(f"{name} is {value!r}, wanted a whole number")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}, wanted at least 1")
+    if draft is not None and not 0 <= draft <= MAX_DRAFT:
+        raise UsageError(f"draft is {draft}, wanted 0 (none) to {MAX_DRAFT}")
+    if seed is None:
+        seed = secrets.randbits(32) if temperature > 0 else 0
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return Generate(
+        start=0,
+        ids=encode_prompt(prompt, tokenizer, config),
+        max_tokens=min(max_tokens, config.n_positions + 1),
+        stop_ids=config.eos_token_id,
+        sampling=sampling,
+        logprobs=logprobs,
+        draft=draft,
+    )

@@ -1,0 +1,1 @@
+"""GPT-2 and nothing else: the forward pass, sampling, and guesses of what comes next."""

@@ -1,0 +1,1 @@
+"""Who starts stages: the plan of a pipeline, and launchers that run it."""

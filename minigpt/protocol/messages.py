@@ -1,0 +1,307 @@
+"""What a client and the stages say to each other.
+
+    client → stage 0     Generate, Cancel, Status        stage 0 → client     Token | Logits, Done, Report
+    stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Token | Logits, Done, Report
+    in either's answer   Refusal: this request is refused, in words; the channel lives
+                         Failure: a stage failed; the channel ends
+
+On the link a message is a map: its `type`, and exactly the fields declared here, each by its rule; anything else is a
+MessageError. Token ids and floats travel as packed arrays of fixed width, so that a message's length tells how many
+there are and nothing of their values.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.engine.sampling import MAX_TEMPERATURE, MAX_TOP_K, Sampling
+from minigpt.errors import MessageError, RequestRefused
+from minigpt.protocol import schema
+
+MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
+MAX_STAGES = 256
+# Rows of a prompt computed at once: what the token of another channel waits for at most, and the stages after this one
+# begin with. Each chunk costs a repacking of all matrices: chunks of 128 took a quarter longer for 1000 tokens.
+CHUNK = 256
+MAX_DRAFT = 64  # ids guessed for one step; the logits of 65 rows are 13 MB for GPT-2
+
+
+class Wanted(enum.StrEnum):
+    """What a step shall answer."""
+
+    NOTHING = "nothing"  # a chunk of the prompt that is not the last: no answer at all, so that stages overlap
+    TOKEN = "token"  # the token drawn after the last row
+    TOKENS = "tokens"  # the likeliest token after each row, up to the first that only a plain step can decide
+    LOGITS = "logits"  # the logits of the last row
+
+
+class Reason(enum.StrEnum):
+    """Why a request ended."""
+
+    LENGTH = "length"  # max_tokens reached
+    END = "end"  # a stop id, as the end-of-text token
+    STOP = "stop"  # a stop string: decided by the client, which alone knows text
+    CONTEXT = "context"  # the model's last position is used
+    CANCELLED = "cancelled"
+    LOGITS = "logits"  # the logits that were asked for were sent
+    RESET = "reset"  # the sequence was forgotten, as asked
+
+
+class Span(NamedTuple):
+    """Where one stage's time went for one answer, in seconds, and what its link to the next stage carried."""
+
+    compute: float
+    seal: float
+    open: float
+    wait: float  # for the next stage's answer: the spans of the stages after, and the wire
+    bytes: float  # of ciphertext, in both directions
+
+
+Flag = Annotated[bool, schema.boolean()]
+Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; FFFF on the link is the client
+Count = Annotated[int, schema.integer(0, 2**63 - 1)]
+Position = Annotated[int, schema.integer(0, MAX_IDS)]
+Seconds = Annotated[float, schema.number(0.0, 1e12)]
+Word = Annotated[str, schema.text(32)]
+Sentence = Annotated[str, schema.text(4096)]
+Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
+Floats = Annotated[tuple[float, ...], schema.numbers("d", MAX_IDS)]
+Hidden = NDArray[np.float32]  # (T, C), the hidden states of T positions
+Spans = Annotated[tuple[Span, ...], schema.tuples(Span, MAX_STAGES)]
+GREEDY = Sampling()
+SamplingField = Annotated[
+    Sampling,
+    schema.nested(
+        Sampling,
+        {
+            "temperature": schema.number(0.0, MAX_TEMPERATURE),
+            "top_k": schema.integer(0, MAX_TOP_K),
+            "top_p": schema.number(0.0, 1.0),
+            "seed": schema.integer(0, 2**64 - 1),
+        },
+    ),
+]
+WantedField = Annotated[Wanted, schema.choice(Wanted)]
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Feed `ids` from position `start` on, then generate.
+
+    `start` 0 begins a sequence, one smaller than its length rewinds it, and a larger one is refused.
+    """
+
+    start: Position
+    ids: Ids
+    max_tokens: Annotated[int, schema.integer(1, MAX_IDS)]
+    stop_ids: Annotated[tuple[int, ...], schema.numbers("I", 1024)] = ()
+    sampling: SamplingField = GREEDY
+    logprobs: Flag = False
+    wanted: WantedField = Wanted.TOKEN
+    # Ids to guess ahead at most, where decoding is greedy; None where the first stage knows best.
+    draft: Annotated[int | None, schema.optional(schema.integer(0, MAX_DRAFT))] = 0
+
+    def __post_init__(self) -> None:
+        if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
+            raise ValueError(f"{self.wanted} wanted: a generation is for a token at a time, or for logits")
+
+    @property
+    def most(self) -> int:
+        """Tokens that one answer may have."""
+        if self.sampling.temperature > 0:
+            return 1
+        return 1 + (MAX_DRAFT if self.draft is None else self.draft)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Hidden states of the positions from `start` on, to go through the receiver's layers."""
+
+    start: Position
+    hidden: Annotated[Hidden, schema.matrix(MAX_IDS)]
+    wanted: WantedField
+    sampling: SamplingField = GREEDY
+    logprobs: Flag = False
+
+    def __post_init__(self) -> None:
+        if self.wanted is Wanted.TOKENS and (self.sampling.temperature > 0 or len(self.hidden) > 1 + MAX_DRAFT):
+            raise ValueError(f"a token for each row is for greedy decoding, and for {1 + MAX_DRAFT} rows at most")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The tokens drawn for `position` and those after it: one, or as many as a drafted step gave.
+
+    `logprobs` is empty unless asked for, and as long as `ids` then; `spans` begins with the sender's.
+    """
+
+    position: Position
+    ids: Ids
+    logprobs: Floats = ()
+    spans: Spans = ()
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) not in (0, len(self.ids)):
+            raise ValueError(f"{len(self.logprobs)} log-probabilities for {len(self.ids)} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """The logits (V,) after the last row of a step: what decides `position`."""
+
+    position: Position
+    values: Annotated[NDArray[np.float32], schema.vector(MAX_IDS)]
+    spans: Spans = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request has ended, and why."""
+
+    reason: Annotated[Reason, schema.choice(Reason)]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that `stage` refuses. `reason` is one word for programs, `text` a sentence for people."""
+
+    stage: Index
+    reason: Word
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """`stage` failed, and the channel ends with this. `reason` is "attestation" or "failed"."""
+
+    stage: Index
+    reason: Word
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the generation that is running; it is answered with its Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget the channel's sequence; answered with Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Ask how the receiver and the stages after it are; answered with Report."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage's state, and its evidence as the stage before it verified it.
+
+    A stage that cannot be reached is reported by the one before it, with an `error`.
+    """
+
+    stage: Index
+    error: Sentence = ""
+    reason: Word = ""  # with an error: "attestation" if its evidence was refused, else "failed"
+    uptime: Seconds = 0.0
+    weights_bytes: Count = 0
+    channels: Count = 0
+    sequences: Count = 0
+    cache_bytes: Count = 0
+    steps: Count = 0  # computed since the start
+    evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of the answering stage, and of those after it."""
+
+    stages: Annotated[tuple[StageReport, ...], schema.listed(StageReport, MAX_STAGES)]
+
+
+Answer = Token | Logits
+Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
+Message = Generate | Step | Token | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
+
+_RULES = {kind: schema.schema(kind) for kind in Message.__args__}
+_KINDS = {kind.__name__.lower(): kind for kind in _RULES}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a step shall answer, and how a token is drawn."""
+
+    wanted: Wanted
+    sampling: Sampling
+    logprobs: bool = False
+
+    def fits(self, answer: Answer, start: int, rows: int) -> bool:
+        """Whether this may be the answer to a step of so many rows."""
+        if isinstance(answer, Logits):
+            return self.wanted is Wanted.LOGITS and answer.position == start + rows
+        told = len(answer.ids)
+        if self.wanted is Wanted.TOKENS:
+            counted = answer.position == start + 1 and told <= rows
+        else:
+            counted = self.wanted is Wanted.TOKEN and answer.position == start + rows and told == 1
+        return counted and len(answer.logprobs) == (told if self.logprobs else 0)
+
+
+def ending(request: Generate, n_positions: int, produced: int, token: int) -> Reason | None:
+    """Why a generation ends after its token number `produced`, or None if it goes on.
+
+    A token drawn for the position after the model's last can be told, but not fed back.
+    """
+    if token in request.stop_ids:
+        return Reason.END
+    if produced >= request.max_tokens:
+        return Reason.LENGTH
+    if request.start + len(request.ids) + produced - 1 >= n_positions:
+        return Reason.CONTEXT
+    return None
+
+
+def with_span(answer: Answer, own: Span) -> Answer:
+    """The answer with one more stage's span in front."""
+    return replace(answer, spans=(own, *answer.spans))
+
+
+def span(compute: float, elapsed: float, before: Traffic, after: Traffic) -> Span:
+    """A stage's span: it computed for `compute` seconds, and was then for `elapsed` seconds at its link to the next."""
+    seal, unseal, carried = (now - then for now, then in zip(after, before, strict=True))
+    return Span(compute, seal, unseal, max(0.0, elapsed - seal - unseal), carried)
+
+
+def encode(message: Message) -> dict[str, object]:
+    """The plain map that the link carries."""
+    kind = type(message)
+    return {"type": kind.__name__.lower(), **schema.write(message, _RULES[kind])}
+
+
+def decode(value: object) -> Message:
+    """The message that a plain value is. Raises MessageError, and nothing else, for whatever is not one."""
+    if type(value) is not dict or type(value.get("type")) is not str:
+        raise MessageError(f"got {type(value).__name__}, wanted a map with a type")
+    kind = _KINDS.get(value["type"])
+    if kind is None:
+        raise MessageError(f"got a message of an unknown type, wanted one of {', '.join(_KINDS)}")
+    plain = dict(value)
+    del plain["type"]
+    message: Message = schema.read(plain, kind, _RULES[kind])
+    return message
+
+
+def refused(refusal: Refusal) -> RequestRefused:
+    """The error that a Refusal tells of."""
+    return RequestRefused(refusal.text, reason=refusal.reason, stage=refusal.stage)
+
+
+def refusal(error: RequestRefused) -> Refusal:
+    """The Refusal that tells of an error."""
+    return Refusal(error.stage, error.reason, str(error))

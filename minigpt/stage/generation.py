@@ -1,0 +1,279 @@
+"""The one loop that turns a prompt into tokens, and a stage's part in each of its steps.
+
+    Sequence    one sequence in one stage: its cache, its layers, and whatever comes after them
+    generate    feeds the prompt in chunks, then the tokens back (`Decoding`), until something ends it
+
+The loop runs in the first stage of a pipeline, or in process; a Sequence runs in every stage. What comes after a
+Sequence is anything with the same `step`: another Sequence in this process, or a link to the next stage.
+
+Letters: T new positions, C n_embd, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.engine import drafting
+from minigpt.engine.drafting import Lookup, settled
+from minigpt.engine.model import GPT2, KVCache
+from minigpt.engine.sampling import logprob, sample
+from minigpt.errors import RequestRefused
+from minigpt.protocol.messages import (
+    CHUNK,
+    Answer,
+    Ask,
+    Generate,
+    Logits,
+    Reason,
+    Span,
+    Token,
+    Traffic,
+    Wanted,
+    ending,
+    span,
+    with_span,
+)
+
+_ALONE = nullcontext()
+
+# So few positions that are not as plain steps leave them are computed again as soon as nothing is guessed. A wrong
+# guess leaves one or two; without this, a near tie much later would go back to them.
+FEW = 2
+
+
+class Steps(Protocol):
+    """A sequence, or the way to the rest of it in another process."""
+
+    def step(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
+        """Computes the positions from `start` on; None if nothing was wanted."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+
+class Sequence:
+    """One sequence in one stage.
+
+    Args:
+        model: the stage's layers.
+        following: what comes after them; None in the last stage.
+        stage: the stage's index, for what it says.
+        turns: held for each computation, so that channels take turns.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        following: Steps | None = None,
+        *,
+        stage: int = 0,
+        turns: AbstractContextManager[Any] = _ALONE,
+    ) -> None:
+        if (following is None) != model.is_last:
+            raise ValueError("a stage that is not the last has another after it, and the last has none")
+        self.model = model
+        self.cache: KVCache = model.new_cache()
+        self.following = following
+        self.stage = stage
+        self.turns = turns
+
+    def step(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
+        """Computes new positions and says what was wanted of them.
+
+        Args:
+            start: position of the first row; at most the cache's length. A smaller one rewinds.
+            rows: (T,) token ids in the first stage, (T, C) hidden states in the others.
+            ask: what to answer.
+
+        Raises:
+            RequestRefused: as `check`; nothing has changed then.
+        """
+        self.check(start, rows)
+        with self.turns:
+            began = time.perf_counter()
+            self.cache.truncate(start)
+            hidden = self.model.embed(rows, start) if self.model.is_first else rows
+            hidden = self.model.forward(hidden, [(self.cache, len(rows))])
+            answer = self._draw(hidden, start, ask) if self.following is None else None
+            computed = time.perf_counter()
+        following = self.following
+        if following is None:
+            return answer and with_span(answer, Span(computed - began, 0.0, 0.0, 0.0, 0.0))
+        before = following.traffic
+        answer = following.step(start, hidden, ask)
+        if answer is None:
+            return None
+        return with_span(answer, span(computed - began, time.perf_counter() - computed, before, following.traffic))
+
+    def check(self, start: int, rows: NDArray[Any]) -> None:
+        """Raises RequestRefused for no rows, a gap, too many positions, or an id outside the vocabulary."""
+        config = self.model.config
+        if len(rows) == 0:
+            raise self._refused("bad-request", "no token ids: a sequence needs at least one to go on from")
+        if start > self.cache.length:
+            raise self._refused(
+                "gap", f"start is {start}, but {self.cache.length} positions are known: send those between first"
+            )
+        if start + len(rows) > config.n_positions:
+            raise self._refused(
+                "too-long", f"{start + len(rows)} positions, and the model has {config.n_positions}: shorten the prompt"
+            )
+        if not self.model.is_first and rows.shape[1] != config.n_embd:
+            raise self._refused("bad-request", f"{rows.shape[1]} columns, wanted {config.n_embd}")
+        if self.model.is_first and ((rows < 0) | (rows >= config.vocab_size)).any():
+            raise self._refused("bad-token", f"a token id is outside the vocabulary, 0 to {config.vocab_size - 1}")
+
+    def _refused(self, reason: str, text: str) -> RequestRefused:
+        return RequestRefused(text, reason=reason, stage=self.stage)
+
+    def _draw(self, hidden: NDArray[np.float32], start: int, ask: Ask) -> Answer | None:
+        if ask.wanted is Wanted.NOTHING:
+            return None
+        each = ask.wanted is Wanted.TOKENS
+        position = start + (1 if each else len(hidden))
+        logits = self.model.logits(hidden if each else hidden[-1:])
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the logits are not finite: the weights are damaged")
+        if ask.wanted is Wanted.LOGITS:
+            return Logits(position, logits[0])
+        ids: list[int] = []
+        for row in logits:
+            token = sample(row, ask.sampling, position + len(ids))
+            if each and not settled(row, token):
+                break
+            ids.append(token)
+        return Token(position, tuple(ids), tuple(map(logprob, logits, ids)) if ask.logprobs else ())
+
+
+def generate(
+    sequence: Sequence, request: Generate, check: Callable[[], None] = lambda: None
+) -> Generator[Answer, None, Reason]:
+    """Yields answers of one token, or of several that were drafted, and returns why it ended.
+
+    Args:
+        sequence: of the first stage.
+        request: what to feed and how to go on.
+        check: called before each step; what it raises ends the generation there.
+
+    Raises:
+        RequestRefused: before anything is computed.
+    """
+    ask = Ask(request.wanted, request.sampling, request.logprobs)
+    start, rows = request.start, np.asarray(request.ids, np.int64)
+    n_positions = sequence.model.config.n_positions
+    sequence.check(start, rows)
+    sequence.cache.reserve(start + len(rows))  # at once: chunk by chunk it would be copied each time
+    while len(rows) > CHUNK:
+        check()
+        sequence.step(start, rows[:CHUNK], replace(ask, wanted=Wanted.NOTHING))
+        start, rows = start + CHUNK, rows[CHUNK:]
+    check()
+    answer = sequence.step(start, rows, ask)
+    if answer is None:
+        raise AssertionError("a step that wants an answer has one")
+    yield answer
+    if isinstance(answer, Logits):
+        return Reason.LOGITS
+    produced = 1
+    reason = ending(request, n_positions, produced, answer.ids[0])
+    decoding = Decoding(sequence, request, ask, answer.ids[0], check)
+    while reason is None:
+        last = request.start + len(request.ids) + produced - 1  # position of the last token
+        answer = decoding.step(min(request.max_tokens - produced, n_positions - last))
+        for told, token in enumerate(answer.ids, 1):
+            reason = ending(request, n_positions, produced + told, token)
+            if reason is not None:
+                answer = first(answer, told)  # there is nothing after the end, whatever was drafted
+                break
+        produced += len(answer.ids)
+        yield answer
+    return reason
+
+
+class Decoding:
+    """The steps after the prompt: each feeds the last token back, alone or with guesses of what follows it.
+
+    Rows that are computed together differ in their last bits from rows computed alone, in what they give and in the
+    keys and values that they leave, and so does all that is computed from those. (The length of the sequence adds
+    nothing: a layer sees what the layers before it left, never its own errors.) The last stage therefore tells only
+    tokens that are `settled`. What it leaves open is decided as plain decoding does, to the bit: the positions since
+    the last plain one are computed again, one by one, and then the token. Since no position is so computed twice, a
+    text costs its plain steps and its guesses at most.
+
+    Args:
+        sequence: of the first stage; it has been fed `request.ids`, in the steps of plain decoding.
+        ask: how to draw.
+        token: what was drawn then.
+        check: called before each step.
+    """
+
+    def __init__(
+        self, sequence: Sequence, request: Generate, ask: Ask, token: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._sequence = sequence
+        self._ask = ask
+        self._check = check
+        self._draft = drafting.DRAFT if request.draft is None else request.draft
+        if request.sampling.temperature > 0:
+            self._draft = 0
+        self._start = request.start
+        self._ids = [*request.ids, token]
+        self._lookup = Lookup(self._ids) if self._draft else None
+        self._plain = request.start + len(request.ids)  # the positions before it are as plain decoding leaves them
+        self._open = False  # whether the next token was left open
+
+    def step(self, most: int) -> Token:
+        """The next tokens, at least one and at most `most`."""
+        position = self._start + len(self._ids) - 1  # of the last token, which is not fed yet
+        guess = [] if self._open or self._lookup is None else self._lookup.guess(min(self._draft, most - 1))
+        if guess or (position - self._plain > FEW and not self._open):
+            answer = self._verified(position, guess)
+            if not answer.ids:
+                answer = self._plainly(position)
+        else:
+            answer = self._plainly(position)
+        self._ids += answer.ids
+        if self._lookup is not None:
+            self._lookup.extend(answer.ids)
+        return answer
+
+    def _verified(self, position: int, guess: list[int]) -> Token:
+        """The settled tokens after `position` and after each right guess; none if the first is not settled."""
+        answer = self._asked(position, [self._ids[-1], *guess], Wanted.TOKENS)
+        right = 0
+        while right < min(len(guess), len(answer.ids)) and guess[right] == answer.ids[right]:
+            right += 1
+        if guess and self._lookup is not None:
+            self._lookup.learn(len(guess), right)
+        self._open = right == len(answer.ids)
+        return first(answer, right + 1)
+
+    def _plainly(self, position: int) -> Token:
+        """The token after `position`, as plain decoding gives it."""
+        for again in range(self._plain, position):
+            self._feed(again, [self._ids[again - self._start]], Wanted.NOTHING)
+        self._plain = position + 1
+        self._open = False
+        return self._asked(position, [self._ids[-1]], Wanted.TOKEN)
+
+    def _asked(self, position: int, ids: list[int], wanted: Wanted) -> Token:
+        answer = self._feed(position, ids, wanted)
+        if not isinstance(answer, Token):
+            raise AssertionError("a step that wants tokens is answered with them")
+        return answer
+
+    def _feed(self, position: int, ids: list[int], wanted: Wanted) -> Answer | None:
+        self._check()
+        return self._sequence.step(position, np.asarray(ids, np.int64), replace(self._ask, wanted=wanted))
+
+
+def first(answer: Token, count: int) -> Token:
+    """An answer with its first tokens only."""
+    return replace(answer, ids=answer.ids[:count], logprobs=answer.logprobs[:count])

@@ -1,0 +1,129 @@
+"""A stage's process at work: it accepts channels, one thread for each, and makes room for newcomers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from typing import Any
+
+from minigpt.protocol import links
+from minigpt.protocol.messages import StageReport
+from minigpt.stage.conversation import Conversation
+from minigpt.stage.stage import Stage
+from transport.channel import Channel, Listener
+
+log = logging.getLogger("minigpt.stage")
+
+YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
+HANDSHAKE_SHARE = 0.1  # of one core: what strangers can make a stage spend; at 5 ms a handshake, 20 a second
+
+
+class Pace:
+    """Keeps what is spent on something to a share of the time, but for bursts of a second."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._free = 0.0  # when all that was spent is made up for
+        self._lock = threading.Lock()
+
+    def spend(self, seconds: float) -> None:
+        with self._lock:
+            self._free = max(self._free, time.monotonic() - 1.0) + seconds / self._share
+
+    def delay(self) -> float:
+        """Seconds to wait before more is spent."""
+        return max(0.0, self._free - time.monotonic())
+
+
+class Server:
+    """Serves a stage's channels.
+
+    Attributes:
+        open: the channels, by number; handshakes under way included.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.open: dict[int, Conversation] = {}
+        self._pace = Pace(HANDSHAKE_SHARE)
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+
+    def serve(self, listener: Listener) -> None:
+        """Accepts channels until `stop` is called."""
+        for number in itertools.count(1):
+            self.stage.stopping.wait(self._pace.delay())  # whoever comes meanwhile waits in the listener's queue
+            accepted = listener.accept()
+            if accepted is None:
+                return
+            sock, peer = accepted
+            with self._lock:
+                unwanted = self._least_wanted()
+                if unwanted is not None:
+                    del self.open[unwanted.number]
+                full = len(self.open) >= self.stage.limits.channels
+                if not full:
+                    conversation = self.open[number] = Conversation(self.stage, number, peer, sock, self)
+            if unwanted is not None:
+                unwanted.turn_out()
+            if full:
+                log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
+                sock.close()
+                continue
+            threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
+
+    def _least_wanted(self) -> Conversation | None:
+        """Whom to end, so that those who hold places and do nothing keep no newcomer out; None if there is room.
+
+        Of the handshakes under way the oldest: an honest one takes milliseconds. Else who has been silent longest.
+        """
+        waiting = sorted((one for one in self.open.values() if not one.busy), key=lambda one: one.since)
+        strangers = [one for one in waiting if one.stranger]
+        if len(strangers) >= self.stage.limits.handshakes:
+            return strangers[0]
+        if len(self.open) < self.stage.limits.channels:
+            return None
+        silent = [one for one in waiting if time.monotonic() - one.since > YOUNG]
+        return next(iter(strangers + silent), None)
+
+    def accept(self, sock: Any) -> Channel:
+        """The handshake of a new channel."""
+        began = time.thread_time()
+        self.stage.manifest.check_time(time.time())
+        try:
+            end = links.answering_end(self.stage.manifest, self.stage.index, self.stage.attester)
+            return Channel.accept(sock, end, deadlines=self.stage.limits.deadlines, budget=self.stage.budget)
+        finally:
+            self._pace.spend(time.thread_time() - began)
+
+    def forget(self, number: int) -> None:
+        with self._lock:
+            self.open.pop(number, None)
+
+    def stop(self, patience: float = 2.0) -> None:
+        """Ends every channel, at the next token if it is generating; waits `patience` seconds at most."""
+        self.stage.stop()
+        with self._lock:
+            conversations = list(self.open.values())
+        for conversation in conversations:
+            conversation.stop()
+        until = time.monotonic() + patience
+        while self.open and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def report(self) -> StageReport:
+        """This stage's state."""
+        with self._lock:
+            conversations = list(self.open.values())
+        sequences = [found for conversation in conversations if (found := conversation.sequence) is not None]
+        return StageReport(
+            stage=self.stage.index,
+            uptime=time.monotonic() - self._began,
+            weights_bytes=self.stage.model.nbytes,
+            channels=len(conversations),
+            sequences=len(sequences),
+            cache_bytes=sum(sequence.cache.nbytes for sequence in sequences),
+            steps=self.stage.turns.taken,
+        )

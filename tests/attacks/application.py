@@ -1,0 +1,316 @@
+"""Attacks 40 to 44 and 54: by ends that are authentic and malicious."""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from attacks import Seen, attack, require
+from attacks.arena import PATIENCE, TOKENS, Arena, eventually, together
+from attacks.ends import FakeStage, admitted_client, admitted_stage, generate_map, genuine, step_map, token_map
+from attacks.proxy import Frame, Tap, honest
+from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, Rogue
+from minigpt.errors import RequestRefused
+from minigpt.protocol.messages import CHUNK, Done, Generate, Token
+
+MB = 1 << 20
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+CAP = 16 * MB  # bytes of one message
+
+
+def good_step(arena: Arena, **changes: Any) -> dict[str, Any]:
+    """A Step of two rows for stage 1, with fields that may be changed to anything."""
+    return step_map(np.full((2, arena.config.n_embd), 0.25, np.float32), **changes)
+
+
+def outcome(rogue: Rogue) -> str:
+    """What a stage makes of what it was just sent: the type of its answer, "refusal: reason", or "dead"."""
+    record = rogue.hear()
+    if record.kind in (ALERT, CLOSE) or record.ended:
+        return "dead"
+    answer = msgpack.unpackb(record.body)
+    if answer["type"] == "failure":  # in words, and the channel ends with it
+        require(rogue.hear().kind in (0, CLOSE), "a stage said Failure, and kept the channel")
+        return "dead"
+    return f"refusal: {answer['reason']}" if answer["type"] == "refusal" else str(answer["type"])
+
+
+@attack(40, "endless fragments", "cut at the cap; memory comes back")
+def endless(arena: Arena) -> Seen:
+    seen = []
+    for link, admit in ((0, admitted_client), (1, admitted_stage)):
+        for size in (60000, 1):
+            before, peak, sent = arena.memory(link), 0, 0
+            arena.mark()
+            with admit(arena.stages, direct=True) as rogue:
+                piece = bytes(size)
+                most = 2 * CAP if size > 1 else 2 * MB  # one byte at a time it would take all day
+                while sent < most:
+                    try:
+                        rogue.sock.sendall(b"".join(rogue.seal(MESSAGE, piece, flags=0) for _ in range(16)))
+                    except OSError:
+                        break
+                    sent += 16 * size
+                    peak = max(peak, arena.memory(link) - before)
+                    if size == 1 and sent >= (20000 if arena.thorough else 2000):
+                        break
+                if size > 1:
+                    require(sent < CAP + 8 * MB, f"stage {link} took {sent >> 20} MB of one message")
+                    rogue.last_words()
+            seen.append(Seen("cut" if size > 1 else "left", arena.verdict(link)))
+            require(peak < 3 * CAP, f"stage {link} grew by {peak >> 20} MB")
+            arena.notes.append(
+                f"40: stage {link}, fragments of {size} bytes: {sent / MB:.2f} MB taken, memory +{peak / MB:.1f} MB"
+            )
+    arena.control()
+    return together(seen)
+
+
+def bad_maps() -> dict[str, bytes]:
+    """Messages that msgpack would decode, or choke on, and this protocol must not."""
+    return {
+        "depth 1000": b"\x91" * 1000 + b"\xc0",
+        "depth 100 000": b"\x81\xa1a" * 100_000 + b"\xc0",
+        "a million empty maps": b"\x81\xa4type\xdd" + (1_000_000).to_bytes(4, "big") + b"\x80" * 1_000_000,
+        "an array of 4 billion": b"\x81\xa4type\xdd\xff\xff\xff\xff",
+        "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
+        "bytes of 4 billion": b"\x81\xa4type\xc6\xff\xff\xff\xff",
+        "a key twice": b"\x82\xa4type\xa6status\xa4type\xa6status",
+        "an ext type": b"\x81\xa4type\xd4\x01\x00",
+        "a timestamp": b"\x81\xa4type\xd6\xff\x00\x00\x00\x00",
+        "a key that is a number": b"\x81\x01\xa6status",
+        "a key that is bytes": b"\x81\xc4\x04type\xa6status",
+        "trailing bytes": b"\x81\xa4type\xa6status\xc0",
+        "two messages": b"\x81\xa4type\xa6status" * 2,
+        "bad UTF-8": b"\x81\xa4type\xa6\xff\xfe\xfd\xfc\xfb\xfa",
+        "half a message": b"\x81\xa4type\xa6sta",
+        "an integer too long": b"\x82\xa4type\xa6status\xa1x\xcd\x00\x01",
+        "NaN": b"\x82\xa4type\xa6status\xa1x\xcb\x7f\xf8\0\0\0\0\0\0",
+        "no map": b"\x93\x01\x02\x03",
+        "nothing": b"",
+        "an unknown type": b"\x81\xa4type\xa4exec",
+        "a field too many": b"\x82\xa4type\xa6status\xa1x\x01",
+        "a pickle": b"\x80\x04\x95",
+    }
+
+
+@attack(41, "msgpack: depth, a million empty maps, duplicate keys, ext types, bad UTF-8 …", "decode error, and dead")
+def msgpack_bombs(arena: Arena) -> Seen:
+    seen = []
+    slowest = 0.0
+    for link, admit in ((0, admitted_client), (1, admitted_stage)):
+        before = arena.memory(link)
+        for name, body in bad_maps().items():
+            arena.mark()
+            with admit(arena.stages) as rogue:
+                pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)] or [b""]
+                data = b"".join(
+                    rogue.seal(MESSAGE, piece, flags=FIN if i == len(pieces) - 1 else 0)
+                    for i, piece in enumerate(pieces)
+                )
+                began = time.monotonic()
+                rogue.write(data)
+                verdict = outcome(rogue)
+                slowest = max(slowest, time.monotonic() - began)
+            require(verdict == "dead", f"{name}: stage {link} answered {verdict}")
+            seen.append(Seen("closed, with a reason", arena.verdict(link)))
+        require(arena.memory(link) - before < 64 * MB, f"stage {link} grew by {arena.memory(link) - before >> 20} MB")
+    for name, body in bad_maps().items():
+
+        def play(rogue: Rogue, body: bytes = body) -> list[int]:
+            rogue.shake().attest(genuine(arena.stages, 0))
+            rogue.hear_attest()
+            rogue.hear_map()
+            pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)] or [b""]
+            for i, piece in enumerate(pieces):
+                rogue.say(MESSAGE, piece, flags=FIN if i == len(pieces) - 1 else 0)
+            return [record.kind for record in rogue.last_words()]
+
+        with FakeStage(arena.stages, 0, play) as fake:
+            answer = arena.run()
+            require(eventually(lambda fake=fake: bool(fake.results)), f"{name}: the client does not hang up")
+            seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "(played by the kit)"))
+    arena.notes.append(f"41: the slowest of them was refused in {1000 * slowest:.0f} ms")
+    arena.control()
+    return together(seen)
+
+
+@attack(
+    42, "tensors: shape and bytes disagree, negative or huge dimensions, other dtypes …", "refused; nothing computed"
+)
+def tensors(arena: Arena) -> Seen:
+    width = arena.config.n_embd
+    rows, _, data = good_step(arena)["hidden"]
+    too_long = arena.config.n_positions + 1
+    doubles = np.frombuffer(data, "<f4").astype("<f8").tobytes()
+    cases: dict[str, list[Any]] = {
+        "fewer bytes than the shape": [rows, width, data[:-4]],
+        "more bytes than the shape": [rows + 1, width, data],
+        "half a number": [rows, width, data[:-1]],
+        "no rows": [0, width, b""],
+        "negative rows": [-rows, -width, data],
+        "a product that overflows": [2**32, 2**32, b""],
+        "rows of 2^62": [2**62, 4, b""],
+        "rows of 2^20 × 2^20": [2**20, 2**20, data],
+        "another width": [rows * 2, width // 2, data],
+        "wider": [1, width * 2, data],
+        "float64": [rows, width, doubles],
+        "float16": [rows, width, np.frombuffer(data, "<f4").astype("<f2").tobytes()],
+        "a name of a dtype": [rows, width, data, "object"],
+        "text for bytes": [rows, width, "x" * len(data)],
+        "a list for bytes": [rows, width, [1.0, 2.0]],
+        "rows as a float": [2.0, width, data],
+        "rows as true": [True, width, data[: 4 * width]],
+        "longer than the model": [too_long, width, np.full((too_long, width), 0.25, "<f4").tobytes()],
+        "nothing": [],
+    }
+    return computed_nothing(arena, {name: good_step(arena, hidden=hidden) for name, hidden in cases.items()}, link=1)
+
+
+def computed_nothing(arena: Arena, cases: dict[str, dict[str, Any]], link: int) -> Seen:
+    """Each message is refused or ends the channel, and nothing is computed. Then the same channel's honest message."""
+    admit = admitted_client if link == 0 else admitted_stage
+    before = arena.steps(link)
+    seen = []
+    for name, message in cases.items():
+        arena.mark()
+        with admit(arena.stages) as rogue:
+            rogue.say_map(message)
+            verdict = outcome(rogue)
+        require(verdict == "dead" or verdict.startswith("refusal"), f"{name}: stage {link} answered {verdict}")
+        seen.append(Seen(verdict, "in words" if verdict != "dead" else arena.verdict(link)))
+    require(arena.steps(link) == before, f"stage {link} has computed something")
+    with admit(arena.stages) as rogue:  # control: the same end with a good message
+        rogue.say_map(good_step(arena) if link else generate_map(arena.prompt(3)))
+        require(outcome(rogue) == "token", "control: a good message gave no token")
+    arena.control()
+    return together(seen)
+
+
+@attack(43, "NaN, infinity, token ids out of range", "refused before anything is computed")
+def numbers(arena: Arena) -> Seen:
+    width, vocabulary = arena.config.n_embd, arena.config.vocab_size
+    steps = {}
+    for value in (math.nan, math.inf, -math.inf):
+        array = np.full((2, width), 0.25, "<f4")
+        array[1, width // 2] = value
+        steps[str(value)] = good_step(arena, hidden=[2, width, array.tobytes()])
+    for name, bad in (("temperature", math.nan), ("temperature", -1.0), ("top_p", 2.0), ("top_k", -1), ("seed", -1)):
+        steps[f"{name} {bad}"] = good_step(arena, sampling=GREEDY | {name: bad})
+    seen = [computed_nothing(arena, steps, link=1)]
+    ids = {
+        str(number): generate_map(struct.pack("<3I", 1, number & 0xFFFFFFFF, 2))
+        for number in (vocabulary, vocabulary + 1, 2**31, -1)
+    }
+    ids |= {
+        "signed 64": generate_map(struct.pack("<q", -1)[:7]),
+        "none": generate_map(b""),
+        "too long": generate_map(bytes(4 * (arena.config.n_positions + 1))),
+        "max_tokens 0": generate_map(bytes(4), max_tokens=0),
+        "max_tokens -1": generate_map(bytes(4), max_tokens=-1),
+        "max_tokens 2^63": generate_map(bytes(4), max_tokens=2**63),
+        "wanted": generate_map(bytes(4), wanted="everything"),
+    }
+    seen.append(computed_nothing(arena, ids, link=0))
+    return together(seen)
+
+
+@attack(44, "a wrong position, or a gap in `start`", "refused")
+def positions(arena: Arena) -> Seen:
+    seen = [
+        computed_nothing(
+            arena, {str(s): good_step(arena, start=s) for s in (1, 5, 2**20, 2**20 + 1, -1, 2**63)}, link=1
+        ),
+        computed_nothing(
+            arena, {str(s): generate_map(bytes(8), start=s) for s in (1, 5, 2**20, 2**20 + 1, -1, 2**63)}, link=0
+        ),
+    ]
+    # A stage that answers for another position than was asked about, to the client and to the stage before it.
+    for link in (0, 1):
+        for wrong in (-1, 1, 1000):
+
+            def play(rogue: Rogue, wrong: int = wrong, link: int = link) -> bool:
+                rogue.shake().attest(genuine(arena.stages, link))
+                rogue.hear_attest()
+                asked = rogue.hear_map() or {}
+                position = len(asked["ids"]) // 4 if link == 0 else asked["hidden"][0]
+                rogue.say_map(token_map(position + wrong))
+                return bool(rogue.last_words() or True)
+
+            with FakeStage(arena.stages, link, play) as fake:
+                answer = arena.run()
+                require(not any(answer["tokens"]), "the client took a token for another position")
+                seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "(played by the kit)"))
+                require(eventually(lambda fake=fake: bool(fake.results)), "the link was kept")
+                require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
+    arena.control()
+    return together(seen)
+
+
+def unanswered(frame: Frame, tap: Tap) -> Iterable[bytes]:
+    """The rule that keeps back what a stage answers to steps; the initiator's first record is its evidence."""
+    return () if frame.sender == "R" and len(tap.sent("I", "record")) > 1 else (frame.data,)
+
+
+@attack(
+    54, "a pooled channel with an answer outstanding; another client's cache", "never used again; not to be reached"
+)
+def pooled(arena: Arena) -> Seen:
+    proxy = arena.stages.proxies[1]
+    for one in arena.stages.proxies:
+        one.reset()
+    proxy.rule = unanswered
+    length = min(3 * CHUNK + 5, arena.config.n_positions - TOKENS)
+    secret = arena.prompt(length)
+    with admitted_client(arena.stages) as rogue:  # a prompt's answer is outstanding, and nobody waits for it
+        rogue.say_map(generate_map(secret, TOKENS))
+        require(
+            eventually(lambda: bool(proxy.taps) and len(proxy.taps[0].sent("I", "record")) > 1, PATIENCE), "no step"
+        )
+        rogue.sock.close()
+    require(eventually(lambda: proxy.taps[0].dead, PATIENCE), "a link with an answer outstanding was kept")
+    proxy.rule = honest
+    link = arena.dial()  # control: a link that was left in good order is used again, and its cache is gone
+    try:
+        link.send(Generate(0, secret[:9], TOKENS))
+        tokens: list[int] = []
+        while isinstance(message := link.receive(), Token):
+            tokens += message.ids
+        require(isinstance(message, Done) and tokens == arena.expected(secret[:9]), f"other tokens: {tokens}")
+    finally:
+        link.channel.close()
+    require(eventually(lambda: sequences(arena) == [0, 0], PATIENCE), "a sequence outlives its channel")
+    used = len(proxy.taps)
+    seen = []
+    for start in (1, 5, 9):
+        link = arena.dial()
+        try:
+            link.ask(Generate(start, arena.prompt(2), TOKENS))
+            require(False, f"a new client went on from position {start} of somebody's cache")
+        except RequestRefused as error:
+            seen.append(Seen(f"refused: {error.reason}", "in words"))
+        finally:
+            link.channel.close()
+    answer = arena.run()
+    require(answer["tokens"] == [arena.expected(arena.prompt())], "a later client got other tokens")
+    arena.notes.append(f"54: {used} connections on link 1 for those that came before: a good one is used again")
+    arena.control()
+    return together(seen)
+
+
+def sequences(arena: Arena) -> list[int]:
+    link = arena.dial()
+    try:
+        from minigpt.protocol.messages import Report, Status
+
+        report = link.ask(Status())
+        require(isinstance(report, Report), "no report")
+        return [stage.sequences for stage in report.stages]  # type: ignore[union-attr]
+    finally:
+        link.channel.close()

@@ -1,0 +1,184 @@
+"""Malicious ends in their places: who they pretend to be, and whom they meet.
+
+They know the manifest, and have whatever keys the attack says that they have.
+
+    as_client …     a Rogue that has connected to a stage; `admitted_…` if the stage has accepted it
+    FakeStage       listens where a stage should, and lets a function play each connection's responder
+    Independent     the same handshake by PyPI's noiseprotocol, which shares no code with this project
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from noise.connection import Keypair, NoiseConnection
+from numpy.typing import NDArray
+
+from attacks.arena import Pipes
+from attacks.rogue import FIN, PATIENCE, Record, Rogue
+from attest.mock import MockAttester, MockKey
+from minigpt.protocol import messages
+from minigpt.protocol.messages import Generate, Step, Token, Wanted
+from transport.link import CLIENT, SUITES
+from transport.noise import KeyPair
+
+HOUR = 3600 * 1000  # milliseconds
+
+
+def as_client(pipes: Pipes, *, direct: bool = False, **more: Any) -> Rogue:
+    """A malicious client at stage 0: through its proxy, or past it, at the stage's own port."""
+    options = {"suite": pipes.manifest.suites[0]} | more
+    return Rogue(connect(pipes, 0, direct=direct), "I", pipes.manifest.digest, CLIENT, 0, **options)
+
+
+def as_stage_before(pipes: Pipes, index: int = 1, *, direct: bool = False, **more: Any) -> Rogue:
+    """A malicious stage index - 1 at stage `index`, likewise."""
+    options = {"suite": pipes.manifest.suites[0]} | more
+    return Rogue(connect(pipes, index, direct=direct), "I", pipes.manifest.digest, index - 1, index, **options)
+
+
+def admitted_client(pipes: Pipes, **more: Any) -> Rogue:
+    """A malicious client that stage 0 has accepted."""
+    made = as_client(pipes, **more).shake()
+    made.hear_attest()
+    made.attest()
+    return made
+
+
+def admitted_stage(pipes: Pipes, **more: Any) -> Rogue:
+    """A malicious stage 0, with stage 0's genuine key, that stage 1 has accepted."""
+    made = as_stage_before(pipes, **more).shake()
+    made.hear_attest()
+    made.attest(genuine(pipes, 0))
+    return made
+
+
+def connect(pipes: Pipes, index: int, *, direct: bool = False) -> socket.socket:
+    port = pipes.ports[index] if direct else pipes.proxies[index].port
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+
+
+def genuine(pipes: Pipes, index: int, **more: Any) -> MockAttester:
+    """What a stage that runs the pinned code says of itself; `more` are options of MockAttester."""
+    key = more.pop("key", None) or key_of(pipes, index)
+    claims = more.pop("claims", pipes.manifest.claims(index))
+    (pinned,) = pipes.manifest.stages[index].measurements
+    return MockAttester(key, claims, **{"measurement": pinned} | more)
+
+
+def key_of(pipes: Pipes, index: int, lives: int = HOUR) -> MockKey:
+    """A key that the pipeline's root endorses for a stage, for so many milliseconds."""
+    return MockKey.generate(pipes.root, index, int(time.time() * 1000) + lives)
+
+
+def generate_map(ids: Sequence[int] | bytes, most: int = 3, **changes: Any) -> dict[str, Any]:
+    """A Generate as it travels, with fields that may be changed to anything."""
+    made = dict(messages.encode(Generate(0, tuple(ids) if not isinstance(ids, bytes) else (0,), most)))
+    return made | ({"ids": ids} if isinstance(ids, bytes) else {}) | changes
+
+
+def step_map(rows: NDArray[np.float32], **changes: Any) -> dict[str, Any]:
+    """A Step as it travels, likewise."""
+    made = dict(messages.encode(Step(0, rows, Wanted.TOKEN)))
+    hidden = made["hidden"]
+    assert isinstance(hidden, list)
+    return made | {"hidden": [*hidden[:2], bytes(hidden[2])]} | changes
+
+
+def token_map(position: int) -> dict[str, Any]:
+    """A Token as it travels, for a position that may be anything."""
+    return dict(messages.encode(Token(0, (0,)))) | {"position": position}
+
+
+class FakeStage:
+    """Listens in the place of a stage, and lets `play` be the responder of each connection.
+
+    Attributes:
+        results: what `play` returned, or the error that it ended with.
+    """
+
+    def __init__(self, pipes: Pipes, index: int, play: Callable[[Rogue], Any], static: KeyPair | None = None) -> None:
+        self._pipes, self._index, self._play, self._static = pipes, index, play, static
+        self.results: list[Any] = []
+        self._upstream = pipes.proxies[index].upstream
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> FakeStage:
+        for proxy in self._pipes.proxies:
+            proxy.reset()
+        self._pipes.proxies[self._index].upstream = self._listener.getsockname()[1]
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipes.proxies[self._index].upstream = self._upstream
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._pipes.proxies[self._index].reset()
+        self._thread.join(PATIENCE)
+
+    def _run(self) -> None:
+        caller = CLIENT if self._index == 0 else self._index - 1
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            manifest = self._pipes.manifest
+            rogue = Rogue(
+                sock, "R", manifest.digest, self._index, caller, suite=manifest.suites[0], static=self._static
+            )
+            with rogue:
+                try:
+                    self.results.append(self._play(rogue))
+                except Exception as error:  # what ended it is what the other end did
+                    self.results.append(error)
+
+
+class Independent:
+    """A client whose handshake and records are PyPI's noiseprotocol's, which knows suite 1 only."""
+
+    def __init__(self, pipes: Pipes) -> None:
+        self._sock = connect(pipes, 0)
+        preamble = b"mGPT\x01\x01\x00\x00"
+        self._noise = NoiseConnection.from_name(SUITES[1].protocol_name)
+        self._noise.set_as_initiator()
+        self._noise.set_prologue(b"MGPT-LINK-v1" + preamble + pipes.manifest.digest + b"\xff\xff\x00\x00")
+        self._noise.set_keypair_from_private_bytes(Keypair.STATIC, KeyPair.generate().private)
+        self._noise.start_handshake()
+        self._plain = Rogue(self._sock, "I", pipes.manifest.digest, CLIENT, 0, suite=1)  # for its bytes only
+        self._sent = self._received = 0
+        self._plain.write(preamble + self._framed(self._noise.write_message()))
+        self._noise.read_message(self._plain.frame())
+        self._plain.write(self._framed(self._noise.write_message()))
+
+    @staticmethod
+    def _framed(data: bytes | bytearray) -> bytes:
+        return len(data).to_bytes(2, "big") + bytes(data)
+
+    def say(self, kind: int, body: bytes) -> None:
+        if self._sent and self._sent % 1024 == 0:
+            self._noise.rekey_outbound_cipher()
+        self._sent += 1
+        padding = max(0, 256 - len(body))
+        head = bytes([kind, FIN]) + padding.to_bytes(2, "big")
+        self._plain.write(self._framed(self._noise.encrypt(head + body + bytes(padding))))
+
+    def hear(self) -> Record:
+        if self._received and self._received % 1024 == 0:
+            self._noise.rekey_inbound_cipher()
+        self._received += 1
+        plaintext = bytes(self._noise.decrypt(self._plain.frame()))
+        padding = int.from_bytes(plaintext[2:4], "big")
+        return Record(plaintext[0], plaintext[1], plaintext[4 : len(plaintext) - padding])
+
+    def close(self) -> None:
+        self._sock.close()

@@ -1,0 +1,271 @@
+"""Attacks 39 and 45: many connections at once, by which a host wants memory, sockets, threads or the processor.
+
+What is measured is told in notes: memory above the quiet state, and an honest client's tokens a second before and
+meanwhile. The attackers go past the proxies, so that these cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from pathlib import Path
+
+from attacks import Seen, attack, require
+from attacks.arena import FLAGS, Arena, Pipes, eventually
+from attacks.ends import as_client
+from attacks.proxy import Tap
+from transport.link import SUITES
+
+MB = 1 << 20
+MOST_MEMORY = 200 * MB  # above the quiet state
+
+
+class Crowd:
+    """Many connections to one port, each of which sends `first`, and then waits, or drips, until it is closed.
+
+    Args:
+        count: of connections at a time.
+        renew: whether one that the stage has closed is made again at once: a flood.
+        drip: whether it sends a byte each second after that.
+    """
+
+    def __init__(self, port: int, count: int, first: bytes, *, drip: bool = False, renew: bool = False) -> None:
+        self.made = self.closed = self.received = 0
+        self._port, self._count, self._first, self._drip, self._renew = port, count, first, drip, renew
+        self._selector = selectors.DefaultSelector()
+        self._open: set[socket.socket] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Drips on a connection that was made elsewhere."""
+        sock.setblocking(False)
+        self._open.add(sock)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def __enter__(self) -> Crowd:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        for sock in list(self._open):
+            self._forget(sock)
+        self._selector.close()
+
+    def _run(self) -> None:
+        dripped = time.monotonic()
+        while not self._stop.is_set():
+            while self.open < self._count and (self._renew or self.made < self._count) and not self._stop.is_set():
+                if not self._connect():
+                    break
+            for key, _ in self._selector.select(0.05):
+                assert isinstance(key.fileobj, socket.socket)
+                with contextlib.suppress(BlockingIOError):
+                    data = _read(key.fileobj)
+                    self.received += len(data)
+                    if not data:
+                        self._forget(key.fileobj)
+                        self.closed += 1
+            if self._drip and time.monotonic() - dripped > 1:
+                dripped = time.monotonic()
+                for sock in list(self._open):
+                    with contextlib.suppress(OSError):
+                        sock.send(b"\0")
+
+    def _connect(self) -> bool:
+        try:
+            sock = socket.create_connection(("127.0.0.1", self._port), timeout=2)
+            sock.sendall(self._first)
+        except OSError:
+            return False
+        self.made += 1
+        self.adopt(sock)
+        return True
+
+    def _forget(self, sock: socket.socket) -> None:
+        self._open.discard(sock)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+        sock.close()
+
+
+def _read(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(4096)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return b""
+
+
+def greeting(pipes: Pipes) -> bytes:
+    """Preamble and message 1 of a client that will not go on."""
+    with as_client(pipes, direct=True) as rogue:
+        message = rogue.first_message()
+        return b"mGPT" + bytes([1, rogue.suite, 0, 0]) + len(message).to_bytes(2, "big") + message
+
+
+def sockets_of(pid: int) -> int:
+    """Open sockets of a process."""
+    found = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += os.readlink(entry).startswith("socket:")
+    return found
+
+
+class Stream:
+    """An honest client that generates all the while, and how fast its tokens come."""
+
+    def __init__(self, arena: Arena, pipes: Pipes) -> None:
+        self._pipes = pipes
+        self._client = arena.start_client()
+        arena.begin(count=100, stages=pipes, client=self._client, timeout=60, repeat=100_000)  # it has no end
+        require(
+            eventually(lambda: bool(pipes.proxies[0].taps) and self.tokens > 5, 30), "the honest client has no tokens"
+        )
+
+    @property
+    def tap(self) -> Tap:
+        return self._pipes.proxies[0].taps[0]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.tap.sent("R", "record"))
+
+    def rate(self, seconds: float) -> float:
+        """Tokens a second, over so many seconds."""
+        tokens, began = self.tokens, time.monotonic()
+        time.sleep(seconds)
+        return (self.tokens - tokens) / (time.monotonic() - began)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def newcomer(arena: Arena, pipes: Pipes, patience: float = 30.0) -> tuple[int, float]:
+    """An honest client that comes meanwhile: how often it tried until it was served, and the seconds that took."""
+    began, tries = time.monotonic(), 0
+    order = {"manifest": str(pipes.path), "allow_mock": True, "timeout": 20.0}
+    while time.monotonic() - began < patience:
+        tries += 1
+        arena.client.order(ids=[list(arena.prompt())], max_tokens=5, **order)
+        answer = arena.client.answer()
+        if answer["whole"]:
+            require(answer["tokens"] == [arena.expected(arena.prompt())], "it was given other tokens")
+            return tries, time.monotonic() - began
+        time.sleep(0.2)
+    require(False, f"no honest client was served in {patience:.0f} s and {tries} tries: {answer['error']}")
+    raise AssertionError
+
+
+def measured(
+    arena: Arena, name: str, pipes: Pipes, crowd: Crowd, stream: Stream, quiet: tuple[int, float], seconds: float
+) -> None:
+    """What a crowd costs while it is there: memory, sockets, an honest client's tokens, a newcomer's patience."""
+    memory, rate = quiet
+    peak = during = 0.0
+    sockets = 0
+    rates = []
+    for _ in range(3):
+        rates.append(stream.rate(seconds / 3))
+        peak = max(peak, arena.memory(0, pipes) - memory)
+        sockets = max(sockets, sockets_of(pipes.processes[0].pid))
+    during = sum(rates) / len(rates)
+    require(not stream.tap.dead, f"{name}: the honest client lost its connection")
+    tries, took = newcomer(arena, pipes)
+    arena.notes.append(
+        f"{name}: {crowd.made} connections made, {crowd.open} open, {sockets} sockets in the stage; "
+        f"memory +{peak / MB:.1f} MB; an honest client's tokens: {rate:.0f}/s before, {during:.0f}/s meanwhile; "
+        f"a newcomer served at try {tries}, after {took:.2f} s"
+    )
+    require(peak < MOST_MEMORY, f"{name}: memory {peak / MB:.0f} MB above the quiet state")
+    require(sockets < 200, f"{name}: the stage holds {sockets} sockets")
+    if arena.thorough:
+        require(during >= rate / 2, f"{name}: an honest client's tokens fell from {rate:.0f} to {during:.0f} a second")
+    else:
+        require(during > 0, f"{name}: an honest client got no more tokens")
+
+
+@attack(
+    39,
+    "records of 64 KiB declared, a drip of 1 B/s, 200 connections; silent ones; garbage",
+    "timed out, memory bounded, honest clients served",
+    slow=True,
+)
+def drip(arena: Arena) -> Seen:
+    pipes = arena.start(*FLAGS)
+    stream = Stream(arena, pipes)
+    port, seconds = pipes.ports[0], 6.0 if arena.thorough else 1.5
+    try:
+        quiet = arena.memory(0, pipes), stream.rate(seconds)
+        crowds = {"silent": b"", "drip inside the handshake": greeting(pipes)[:20]}
+        for name, first in crowds.items():
+            with Crowd(port, 200, first, drip=bool(first), renew=arena.thorough) as crowd:
+                measured(arena, f"39, 200 × {name}", pipes, crowd, stream, quiet, seconds)
+                require(eventually(lambda crowd=crowd: crowd.closed > 0, 20), f"{name}: nobody was ever closed")
+        with Crowd(port, 0, b"", drip=True) as crowd:  # strangers that are admitted, as anybody may be, and then drip
+            for _ in range(200 if arena.thorough else 80):
+                with contextlib.suppress(ConnectionError):
+                    rogue = as_client(pipes, direct=True).shake()
+                    rogue.hear_attest()
+                    rogue.attest()
+                    rogue.write(b"\xff\xff" + bytes(1000))
+                    crowd.adopt(rogue.sock)
+                    crowd.made += 1
+            measured(arena, "39, a drip in records of 64 KiB", pipes, crowd, stream, quiet, seconds)
+            if arena.thorough:
+                require(eventually(lambda: crowd.open == 0, 90), f"{crowd.open} of them were never timed out")
+        if arena.thorough:
+            garbage(arena, pipes, stream, quiet)
+    finally:
+        stream.close()
+        pipes.close()
+    return Seen("honest clients served", "memory, sockets and time bounded")
+
+
+def garbage(arena: Arena, pipes: Pipes, stream: Stream, quiet: tuple[int, float]) -> None:
+    """10 000 connections that send nonsense."""
+    began, before = time.monotonic(), stream.tokens
+    for i in range(10_000):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", pipes.ports[0]), timeout=5) as sock:
+            sock.sendall(os.urandom(1 + i % 100))
+    took = time.monotonic() - began
+    require(not stream.tap.dead, "the honest client lost its connection to garbage")
+    grown = arena.memory(0, pipes) - quiet[0]
+    rate = (stream.tokens - before) / took
+    arena.notes.append(
+        f"39, 10 000 × garbage in {took:.0f} s: memory +{grown / MB:.1f} MB; "
+        f"an honest client's tokens: {quiet[1]:.0f}/s before, {rate:.0f}/s meanwhile"
+    )
+    require(grown < MOST_MEMORY, f"memory {grown / MB:.0f} MB above the quiet state after garbage")
+    newcomer(arena, pipes)
+
+
+@attack(
+    45, "a flood of handshakes without message 3", "bounded evidence, bounded sockets; honest clients served", slow=True
+)
+def flood(arena: Arena) -> Seen:
+    pipes = arena.start(*FLAGS)
+    stream = Stream(arena, pipes)
+    seconds = 6.0 if arena.thorough else 1.5
+    try:
+        quiet = arena.memory(0, pipes), stream.rate(seconds)
+        with Crowd(pipes.ports[0], 200, greeting(pipes), renew=True) as crowd:
+            measured(arena, "45, message 3 never comes", pipes, crowd, stream, quiet, seconds)
+            most = crowd.made * (2 + SUITES[arena.suite].lengths[1])
+            require(0 < crowd.received <= most, f"the flood was given {crowd.received} bytes: more than messages 2")
+    finally:
+        stream.close()
+        pipes.close()
+    return Seen("honest clients served", "no evidence made, sockets bounded")

@@ -1,0 +1,350 @@
+"""What `fuzz.py` attacks: every parser of bytes from outside, each with the errors that are its own.
+
+"No other error" is not all: what is accepted must have been read as it is defined. So most targets compare with another
+reading (written again, the stream that was sent, a file taken apart by hand) and fail by an AssertionError.
+
+    link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
+                records                                         an established session, altered on the way
+                authentic-records, first-records                the same and the first flight, by a peer with the keys
+    evidence    attest, evidence, claims, evidence-file, keys
+    messages    codec, messages
+    files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+import attest
+from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, mock, policy
+from fuzz import handshake, records
+from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
+from minigpt.checkpoint import sources, tokenizer, weights
+from minigpt.engine.config import Config, tensor_shapes
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import CheckpointError, ConfigError, ManifestError, MessageError
+from minigpt.protocol import manifest, messages
+from minigpt.protocol.messages import Generate, Report, StageReport, Step, Token, Wanted
+from transport import codec, link
+from transport.address import Address
+from transport.errors import AddressError, DecodeError, TransportError
+
+TINY = Config(vocab_size=3, n_positions=2, n_embd=2, n_layer=1, n_head=1, n_inner=2, eos_token_id=(2,))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser under attack.
+
+    Args:
+        run: gives it one input, and asserts what must be true of what it accepts.
+        errors: what may come out of `run`.
+        seeds: inputs that it accepts, or nearly: where mutation begins.
+        tree: "json" or "msgpack" where an input is a tree, so that a mutation can keep it one.
+    """
+
+    run: Callable[[bytes], object]
+    errors: tuple[type[Exception], ...]
+    seeds: Callable[[], list[bytes]]
+    tree: str | None = None
+
+
+# Evidence. Keys and time are fixed.
+BINDING = Binding("R", Provider.MOCK, hashlib.sha256(b"h").digest(), hashlib.sha256(b"s").digest(), CLAIMS)
+EVIDENCE = ATTESTER.attest(BINDING)
+SIGNATURE = 64  # bytes
+_CLIENT = attest.Unattested().attest(Binding("I", Provider.NONE, bytes(32), bytes(32), attest.NO_CLAIMS))
+
+
+def _attest(data: bytes) -> None:
+    evidence = link.load_attest(data)
+    assert link.dump_attest(evidence) == data, "two ATTESTs say the same"
+    VERIFIER.verify(evidence, replace(BINDING, provider=evidence.provider, claims=evidence.claims))
+
+
+def _evidence(data: bytes) -> None:
+    """u8: who signs | u16 length | evidence without its signature | the same of the endorsement | claims."""
+    by, parts, rest = data[:1], [], data[1:]
+    for key, bit in ((KEY, 1), (ROOT, 2)):
+        size = int.from_bytes(rest[:2], "big")
+        part, rest = rest[2 : 2 + size], rest[2 + size :]
+        signed = bool(by and by[0] & bit)
+        parts.append(part + (mock._sign(key.private, part) if signed else bytes(SIGNATURE)))
+    binding = Binding("R", Provider.MOCK, BINDING.handshake_hash, BINDING.static_key, rest)
+    VERIFIER.verify(Evidence(Provider.MOCK, rest, parts[0], (parts[1],)), binding)
+    assert by[0] & 3 == 3, "evidence was accepted that nobody signed"
+    assert MEASUREMENT in parts[0], "other code was accepted"
+    assert rest == CLAIMS, "other claims were accepted"
+
+
+def _evidence_seeds() -> list[bytes]:
+    bare = [part[:-SIGNATURE] for part in (EVIDENCE.evidence, EVIDENCE.endorsements[0])]
+    sized = b"".join(struct.pack(">H", len(part)) + part for part in bare)
+    return [bytes([by]) + sized + CLAIMS for by in range(4)] + [b"\3" + sized + codec.encode({"stage": 1, "x": "y"})]
+
+
+def _claims(data: bytes) -> None:
+    fields = policy.decode_claims(data)
+    if fields is not None:
+        assert msgpack.packb(fields) == data, "claims that are not canonical"
+        for value in fields.values():
+            policy.show_scalar(value).encode("ascii")
+
+
+def _evidence_file(data: bytes) -> None:
+    evidence, binding = attest.load_evidence(data)
+    assert attest.load_evidence(attest.dump_evidence(evidence, binding)) == (evidence, binding)
+
+
+def _keys(data: bytes) -> None:
+    kind = mock.MockRoot if b"minigpt-mock-root" in data else mock.MockKey
+    assert kind.from_json(kind.from_json(data).to_json()) == kind.from_json(data)
+
+
+# Messages.
+
+
+def _codec(data: bytes) -> None:
+    assert codec.encode(codec.decode(data)) == data, "two forms of one value"
+
+
+def _messages(data: bytes) -> None:
+    value = codec.decode(data)
+    assert codec.decode(codec.encode(messages.encode(messages.decode(value)))) == value, "not what was said"
+
+
+def _message_seeds() -> list[bytes]:
+    drawn = Sampling(0.7, 40, 0.9, 2**64 - 1)
+    spans = (messages.Span(0.1, 0.2, 0.3, 0.4, 5.0),)
+    said: list[messages.Message] = [
+        Generate(0, (1, 2, 3), 5, (2,), drawn, True), Generate(3, (), 1, wanted=Wanted.LOGITS),
+        Step(0, np.ones((2, 3), np.float32), Wanted.TOKENS), Step(1, np.ones((1, 1), np.float32), Wanted.TOKEN, drawn),
+        Token(5, (1, 2), (-0.1, -0.2), spans), messages.Logits(1, np.ones(3, np.float32)),
+        messages.Done(messages.Reason.END), messages.Refusal(0, "busy", "later"), messages.Failure(1, "failed", "x"),
+        messages.Cancel(), messages.Reset(), messages.Status(), Report((StageReport(0, evidence="{}"), StageReport(1))),
+    ]  # fmt: skip
+    return [codec.encode(messages.encode(message)) for message in said]
+
+
+def _codec_seeds() -> list[bytes]:
+    values: list[object] = [
+        None,
+        True,
+        -1,
+        2**63,
+        1.5,
+        "text",
+        b"bytes",
+        [],
+        {},
+        list(range(20)),
+        {"a": {"b": [b"c", {"d": -129}]}},
+    ]
+    return [codec.encode(value) for value in [*values, [[[[[[[[]]]]]]]], {str(i): i for i in range(20)}]]
+
+
+# Files.
+
+
+def _manifest(data: bytes) -> None:
+    read = manifest.Manifest.parse(data)
+    for stage in read.stages:
+        read.verifier(stage.index)
+        assert Address.parse(str(stage.address)) == stage.address
+    assert [layer for stage in read.stages for layer in stage.layers] == list(range(read.config.n_layer))
+
+
+def _manifest_seeds() -> list[bytes]:
+    two = Config.from_json(TINY.to_json() | {"n_layer": 2})
+    return [
+        manifest.write(
+            config=two, model="tiny", revision=None, tokenizer_sha256=None, layers=[range(1), range(1, 2)],
+            weights_sha256=[b"\1" * 32, b"\2" * 32], addresses=["tcp://127.0.0.1:5000", "vsock://16:5000"],
+            root_key=ROOT.public, measurements=[MEASUREMENT], suites=suites, clients=clients,
+        )
+        for suites, clients in (((2,), None), ((2, 1), [b"\3" * 32]))
+    ]  # fmt: skip
+
+
+def _address(data: bytes) -> None:
+    address = Address.parse(data.decode(errors="replace"))
+    assert Address.parse(str(address)) == address
+
+
+@functools.cache
+def _folder(name: str) -> Path:
+    """An empty folder for a target's files; it lasts as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-")
+    _FOLDERS.append(folder)
+    return Path(folder.name)
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _config(data: bytes) -> None:
+    folder = _folder("config")
+    (folder / "config.json").write_bytes(data)
+    config = sources.read_config(folder)
+    assert Config.from_json(config.to_json()) == config
+    assert all(size > 0 for shape in tensor_shapes(config, range(config.n_layer)).values() for size in shape)
+
+
+def _tensors() -> dict[str, NDArray[Any]]:
+    shapes = tensor_shapes(TINY, range(1))
+    dtypes = {"h.0.ln_1.bias": np.float16, "ln_f.bias": np.float16}
+    numbers = np.random.default_rng(0)
+    return {name: numbers.standard_normal(shape).astype(dtypes.get(name, np.float32)) for name, shape in shapes.items()}
+
+
+def _safetensors(data: bytes) -> None:
+    """One file. What is loaded is compared with the file taken apart by hand."""
+    folder = _folder("safetensors")
+    (folder / weights.SINGLE).write_bytes(data)
+    loaded = weights.load(folder, TINY, range(1)).tensors
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    kinds = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+    for name, tensor in loaded.items():
+        stored = header.get(name) or header.get("transformer." + name) or header["lm_head.weight"]
+        first, last = stored["data_offsets"]
+        raw = np.frombuffer(data[end + first : end + last], kinds[stored["dtype"]]).reshape(stored["shape"])
+        wide = (raw.astype(np.uint32) << 16).view(np.float32) if stored["dtype"] == "BF16" else raw.astype(np.float32)
+        assert tensor.tobytes() == wide.tobytes(), f"{name} is not what the file holds"
+
+
+def _header(data: bytes) -> None:
+    """The header alone: its length before it and zeros after it are right, unless it says otherwise itself."""
+    _safetensors(struct.pack("<Q", len(data)) + data + bytes(sum(tensor.nbytes for tensor in _tensors().values())))
+
+
+def _safetensors_seeds() -> list[bytes]:
+    tensors = _tensors()
+    prefixed = {"transformer." + name: tensor for name, tensor in tensors.items()}
+    return [save(tensors), save(prefixed, {"format": "np"}), save(tensors | {"mask": np.ones((0, 2), np.uint8)})]
+
+
+def _header_seeds() -> list[bytes]:
+    return [file[8 : 8 + int.from_bytes(file[:8], "little")] for file in _safetensors_seeds()]
+
+
+@functools.cache
+def _shards() -> tuple[Path, bytes]:
+    """A checkpoint in two files, beside a folder with a third; and its digest."""
+    folder, tensors = _folder("index") / "checkpoint", _tensors()
+    folder.mkdir()
+    (folder.parent / "outside.safetensors").write_bytes(save(tensors))
+    names = sorted(tensors)
+    for i, file in enumerate(("one.safetensors", "two.safetensors")):
+        (folder / file).write_bytes(save({name: tensors[name] for name in names[i::2]}))
+    (folder / weights.INDEX).write_bytes(_index_seeds()[0])
+    return folder, weights.load(folder, TINY, range(1)).digest
+
+
+def _index(data: bytes) -> None:
+    folder, digest = _shards()
+    (folder / weights.INDEX).write_bytes(data)
+    assert weights.load(folder, TINY, range(1)).digest == digest, "the index changed what is loaded"
+
+
+def _index_seeds() -> list[bytes]:
+    files = ("one.safetensors", "two.safetensors")
+    weight_map = {name: files[i % 2] for i, name in enumerate(sorted(_tensors()))}
+    outside = weight_map | {"ln_f.bias": "../outside.safetensors"}
+    return [json.dumps({"metadata": {}, "weight_map": entries}).encode() for entries in (weight_map, outside)]
+
+
+def _tokenizer(data: bytes) -> None:
+    folder = _folder("tokenizer")
+    (folder / "tokenizer.json").write_bytes(data)
+    _use(folder)
+
+
+def _parts(data: bytes) -> None:
+    """vocab.json | a zero | merges.txt."""
+    folder = _folder("tokenizer-parts")
+    vocab, _, merges = data.partition(b"\0")
+    (folder / "vocab.json").write_bytes(vocab)
+    (folder / "merges.txt").write_bytes(merges)
+    _use(folder)
+
+
+def _use(folder: Path) -> None:
+    loaded = tokenizer.load(folder)
+    assert loaded is not None
+    ids = [*loaded.encode("the café, <|endoftext|> \U0001f600"), 0, 5, 2**32 - 1]
+    stream = loaded.stream()
+    assert "".join(map(stream.push, ids)) + stream.flush() == loaded.decode(ids)
+
+
+@functools.cache
+def _tokenizer_seeds() -> list[bytes]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    encoder = Tokenizer(models.BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=40, special_tokens=["<|endoftext|>"], initial_alphabet=list("the caf"), show_progress=False
+    )
+    encoder.train_from_iterator(["the cat, the café, the hat"] * 3, trainer)
+    return [encoder.to_str().encode()]
+
+
+def _parts_seeds() -> list[bytes]:
+    model = json.loads(_tokenizer_seeds()[0])["model"]
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
+    return [json.dumps(model["vocab"]).encode() + b"\0" + merges.encode()]
+
+
+_LINK = (TransportError, AttestationError)
+
+
+@functools.cache
+def _link_seeds() -> dict[str, list[bytes]]:
+    return handshake.seeds() | records.seeds()
+
+
+def _of_link(name: str, run: Callable[[bytes], object]) -> Target:
+    return Target(run, _LINK, lambda: _link_seeds()[name])
+
+
+TARGETS: dict[str, Target] = {
+    f"{verb}-{suite}": _of_link(f"{verb}-{suite}", functools.partial(handshake.handshake, role, suite))
+    for suite in (1, 2)
+    for verb, role in (("respond", "R"), ("initiate", "I"))
+} | {
+    "records": _of_link("records", records.records),
+    "authentic-records": _of_link("authentic-records", records.authentic_records),
+    "first-records": _of_link("first-records", records.first_records),
+    "attest": Target(_attest, _LINK, lambda: [link.dump_attest(EVIDENCE), link.dump_attest(_CLIENT)]),
+    "evidence": Target(_evidence, (AttestationError,), _evidence_seeds),
+    "claims": Target(_claims, (), lambda: [CLAIMS, b"\x80", codec.encode({"a": 1, "b": b"2"})], "msgpack"),
+    "evidence-file": Target(
+        _evidence_file, (EvidenceError,), lambda: [attest.dump_evidence(EVIDENCE, BINDING).encode()], "json"
+    ),
+    "keys": Target(_keys, (EvidenceError,), lambda: [KEY.to_json().encode(), ROOT.to_json().encode()], "json"),
+    "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
+    "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
+    "manifest": Target(_manifest, (ManifestError,), _manifest_seeds, "json"),
+    "address": Target(_address, (AddressError,), lambda: [b"tcp://a.b:1", b"tcp://[::1]:5000", b"vsock://16:5000"]),
+    "config": Target(_config, (ConfigError,), lambda: [json.dumps(TINY.to_json()).encode()], "json"),
+    "safetensors": Target(_safetensors, (CheckpointError,), _safetensors_seeds),
+    "header": Target(_header, (CheckpointError,), _header_seeds, "json"),
+    "index": Target(_index, (CheckpointError,), _index_seeds, "json"),
+    "tokenizer": Target(_tokenizer, (CheckpointError,), _tokenizer_seeds, "json"),
+    "tokenizer-parts": Target(_parts, (CheckpointError,), _parts_seeds),
+}

@@ -1,0 +1,115 @@
+"""Where a token's time goes: the breakdown of `minigpt bench`, from spans made by hand and from a real pipeline."""
+
+import statistics
+from collections.abc import Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from made import SMALL, random_tensors, write
+
+from minigpt.cli import bench
+from minigpt.cli.bench import Part, Run
+from minigpt.client.pipeline import Pipeline
+from minigpt.client.text import Generation
+from minigpt.protocol.messages import Answer, Generate, Reason, Span, Token
+
+
+def spans(*parties: Part) -> tuple[Span, ...]:
+    """What the parties would say of themselves: each waits for its wire, and for all that the parties after it do."""
+    return tuple(
+        Span(party.compute, party.seal, party.open, party.wire + sum(map(sum, parties[place + 1 :])), 7.0)
+        for place, party in enumerate(parties)
+    )
+
+
+# Powers of two: each sum of them tells which were added, and is exact.
+CLIENT, FIRST, LAST = Part(0.0, 1.0, 2.0, 4.0), Part(8.0, 16.0, 32.0, 64.0), Part(128.0, 0.0, 0.0, 0.0)
+MIDDLE = Part(256.0, 512.0, 1024.0, 2048.0)
+
+
+@pytest.mark.parametrize("parties", [(CLIENT, LAST), (CLIENT, FIRST, LAST), (CLIENT, FIRST, MIDDLE, LAST)])
+def test_the_parts_of_a_token_add_up_to_the_time_of_the_client(parties: tuple[Part, ...]) -> None:
+    told = spans(*parties)
+    assert tuple(bench.parts(told)) == parties
+    assert sum(map(sum, bench.parts(told))) == told[0].seal + told[0].open + told[0].wait
+
+
+def test_a_wire_is_the_wait_less_all_that_the_next_stage_says_of_itself() -> None:
+    client = Span(0.0, 0.25, 0.5, 31.0, 9.0)
+    first, last = Span(8.0, 1.0, 0.5, 16.0, 9.0), Span(10.0, 0.0, 0.0, 0.0, 0.0)
+    found = bench.parts((client, first, last))
+    assert [part.wire for part in found] == [31 - (8 + 1 + 0.5 + 16), 16 - 10, 0]
+    assert bench.parts((client._replace(wait=25.0), first, last))[0].wire == -0.5  # it came sooner than the one before
+
+
+def run(*tokens: tuple[Span, ...]) -> Run:
+    return Run(first=1.0, between=(1.0,) * (len(tokens) - 1), spans=tokens, bytes_per_token=0.0)
+
+
+def test_the_breakdown_has_the_median_of_each_part_over_the_tokens_after_the_first_of_all_runs() -> None:
+    def token(compute: float, wire: float) -> tuple[Span, ...]:
+        return spans(Part(0.0, 0.0, 0.5, 2 * wire), Part(compute, 0.125, 0.25, wire), Part(3 * compute, 0.0, 0.0, 0.0))
+
+    prompt = token(1000.0, 1000.0)
+    runs = [run(prompt, token(1.0, 32.0), token(2.0, 8.0)), run(prompt, token(4.0, 16.0))]
+    assert bench.breakdown({2: runs}) == [  # 2 of 1, 2, 4; and 16, of another token, of 8, 16, 32
+        {"stages": 2, "party": "client", "compute_ms": 0, "seal_ms": 0, "open_ms": 500, "wire_ms": 32000},
+        {"stages": 2, "party": "stage 0", "compute_ms": 2000, "seal_ms": 125, "open_ms": 250, "wire_ms": 16000},
+        {"stages": 2, "party": "stage 1", "compute_ms": 6000, "seal_ms": None, "open_ms": None, "wire_ms": None},
+    ]
+
+
+def test_tokens_that_came_together_share_the_parts_of_their_step() -> None:
+    step = spans(Part(0.0, 0.0, 3.0, 6.0), Part(12.0, 0.0, 0.0, 0.0))
+
+    def answers() -> Generator[Answer, None, Reason]:
+        yield Token(2, (5,), (), spans(Part(0.0, 99.0, 99.0, 99.0), Part(99.0, 0.0, 0.0, 0.0)))
+        yield Token(3, (6, 7, 8), (), step)
+        return Reason.LENGTH
+
+    def generate(ids: list[int], max_tokens: int, draft: int) -> Generation:
+        return Generation(answers(), Generate(0, tuple(ids), max_tokens, draft=draft), SMALL)
+
+    pipeline: Any = SimpleNamespace(tokenizer=None, generate=generate)
+    found = bench.run_once(pipeline, "1 2", 4)
+    assert [bench.parts(each) for each in found.spans[1:]] == [
+        [Part(0.0, 0.0, 1.0, 2.0), Part(4.0, 0.0, 0.0, 0.0)],
+    ] * 3
+    client, stage = bench.breakdown({1: [found]})
+    assert (client["open_ms"], client["wire_ms"], stage["compute_ms"]) == (1000, 2000, 4000)
+
+
+def test_the_breakdown_is_a_table_after_that_of_the_latencies() -> None:
+    token = spans(Part(0.0, 0.0, 0.00025, 0.0005), Part(0.002, 0.0, 0.0, 0.0))
+    latencies, sentence, breakdown = bench.tables({1: [run(token, token)]}).split("\n\n")
+    assert latencies.startswith("| stages | TTFT ms |")
+    assert sentence == bench.BREAKDOWN
+    assert breakdown.splitlines() == [
+        "| stages | party | compute | seal | open | wire |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| 1 | client | 0.000 | 0.000 | 0.250 | 0.500 |",
+        "| 1 | stage 0 | 2.000 | – | – | – |",
+    ]
+
+
+def test_of_single_tokens_there_is_no_breakdown() -> None:
+    results = {1: [run(spans(CLIENT, LAST))]}
+    assert bench.figures(results)["breakdown"] == []
+    assert bench.tables(results) == bench.markdown(bench.summarise(results))
+
+
+def test_the_parts_of_a_real_token_are_the_time_since_the_one_before(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Pipeline.local(str(folder), 3) as pipeline:
+        made = bench.run_once(pipeline, "1 2 3", 60)
+    assert len(made.between) > 8
+    added = [sum(map(sum, bench.parts(token))) for token in made.spans[1:]]
+    off = [abs(total / gap - 1) for total, gap in zip(added, made.between, strict=True)]
+    assert statistics.median(off) < 0.1  # the median, for a busy machine may come between any two looks at the clock
+    rows = bench.breakdown({3: [made]})
+    assert [row["party"] for row in rows] == ["client", "stage 0", "stage 1", "stage 2"]
+    for row in rows[1:-1]:
+        assert all(isinstance(value, float) and value > 0 for name, value in row.items() if name.endswith("_ms")), row
+    assert rows[0]["seal_ms"] == 0  # the client asks once

@@ -1,0 +1,206 @@
+"""Checkpoints: a folder, the embedded one, or the hub: the real client, downloading from a hub served here."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from made import SMALL, random_tensors, write
+
+from minigpt.checkpoint import sources, weights
+from minigpt.errors import CheckpointError, ConfigError
+
+COMMIT = "a3f0c1d2e4b5968778695a4b3c2d1e0f12345678"
+NAME = "someone/small-gpt2"
+
+
+@dataclass
+class Hub:
+    """A hub with one repository: its address, its files, and what it was asked."""
+
+    files: dict[str, bytes]
+    status: int = 200
+    asked: list[str] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+    address: str = ""
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.asked.append(f"{self.command} {self.path}")
+                hub.tokens.add(self.headers["Authorization"])
+                status, headers, body = hub.answer(self.path.partition("?")[0])
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                """Quiet."""
+
+        return Handler
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body for a path of the hub's interface."""
+        if self.status != 200:
+            code = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}.get(self.status, "Other")
+            return self.status, {"X-Error-Code": code, "X-Error-Message": "no"}, b"{}"
+        what, _, rest = path.removeprefix("/api/models/").removeprefix("/").removeprefix(NAME + "/").partition("/")
+        revision, _, file = rest.partition("/")
+        if NAME not in path:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if revision not in ("main", COMMIT):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        if what == "revision":
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": NAME, "modelId": NAME, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
+            return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+        if what == "tree":
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self.files.items()
+            ]
+            return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
+        if what == "resolve" and file in self.files:
+            etag = hashlib.sha1(self.files[file]).hexdigest()
+            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, self.files[file]
+        return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"{}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = write(tmp_path / "repository", SMALL, random_tensors(SMALL), shards=2)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub = Hub(files | {"tokenizer.json": b"{}", "pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"other"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub.handler())
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+PROGRAM = """
+import json, sys
+from minigpt.checkpoint import sources, weights
+from minigpt.errors import CheckpointError
+try:
+    checkpoint = sources.find(sys.argv[1], *sys.argv[2:])
+    config = sources.read_config(checkpoint.folder)
+    digest = weights.load(checkpoint.folder, config, range(config.n_layer)).digest.hex()
+    print(json.dumps([str(checkpoint.folder), checkpoint.name, checkpoint.revision, digest]))
+except CheckpointError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def find_in_child(hub: Hub, home: Path, *arguments: str, **environment: str) -> list[str] | str:
+    """What `sources.find` says in a process of its own, since the client reads its environment when imported."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+    child = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=inherited | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+def test_the_hub_client_downloads_what_is_needed_and_tells_the_commit(hub: Hub, tmp_path: Path) -> None:
+    folder, name, revision, digest = find_in_child(hub, tmp_path / "home", NAME, HF_TOKEN="hf_secret")
+    assert (name, revision) == (NAME, COMMIT)
+    assert Path(folder).is_relative_to(tmp_path / "home")
+    assert {path.name for path in Path(folder).iterdir()} == {n for n in hub.files if n in sources.FILES} | {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    }  # fmt: skip
+    assert digest == weights.load(tmp_path / "repository", SMALL, range(4)).digest.hex()
+    assert not any("pytorch_model" in path or "onnx" in path for path in hub.asked)
+    assert "Bearer hf_secret" in hub.tokens
+
+    hub.asked.clear()  # again, without a network: from the cache
+    offline = find_in_child(hub, tmp_path / "home", NAME, HF_HUB_OFFLINE="1")
+    assert offline == [folder, name, revision, digest]
+    assert hub.asked == []
+    assert find_in_child(hub, tmp_path / "home", NAME, COMMIT) == offline
+
+
+def test_what_the_hub_does_not_have_is_said(hub: Hub, tmp_path: Path) -> None:
+    assert "no such model on the hub" in find_in_child(hub, tmp_path, "someone/else")
+    assert "not this revision" in find_in_child(hub, tmp_path, NAME, "v9")
+    assert "was not downloaded before" in find_in_child(hub, tmp_path, NAME, HF_HUB_OFFLINE="1")
+
+
+def test_what_the_hub_refuses_is_said_without_the_token(hub: Hub, tmp_path: Path) -> None:
+    for status, words in ((403, "accept its terms"), (401, "private: set HF_TOKEN"), (500, "cannot be")):
+        hub.status = status
+        said = find_in_child(hub, tmp_path, NAME, HF_TOKEN="hf_secret")
+        assert words in said
+        assert "hf_secret" not in said
+
+
+def test_a_hub_that_is_not_there_is_said(hub: Hub, tmp_path: Path) -> None:
+    said = find_in_child(hub, tmp_path, NAME, HF_ENDPOINT="http://127.0.0.1:9")
+    assert re.search("cannot be reached|cannot be downloaded", said)
+
+
+# Folders
+
+
+def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "tiny", SMALL, random_tensors(SMALL))
+    found = sources.find("tiny")
+    assert (found.folder, found.name, found.revision) == ((tmp_path / "tiny").resolve(), "tiny", None)
+    assert sources.local("tiny") == found.folder
+    assert sources.read_config(found.folder) == SMALL
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where", "a/b/c", "", "../x", "a b", "x\n", "~/model"])
+def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(model: str) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        sources.find(model)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        sources.local(model)
+
+
+def test_only_the_hub_has_revisions(tmp_path: Path) -> None:
+    for model in (str(tmp_path), "tiny"):
+        with pytest.raises(CheckpointError, match="no revisions"):
+            sources.find(model, "main")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"), (b"{", "not JSON"), (b"\xff", "not JSON"), (b"[" * 100_000, "not JSON"),
+        (b"[]", "wanted a JSON object"), (b'{"model_type": "llama"}', "llama"), (b" " * 2**21, "more than"),
+    ],
+)  # fmt: skip
+def test_a_bad_config_is_refused_with_its_path(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(tmp_path))}.*{message}"):
+        sources.read_config(tmp_path)

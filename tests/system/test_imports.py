@@ -1,0 +1,57 @@
+"""What a process has imported: a stage only what it needs, and the package nothing heavy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from made import SMALL, random_tensors, write
+from processes import ROOT, Stages
+
+from minigpt.client.pipeline import Pipeline
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, minigpt; print([name for name in ('numpy', 'Crypto', 'msgpack') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+def test_importing_numpy_first_is_warned_of() -> None:
+    code = "import numpy, warnings; warnings.simplefilter('error'); import minigpt"
+    environment = {"PATH": "/usr/bin:/bin"}
+    run = subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, capture_output=True, env=environment)
+    assert "import minigpt first" in run.stderr
+
+
+WATCHED = """
+import json, sys, threading
+def tell():
+    sys.stdin.readline()
+    print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), flush=True)
+    sys.stdin.read()
+threading.Thread(target=tell, daemon=True).start()
+from minigpt.stage.__main__ import main
+arguments = [word for word in sys.argv[1:] if word != '--until-eof']
+sys.exit(main(arguments))
+"""
+
+
+def test_a_running_stage_has_imported_only_what_it_needs(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start(1, python=("-c", WATCHED))
+        stages.start(0, python=("-c", WATCHED))
+        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            assert len(list(pipeline.generate([1, 2, 3], max_tokens=4))) == 4
+            pipeline.status()
+        for process in stages.processes.values():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            imported = set(json.loads(process.stdout.readline()))
+            outside = {name for name in imported if not name.startswith("_") or name in ("_cffi_backend",)}
+            outside -= set(sys.stdlib_module_names)
+            known = {"attest", "minigpt", "transport", "numpy", "safetensors", "msgpack", "Crypto"}
+            uses_cffi = {"cffi", "_cffi_backend", "pycparser", "cython_runtime"}  # pycryptodome does, where it is there
+            assert outside - known <= uses_cffi

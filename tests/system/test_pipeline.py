@@ -1,0 +1,630 @@
+"""A pipeline of real processes: what it gives, what it refuses, and how it ends."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import SMALL, random_tensors, write
+from processes import ROOT, Stages, alive, eventually
+
+import minigpt
+from attest.mock import MockRoot
+from minigpt.client.pipeline import Pipeline
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
+from minigpt.protocol import links, messages
+from minigpt.protocol.links import StageLink
+from minigpt.protocol.messages import CHUNK, Ask, Cancel, Done, Generate, Reason, Reset, Step, Token, Wanted
+from transport import codec
+from transport.channel import Deadlines
+from transport.noise import CipherState
+from transport.records import Sealer, Type
+
+IDS = tuple(np.random.default_rng(3).integers(0, SMALL.vocab_size - 1, SMALL.n_positions).tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model") / "small", SMALL, random_tensors(SMALL))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> minigpt.Model:
+    return minigpt.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def stages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """Three stages that no test ends."""
+    with Stages(folder, "1+2+1", tmp_path_factory.mktemp("stages")) as made:
+        yield made.start_all()
+
+
+@pytest.fixture
+def pipeline(stages: Stages) -> Iterator[Pipeline]:
+    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        yield made
+
+
+@pytest.fixture
+def link(stages: Stages) -> Iterator[StageLink]:
+    """The bare link to stage 0, for a client that does not behave."""
+    made = dial(stages)
+    yield made
+    made.channel.close()
+
+
+def dial(stages: Stages) -> StageLink:
+    end = links.calling_end(stages.manifest, 0, None)
+    return StageLink(links.dial(stages.manifest, 0, end, Deadlines()), 0, 20.0)
+
+
+def ids(generation: minigpt.Generation) -> list[int]:
+    return [token.id for token in generation]
+
+
+# What it gives
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 9, "seed": 1}])
+@pytest.mark.parametrize("length", [1, 30, CHUNK + 9])
+def test_its_tokens_and_log_probabilities_are_those_of_one_process(
+    pipeline: Pipeline, model: minigpt.Model, length: int, options: dict[str, float]
+) -> None:
+    def run(source: Pipeline | minigpt.Model) -> list[tuple[int, float | None]]:
+        made = source.generate(IDS[:length], max_tokens=15, logprobs=True, **options)
+        return [(token.id, token.logprob) for token in made]
+
+    assert run(pipeline) == run(model)
+
+
+def test_its_logits_are_those_of_one_process(pipeline: Pipeline, model: minigpt.Model) -> None:
+    logits = pipeline.logits(IDS[:40])
+    assert logits.dtype == np.float32
+    assert np.abs(logits - model.logits(IDS[:40])[-1]).max() < 1e-5
+
+
+def test_ids_have_no_text_without_a_tokenizer(pipeline: Pipeline) -> None:
+    assert [token.text for token in pipeline.generate([1, 2], max_tokens=3)] == [None] * 3
+    with pytest.raises(UsageError, match="token ids"):
+        pipeline.generate("text")
+
+
+def test_it_says_why_it_ended(pipeline: Pipeline) -> None:
+    whole = pipeline.generate(IDS[:-2], max_tokens=50)
+    assert len(ids(whole)) == 3
+    assert whole.reason == "context"
+    short = pipeline.generate(IDS[:5], max_tokens=2)
+    assert len(ids(short)) == 2
+    assert short.reason == "length"
+
+
+def test_times_and_spans_are_told_for_every_token(pipeline: Pipeline) -> None:
+    made = pipeline.generate(IDS[:5], max_tokens=4)
+    ids(made)
+    assert made.times == sorted(made.times)
+    assert [len(spans) for spans in made.spans] == [4] * 4  # the client and three stages
+    assert all(span.bytes > 0 for spans in made.spans for span in spans[:3])
+
+
+def test_a_new_request_ends_the_one_before_it(pipeline: Pipeline) -> None:
+    first = pipeline.generate(IDS[:5], max_tokens=100, draft=0)
+    next(first)
+    wanted = ids(pipeline.generate(IDS[:9], max_tokens=5))
+    assert first.reason == "cancelled"
+    assert ids(pipeline.generate(IDS[:9], max_tokens=5)) == wanted
+
+
+def test_several_clients_are_served_at_once_each_with_its_own_cache(stages: Stages, model: minigpt.Model) -> None:
+    prompts = [IDS[:4], IDS[10:60], IDS[5:9]]
+    pipelines = [Pipeline.connect(stages.bytes, allow_mock=True) for _ in prompts]
+    try:
+        running = [made.generate(prompt, max_tokens=12) for made, prompt in zip(pipelines, prompts, strict=True)]
+        rounds = [[next(made).id for made in running] for _ in range(12)]
+        for number, prompt in enumerate(prompts):
+            assert [found[number] for found in rounds] == ids(model.generate(prompt, max_tokens=12))
+    finally:
+        for made in pipelines:
+            made.close()
+
+
+def test_many_threads_get_what_one_gets(stages: Stages, model: minigpt.Model) -> None:
+    found: dict[int, list[int]] = {}
+
+    def run(number: int) -> None:
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            found[number] = ids(made.generate(IDS[number : number + 20], max_tokens=10))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {number: ids(model.generate(IDS[number : number + 20], max_tokens=10)) for number in range(6)}
+
+
+def test_status_tells_of_every_stage(pipeline: Pipeline, stages: Stages) -> None:
+    ids(pipeline.generate(IDS[:5], max_tokens=2))
+    reports = pipeline.status()
+    assert [report.stage for report in reports] == [0, 1, 2]
+    assert all(not report.error and report.evidence and report.steps > 0 for report in reports)
+    assert all(report.sequences >= 1 and report.cache_bytes > 0 for report in reports)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Generate(5, IDS[:3], 5), "gap"),
+        (Generate(0, (), 5), "bad-request"),
+        (Generate(0, (0, SMALL.vocab_size), 5), "bad-token"),
+        (Generate(0, (2**32 - 1,), 5), "bad-token"),
+        (Generate(0, (*IDS, 1), 5), "too-long"),
+    ],
+    ids=["gap", "empty", "id", "-1", "long"],
+)
+def test_a_request_that_does_not_fit_is_refused_in_words_and_the_channel_lives(
+    link: StageLink, model: minigpt.Model, request_: Generate, reason: str
+) -> None:
+    for _ in range(2):
+        with pytest.raises(RequestRefused) as caught:
+            link.ask(request_)
+        assert caught.value.reason == reason
+    assert tokens(link, Generate(0, IDS[:4], 3)) == ids(model.generate(IDS[:4], max_tokens=3))
+
+
+def tokens(link: StageLink, request: Generate) -> list[int]:
+    link.send(request)
+    found = []
+    while isinstance(message := link.receive(), Token):
+        found += message.ids
+    assert isinstance(message, Done)
+    return found
+
+
+def test_a_smaller_start_rewinds(link: StageLink, model: minigpt.Model) -> None:
+    tokens(link, Generate(0, IDS[:20], 5))
+    assert tokens(link, Generate(10, IDS[10:30], 5)) == ids(model.generate(IDS[:30], max_tokens=5))
+
+
+def test_a_reset_forgets_the_sequence(link: StageLink) -> None:
+    tokens(link, Generate(0, IDS[:20], 5))
+    assert link.ask(Reset()) == Done(Reason.RESET)
+    with pytest.raises(RequestRefused) as caught:
+        link.ask(Generate(10, IDS[10:12], 5))
+    assert caught.value.reason == "gap"
+
+
+@pytest.mark.parametrize("message", [Step(0, np.zeros((1, SMALL.n_embd), np.float32), Wanted.TOKEN), Done(Reason.END)])
+def test_a_message_that_is_not_for_this_stage_ends_the_channel(link: StageLink, message: messages.Message) -> None:
+    with pytest.raises(StageError, match="is not for stage 0"):
+        link.ask(message)
+    assert eventually(link.channel.gone)
+
+
+def test_a_request_while_one_runs_ends_the_channel(link: StageLink) -> None:
+    link.send(Generate(0, IDS[:5], 150))
+    link.send(Generate(0, IDS[:5], 150))
+    with pytest.raises(StageError, match="while a request is running"):
+        list(iter(link.receive, None))
+
+
+def test_what_is_no_message_ends_the_channel_and_the_stage_lives(stages: Stages, pipeline: Pipeline) -> None:
+    for value in ({"type": "generate"}, {"type": "x"}, {}, {"type": "generate", "ids": b"abc"}):
+        broken = dial(stages)
+        broken.channel.send(value)
+        with pytest.raises(StageError, match="wanted"):
+            broken.receive()
+        broken.channel.abort()
+    assert len(ids(pipeline.generate(IDS[:5], max_tokens=2))) == 2
+
+
+def test_a_cancel_ends_a_request_and_one_too_late_is_nothing(link: StageLink) -> None:
+    link.send(Generate(0, IDS[:5], 150))
+    link.receive()
+    link.send(Cancel())
+    found = 1
+    while isinstance(message := link.receive(), Token):
+        found += 1
+    assert message == Done(Reason.CANCELLED)
+    assert found < 150
+    link.send(Cancel())
+    assert len(tokens(link, Generate(0, IDS[:5], 3))) == 3
+
+
+def sequences(stages: Stages) -> list[int]:
+    with Pipeline.connect(stages.bytes, allow_mock=True) as asking:
+        return [report.sequences for report in asking.status()]
+
+
+@pytest.mark.parametrize("how", ["cancel", "close", "abort"])
+def test_a_client_that_leaves_takes_its_sequence_along_in_every_stage(folder: Path, tmp_path: Path, how: str) -> None:
+    with Stages(folder, "1+2+1", tmp_path) as stages:
+        stages.start_all()
+        made = dial(stages)
+        made.send(Generate(0, IDS[:5], 150))
+        made.receive()
+        if how == "cancel":
+            made.send(Cancel())
+            while made.receive() != Done(Reason.CANCELLED):
+                pass
+            assert made.ask(Reset()) == Done(Reason.RESET)
+        elif how == "close":
+            made.channel.close()
+        else:
+            made.channel.abort()
+        assert eventually(lambda: sequences(stages) == [0, 0, 0])
+        made.channel.close()
+
+
+def test_a_full_stage_says_busy_and_serves_the_next_when_there_is_room(folder: Path, tmp_path: Path) -> None:
+    for full in (0, 1):
+        with Stages(folder, "2+2", tmp_path) as stages:
+            stages.start(1, *(["--max-sequences", "1"] if full == 1 else []))
+            stages.start(0, *(["--max-sequences", "1"] if full == 0 else []))
+            first, second = (Pipeline.connect(stages.bytes, allow_mock=True) for _ in range(2))
+            wanted = ids(first.generate(IDS[:5], max_tokens=3))
+            with pytest.raises(RequestRefused, match=f"stage {full} is busy"):
+                ids(second.generate(IDS[: CHUNK + 5], max_tokens=3))
+            assert ids(first.generate(IDS[:5], max_tokens=3)) == wanted
+            first.close()
+            assert eventually(lambda stages=stages: sum(sequences(stages)) == 0)  # type: ignore[misc]
+            assert ids(second.generate(IDS[:5], max_tokens=3)) == wanted
+            second.close()
+
+
+def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0, "--max-channels", "1")
+        with Pipeline.connect(stages.bytes, allow_mock=True) as first:
+
+            def turned_away() -> bool:
+                first.status()  # whoever has been silent for a second makes room
+                try:
+                    Pipeline.connect(stages.bytes, allow_mock=True).close()
+                except StageError:
+                    return True
+                return False
+
+            assert eventually(turned_away)
+        assert eventually(lambda: len(connect_and_count(stages)) == 1)
+
+
+def connect_and_count(stages: Stages) -> list[int]:
+    try:
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            return [report.stage for report in made.status()]
+    except StageError:
+        return []
+
+
+# Whom it trusts
+
+
+def test_the_client_checks_the_whole_manifest_before_it_connects(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:  # none of them runs: a connection would be a StageError
+        with pytest.raises(ManifestError, match="proves nothing about hardware"):
+            Pipeline.connect(stages.bytes)
+        with pytest.raises(ManifestError, match="sha256"):
+            Pipeline.connect(stages.bytes, allow_mock=True, manifest_sha256="00" * 32)
+        with pytest.raises(StageError, match="stage 0 cannot be reached"):
+            Pipeline.connect(stages.bytes, allow_mock=True, manifest_sha256=stages.manifest.digest.hex().upper())
+    with (
+        Stages(folder, "2+2", tmp_path, clients=[b"\x09" * 32]) as stages,
+        pytest.raises(ManifestError, match="listed"),
+    ):
+        Pipeline.connect(stages.bytes, allow_mock=True)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("what", ["root", "stage", "measurement"])
+def test_a_stage_with_other_evidence_is_refused_by_whoever_meets_it(
+    folder: Path, tmp_path: Path, what: str, index: int
+) -> None:
+    changes = {"measurements": [b"\x05" * 48]} if what == "measurement" else {}
+    with Stages(folder, "2+2", tmp_path, **changes) as stages:
+        other = stages.key(index)
+        if what == "stage":
+            other.write_text(stages.key(1 - index).read_text())
+        elif what == "root":
+            mine, stages.root = stages.root, MockRoot.generate()
+            other = stages.key(index)
+            stages.root = mine
+        kept = tmp_path / "other.key"
+        other.rename(kept)
+        for number in (1, 0):
+            stages.start(number, key=kept if number == index and what != "measurement" else None)
+        with pytest.raises(UntrustedStage) as caught, Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            ids(made.generate([1, 2], max_tokens=2))
+        assert caught.value.stage == (0 if what == "measurement" else index)
+
+
+def test_a_stage_with_another_manifest_completes_no_handshake(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "4", tmp_path) as stages:
+        other = stages.bytes.replace(b'"id": "small"', b'"id": "smalL"')
+        stages.start(0)
+        with pytest.raises(StageError, match="the ends differ in prologue"):
+            Pipeline.connect(other, allow_mock=True)
+
+
+def test_a_stage_makes_no_link_once_its_manifest_has_expired(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "4", tmp_path, days=4 / 86400) as stages:
+        stages.start(0)
+        dial(stages).channel.close()
+        assert eventually(lambda: time.time() > stages.manifest.expires.timestamp())
+        with pytest.raises(StageError):
+            dial(stages)
+        with pytest.raises(ManifestError, match="expired"):
+            Pipeline.connect(stages.bytes, allow_mock=True)
+
+
+def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) -> None:
+    from transport.noise import generate_keypair
+
+    private, public = generate_keypair()
+    with Stages(folder, "2+2", tmp_path, clients=[public]) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.bytes, allow_mock=True, client_key=private) as made:
+            assert len(ids(made.generate([1, 2], max_tokens=2))) == 2
+        with pytest.raises(StageError):
+            Pipeline.connect(stages.bytes, allow_mock=True, client_key=generate_keypair()[0])
+
+
+def test_a_stage_refuses_to_start_with_other_weights(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        changed = tmp_path / "changed"
+        changed.mkdir()
+        for file in folder.iterdir():
+            (changed / file.name).write_bytes(file.read_bytes())
+        data = bytearray((changed / "model.safetensors").read_bytes())
+        data[-5] ^= 1
+        (changed / "model.safetensors").write_bytes(data)
+        codes = []
+        for index in (0, 1):
+            process = stages.spawn(index, "--model", str(changed))
+            codes.append(process.wait(60))
+        assert sorted(codes) != [0, 0]
+        assert 5 in codes  # the last byte belongs to one of the two
+        assert "weights sha256" in stages.log(codes.index(5))
+
+
+# How it ends
+
+
+def test_stages_that_share_a_machine_compute_in_turns(folder: Path, tmp_path: Path) -> None:
+    turns, found = tmp_path / "turns", []
+    turns.touch()
+    with Stages(folder, "2+2", tmp_path) as stages:
+        for index in (1, 0):
+            stages.start(index, "--turns", str(turns))
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made, turns.open("r+b") as held:
+            wanted = ids(made.generate(IDS[:5], max_tokens=5))
+            fcntl.lockf(held, fcntl.LOCK_EX)
+            running = made.generate(IDS[:5], max_tokens=5)
+            asking = threading.Thread(target=lambda: found.extend(token.id for token in running))
+            asking.start()
+            asking.join(0.5)
+            assert asking.is_alive()
+            assert found == []
+            fcntl.lockf(held, fcntl.LOCK_UN)
+            asking.join(60)
+            assert found == wanted
+        stages.kill(0)
+        process = stages.spawn(0, "--turns", str(tmp_path / "none" / "such"))
+        assert process.wait(60) == 2
+        assert "none/such: No such file or directory" in stages.log(0)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_stage_that_dies_at_any_token_is_named_at_once(folder: Path, tmp_path: Path, victim: int) -> None:
+    with Stages(folder, "1+2+1", tmp_path) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            wanted = ids(made.generate(IDS[:5], max_tokens=150, draft=0))  # so many that none of them is the last
+            for token in range(5):
+                running = made.generate(IDS[:5], max_tokens=150, draft=0)
+                found = [next(running).id for _ in range(token)]
+                stages.kill(victim)
+                began = time.monotonic()
+                with pytest.raises(StageError, match=f"stage {victim}") as caught:
+                    found += ids(running)
+                assert time.monotonic() - began < 10  # and not after the 150 s that a client waits
+                assert caught.value.stage == victim
+                assert found == wanted[: len(found)]
+                with pytest.raises(StageError, match=f"stage {victim}"):
+                    ids(made.generate(IDS[:5], max_tokens=6))
+                stages.start(victim)
+                assert ids(made.generate(IDS[:5], max_tokens=6)) == wanted[:6]
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_stage_that_was_away_while_its_client_was_idle_is_found_again(
+    folder: Path, tmp_path: Path, victim: int
+) -> None:
+    with Stages(folder, "1+2+1", tmp_path) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            wanted = ids(made.generate(IDS[:5], max_tokens=6))
+            stages.kill(victim)
+            stages.start(victim)
+            assert ids(made.generate(IDS[:5], max_tokens=6)) == wanted
+            stages.kill(victim)
+            assert [bool(report.error) for report in made.status()] == [index == victim for index in range(victim + 1)]
+            stages.start(victim)
+            assert [report.error for report in made.status()] == ["", "", ""]
+            assert ids(made.generate(IDS[:5], max_tokens=6)) == wanted
+
+
+def test_a_stage_that_hangs_is_named_by_the_one_before_it(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "1+2+1", tmp_path) as stages:
+        for index in (2, 1, 0):
+            stages.start(index, "--answer-timeout", "3")
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            running = made.generate(IDS[:5], max_tokens=150, draft=0)
+            next(running)
+            stages.processes[2].send_signal(signal.SIGSTOP)
+            with pytest.raises(StageError, match="stage 2 did not answer in time") as caught:
+                ids(running)
+            assert caught.value.stage == 2
+
+
+def test_a_sequence_is_dropped_though_the_next_stage_hangs(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start_all("--max-sequences", "1")
+        leaving = dial(stages)
+        leaving.send(Generate(0, IDS[:5], 150))
+        leaving.receive()
+        stages.processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(0.3)  # so that stage 0 waits for stage 1 when its client leaves
+        leaving.channel.abort()
+        assert eventually(lambda: "channel 1 (" in stages.log(0).partition("open")[2])
+        stages.processes[1].send_signal(signal.SIGCONT)
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
+
+
+def test_an_old_generation_does_not_end_a_new_one(stages: Stages) -> None:
+    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        old = made.generate(IDS[:5], max_tokens=9)
+        next(old)
+        made._running = None  # as if it had been given up without a word
+        made._drop(made._open())
+        new = made.generate(IDS[:5], max_tokens=9)
+        next(new)
+        old.close()
+        assert len(ids(new)) == 8
+    with pytest.raises(UsageError, match="closed"):
+        ids(made.generate(IDS[:5], max_tokens=9))
+
+
+def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
+    class Counted:
+        """A channel that seals for real, and says how much."""
+
+        def __init__(self) -> None:
+            self.sealer = Sealer(CipherState(bytes(32)))
+            self.lengths: list[int] = []
+
+        def poll(self) -> bool:
+            return False
+
+        def send(self, message: dict[str, object], least: int = 0) -> int:
+            body = codec.encode(message)
+            self.lengths.append(len(self.sealer.seal(Type.MESSAGE, body, least)))
+            return len(body)
+
+        def receive(self, _timeout: float) -> dict[str, object]:
+            return messages.encode(Token(self.end, (1,)))
+
+    seen = set()
+    for length in range(1, 1025):
+        channel = Counted()
+        made = StageLink(channel, 1, 1.0)  # type: ignore[arg-type]
+        for start in range(0, length, CHUNK):
+            rows = np.zeros((min(CHUNK, length - start), 64), np.float32)
+            channel.end = start + len(rows)
+            made.step(start, rows, Ask(Wanted.TOKEN if channel.end == length else Wanted.NOTHING, Sampling()))
+        seen.add(tuple(channel.lengths))
+    assert len(seen) < 200
+
+
+@pytest.mark.parametrize("delay", [0.02 * n for n in range(20)])
+def test_sigterm_at_any_moment_ends_a_stage_without_a_word(folder: Path, tmp_path: Path, delay: float) -> None:
+    with Stages(folder, "4", tmp_path) as stages:
+        process = stages.spawn(0)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)  # the latter before Python has got to the handler
+        assert "Traceback" not in stages.log(0)
+
+
+def test_a_stage_ends_cleanly_on_sigterm_and_its_client_is_told(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            running = made.generate(IDS[:5], max_tokens=150, draft=0)
+            next(running)
+            assert stages.kill(1, signal.SIGTERM) == 0
+            with pytest.raises(StageError, match="stage 1"):
+                ids(running)
+            assert stages.kill(0, signal.SIGTERM) == 0
+
+
+def test_a_stage_logs_neither_prompt_nor_tokens(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            prompt = [73, 74, 75, 76, 77]
+            found = ids(made.generate(prompt, max_tokens=8))
+        assert eventually(lambda: "closed" in stages.log(0))
+        for index in (0, 1):
+            log = stages.log(index)
+            assert "open" in log
+            for run in (prompt, found[:3], found[-3:]):
+                for glue in (", ", " ", ","):
+                    assert glue.join(map(str, run)) not in log
+
+
+ORPHAN = """
+import os, sys, time
+import minigpt
+pipeline = minigpt.Pipeline.local(sys.argv[1], stages=2)
+print(*pipeline.pids, flush=True)
+for token in pipeline.generate([1, 2], max_tokens=150, draft=0):
+    pass
+time.sleep(60)
+"""
+
+
+def test_no_stage_outlives_a_parent_that_is_killed(folder: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids)
+    finally:
+        parent.kill()
+        parent.wait(60)
+        assert parent.stdout is not None
+        parent.stdout.close()
+    assert eventually(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_local_pipeline_leaves_no_process_behind(folder: Path, model: minigpt.Model) -> None:
+    with minigpt.Pipeline.local(str(folder), split="3+1") as made:
+        pids = made.pids
+        assert ids(made.generate(IDS[:5], max_tokens=4)) == ids(model.generate(IDS[:5], max_tokens=4))
+        assert all(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_local_stage_that_dies_is_named(folder: Path) -> None:
+    with minigpt.Pipeline.local(str(folder), stages=2) as made:
+        os.kill(made.pids[1], signal.SIGKILL)
+        with pytest.raises(StageError, match="stage 1"):
+            ids(made.generate(IDS[:5], max_tokens=4))
+
+
+def test_a_stage_keeps_idle_links_and_never_one_with_an_answer_due(stages: Stages, model: minigpt.Model) -> None:
+    for _ in range(3):
+        made = dial(stages)
+        made.send(Generate(0, IDS[: CHUNK + 20], 5))
+        made.channel.abort()  # with chunks of the prompt under way
+    assert eventually(lambda: sequences(stages) == [0, 0, 0])
+    made = stages.log(0).count("link to stage 1: evidence accepted")
+    for _ in range(3):
+        with Pipeline.connect(stages.bytes, allow_mock=True) as good:
+            assert ids(good.generate(IDS[:7], max_tokens=5)) == ids(model.generate(IDS[:7], max_tokens=5))
+        assert eventually(lambda: sequences(stages) == [0, 0, 0])
+    assert stages.log(0).count("link to stage 1: evidence accepted") <= made + 1

@@ -1,0 +1,148 @@
+"""A stage process by itself: how it gets its manifest, what memory it takes, how it takes turns."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import SMALL, random_tensors, write
+from processes import ROOT, Stages, eventually
+
+import minigpt
+from minigpt.client.pipeline import Pipeline
+from minigpt.engine.config import Config
+from minigpt.stage.stage import Turns
+
+
+def free_port() -> tuple[socket.socket, int]:
+    """A port, and the socket that keeps it from everybody but a listener that reuses the address."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
+    return keeper, keeper.getsockname()[1]
+
+
+def hand_over(port: int, data: bytes) -> None:
+    def there() -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(data)
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    assert eventually(there, 30)
+
+
+def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keepers = [free_port(), free_port()]
+    with Stages(folder, "4", tmp_path) as stages:
+        manifest_at, key_at = (f"tcp://127.0.0.1:{port}" for _, port in keepers)
+        key = stages.key(0).read_bytes()
+        process = stages.spawn(0, "--manifest", manifest_at, "--mock-key", key_at)
+        hand_over(keepers[0][1], stages.bytes)
+        hand_over(keepers[1][1], key)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("stage 0 ready")
+        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
+    for keeper, _ in keepers:
+        keeper.close()
+
+
+def test_a_stage_takes_its_own_tensors_and_at_most_100_mb_more(tmp_path: Path) -> None:
+    config = Config(vocab_size=8000, n_positions=256, n_embd=768, n_layer=4, n_head=12, n_inner=3072, eos_token_id=())
+    for dtype in (np.float32, np.float16):
+        folder = write(tmp_path / dtype.__name__, config, random_tensors(config), dtype=dtype)
+        with Stages(folder, "2+2", tmp_path) as stages:
+            stages.start_all()
+            with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+                list(pipeline.generate(list(range(200)), max_tokens=5))
+                reports = pipeline.status()
+            for index, process in stages.processes.items():
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+                assert reports[index].weights_bytes < 90e6
+                assert peak - reports[index].weights_bytes < 100e6
+
+
+def test_a_process_leaves_no_core(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0)
+        limits = Path(f"/proc/{stages.processes[0].pid}/limits").read_text()
+        assert re.search(r"Max core file size\s+0\s+0\s", limits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has prctl")
+def test_no_other_process_of_the_user_may_read_a_stages_memory() -> None:
+    code = "import ctypes; from minigpt.stage.__main__ import lock_down; lock_down(); print(ctypes.CDLL(None).prctl(3))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "0\n"  # PR_GET_DUMPABLE
+
+
+def test_turns_are_taken_in_the_order_of_asking() -> None:
+    lock, taken = Turns(), []
+
+    def take(number: int) -> None:
+        with lock:
+            taken.append(number)
+            time.sleep(0.001)
+
+    threads = []
+    with lock:
+        for number in range(12):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            assert eventually(lambda number=number: len(lock._waiting) == number + 1)  # type: ignore[misc]
+    for thread in threads:
+        thread.join()
+    assert taken == list(range(12))
+    with lock:
+        pass
+
+
+def test_a_turn_is_given_back_when_a_computation_fails() -> None:
+    lock = Turns()
+    for _ in range(2):
+        try:
+            with lock:
+                raise FloatingPointError
+        except FloatingPointError:
+            pass
+    assert not lock._held
+
+
+def test_a_turn_that_cannot_be_taken_is_given_on(tmp_path: Path) -> None:
+    cores = (tmp_path / "turns").open("w+b", buffering=0)
+    lock = Turns(cores)
+    with pytest.raises(ValueError, match="closed"), lock:
+        cores.close()  # the other end of the turn
+    for _ in range(2):
+        with pytest.raises(ValueError, match="closed"), lock:
+            raise AssertionError("computed without a turn")
+    assert not lock._held
+
+
+def test_the_embedded_model_names_the_capitals_through_two_stages() -> None:
+    countries = json.loads((Path(__file__).resolve().parents[1] / "data" / "capitals.json").read_text())
+    assert len(countries) == 193
+    right = 0
+    with Pipeline.local("tiny", stages=2, threads=1) as pipeline:
+        for entry in countries:
+            text = "".join(
+                token.text or "" for token in pipeline.generate(f"The capital of {entry['country']} is", max_tokens=12)
+            )
+            right += any(re.match(rf" {re.escape(capital)}\b", text) is not None for capital in entry["capitals"])
+    assert right >= 185
+
+
+def test_the_embedded_model_fits_its_limit() -> None:
+    data = Path(minigpt.__file__).parent / "data"
+    assert sum(path.stat().st_size for path in data.iterdir()) <= 5_000_000

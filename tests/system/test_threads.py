@@ -1,0 +1,175 @@
+"""Computing in parts: every part once, errors raised, and the same bits on any number of threads."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from made import whole
+from processes import ROOT
+
+from minigpt.engine import linalg, threads
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(threads, "THREADS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 5, 100])
+def test_every_part_is_computed_once_and_on_several_threads(count: int, parts: int) -> None:
+    seen, who = [0] * parts, set()
+    meet = threading.Barrier(max(1, min(count, parts)))
+
+    def work(part: slice) -> None:
+        meet.wait(60)  # all are under way at once
+        who.add(threading.get_ident())
+        for index in range(parts)[part]:
+            seen[index] += 1
+
+    threads.in_parts(work, parts)
+    assert seen == [1] * parts
+    assert len(who) == max(1, min(count, parts))
+
+
+def test_what_a_part_raises_is_raised_and_the_threads_live_on(count: int) -> None:
+    for bad in range(7):
+
+        def work(part: slice, bad: int = bad) -> None:
+            if bad in range(7)[part]:
+                raise FloatingPointError(str(bad))
+
+        with pytest.raises(FloatingPointError, match=str(bad)):
+            threads.in_parts(work, 7)
+    test_every_part_is_computed_once_and_on_several_threads(count, 7)
+
+
+def test_who_finds_the_threads_in_use_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    inner: list[slice] = []
+    threads.in_parts(lambda _part: threads.in_parts(inner.append, 4), 2)
+    assert inner == [slice(0, 4)] * 2
+
+
+@pytest.mark.parametrize(("set_to", "wanted"), [("3", 3), ("0", None), ("many", None), ("", None)])
+def test_there_are_as_many_threads_as_blas_has(
+    set_to: str, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", set_to)
+    assert threads.available() == wanted or (wanted is None and threads.available() >= 1)
+
+
+SPREAD = """
+import minigpt, os, numpy
+from minigpt.engine import threads
+workers = threads.native()
+threads.spread(workers)
+places = [sorted(os.sched_getaffinity(thread)) for thread in (0, *workers)]
+threads.in_parts(lambda part: places.append(sorted(os.sched_getaffinity(0))) if part.start else None, threads.THREADS)
+print(places)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's threads, and where they may run")
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
+def test_threads_are_spread_where_they_are_as_many_as_the_processors(count: int) -> None:
+    processors = sorted(os.sched_getaffinity(0))
+    environment = os.environ | {"MINIGPT_THREADS": str(count)}
+    done = subprocess.run([sys.executable, "-c", SPREAD], capture_output=True, text=True, cwd=ROOT, env=environment)
+    places = json.loads(done.stdout)
+    if count == len(processors):
+        assert places[:count] == [[one] for one in processors]  # the caller's, and those of BLAS
+        assert sorted(places[count:]) == [[one] for one in processors[1:]]  # our own beside the caller's
+    else:  # BLAS may have taken fewer
+        assert all(place == processors for place in places)
+
+
+# What is computed in parts
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 31, 32, 33])
+@pytest.mark.parametrize("shape", [(1, 1), (48, 144), (768, 1000), (3072, 13), (70_000, 3), (768, 1500)])
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_product_is_its_definition_whatever_its_way(
+    rows: int, shape: tuple[int, int], blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "BLOCKED", blocked)
+    monkeypatch.setattr(linalg, "FEW_ROWS", 32 if blocked else 3)
+    monkeypatch.setattr(linalg, "EVEN_ROWS", 1 if blocked else 8)
+    rng = np.random.default_rng(0)
+    x, matrix = rng.standard_normal((rows, shape[0]), np.float32), rng.standard_normal(shape, np.float32)
+    exact = x.astype(float) @ matrix.astype(float)
+    bits = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "THREADS", count)
+        found = [linalg.product(x, matrix), linalg.product(x, np.asfortranarray(matrix))]
+        assert all(np.abs(y - exact).max() < 2e-6 * shape[0] for y in found)
+        bits.append([y.tobytes() for y in found])
+    assert bits[0] == bits[1] == bits[2]
+
+
+def test_activations_and_softmax_have_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((12, 128, 300), np.float32)  # 14 pieces
+    for function in (*linalg.ACTIVATIONS.values(), linalg.softmax_numerators):
+        monkeypatch.setattr(threads, "THREADS", 1)
+        alone = function(x.copy())
+        monkeypatch.setattr(threads, "THREADS", 3)
+        assert np.array_equal(function(x.copy()), alone)
+        assert np.array_equal(np.concatenate([function(head.copy()[np.newaxis]) for head in x]), alone)
+
+
+def test_models_may_run_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    model = whole()
+    ids = list(range(20))
+
+    def run() -> bytes:
+        cache = model.new_cache()
+        return model.logits(model.forward(model.embed(ids, 0), [(cache, len(ids))])).tobytes()
+
+    alone, found = run(), []
+    workers = [threading.Thread(target=lambda: found.extend(run() for _ in range(20))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert found == [alone] * 80
+
+
+def test_an_interrupt_while_the_helpers_compute_leaves_none_of_them_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    threads.in_parts(lambda _part: None, 2)
+    before = threads._pool.helpers[0]
+    go_on = threading.Event()
+
+    def end(_helper: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads._Helper, "end", end)
+        with pytest.raises(KeyboardInterrupt):
+            threads.in_parts(lambda part: part.start == 0 or go_on.wait(60), 2)
+    seen: list[int] = []
+    threads.in_parts(lambda part: seen.append(part.start), 2)
+    go_on.set()
+    assert sorted(seen) == [0, 1]
+    assert before not in threads._pool.helpers
+
+
+def test_a_forked_process_has_helpers_of_its_own() -> None:
+    work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
+    code = f"import os, time, minigpt\nfrom minigpt.engine import threads\nthreads.THREADS = 3\n{work}\nif os.fork() == 0:\n"
+    code += f"    {work}\n    os._exit(7)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("7\n", 0)
+
+
+def test_the_helpers_do_not_keep_a_process_from_ending() -> None:
+    work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
+    code = f"import time, minigpt\nfrom minigpt.engine import threads\nthreads.THREADS = 3\n{work}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,251 @@
+"""The manifest: a good one is read, a bad one is refused with the place and the reason."""
+
+import copy
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import SMALL
+
+import minigpt
+from attest.mock import MockRoot
+from minigpt.client.pipeline import check
+from minigpt.errors import ManifestError, UsageError
+from minigpt.protocol import manifest
+from minigpt.protocol.manifest import Manifest, split_layers
+
+ROOT = MockRoot(bytes(range(32)))
+ISSUED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+SCHEMA = json.loads((Path(minigpt.__file__).parent / "data" / "manifest.schema.json").read_text())
+
+
+def written(**changes: Any) -> bytes:
+    fields: dict[str, Any] = {
+        "config": SMALL,
+        "model": "small",
+        "revision": None,
+        "tokenizer_sha256": b"\x07" * 32,
+        "layers": [range(3), range(3, 4)],
+        "weights_sha256": [b"\x01" * 32, b"\x02" * 32],
+        "addresses": ["tcp://127.0.0.1:5001", "vsock://16:5001"],
+        "root_key": ROOT.public,
+        "measurements": [b"\x03" * 48],
+        "now": ISSUED,
+    }
+    return manifest.write(**fields | changes)
+
+
+GOOD = json.loads(written())
+
+
+def edited(*path: str | int, to: object) -> bytes:
+    document = copy.deepcopy(GOOD)
+    place: Any = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    return json.dumps(document).encode()
+
+
+def test_what_is_written_is_read() -> None:
+    data = written(clients=[b"\x09" * 32], revision="0123abc")
+    read = Manifest.parse(data)
+    assert read.digest == hashlib.sha256(data).digest()
+    assert (read.config, read.model, read.revision, read.tokenizer_sha256) == (SMALL, "small", "0123abc", b"\x07" * 32)
+    assert (read.issued, read.expires - read.issued) == (ISSUED, datetime.timedelta(days=30))
+    assert [stage.layers for stage in read.stages] == [range(3), range(3, 4)]
+    assert [str(stage.address) for stage in read.stages] == ["tcp://127.0.0.1:5001", "vsock://16:5001"]
+    assert [stage.weights_sha256 for stage in read.stages] == [b"\x01" * 32, b"\x02" * 32]
+    assert read.stages[1].measurements == {b"\x03" * 48}
+    assert read.clients == {b"\x09" * 32}
+    assert Manifest.parse(written()).clients is None
+
+
+PCRS = [[bytes([16 * stage + i + 1]) * 48 for i in range(3)] for stage in range(2)]
+NITRO = {"provider": "nitro", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
+
+
+def test_images_are_pinned_one_by_one_and_refused_in_words_as_they_cannot_be_verified() -> None:
+    data = written(root_key=b"", measurements=[], pcrs=PCRS)
+    jsonschema.validate(json.loads(data), SCHEMA)
+    read = Manifest.parse(data)
+    assert [stage.pcrs for stage in read.stages] == [tuple(pcrs) for pcrs in PCRS]
+    for refused in (
+        read.check_verifiable,
+        lambda: read.verifier(0),
+        lambda: check(read, allow_mock=True, now=ISSUED.timestamp()),
+        lambda: check(
+            Manifest.parse(edited("stages", 1, "evidence", to=NITRO)), allow_mock=True, now=ISSUED.timestamp()
+        ),
+    ):
+        with pytest.raises(ManifestError, match="nitro, which this version cannot verify"):
+            refused()
+    Manifest.parse(written()).check_verifiable()
+
+
+HEX = "ab" * 32
+BAD: dict[str, tuple[tuple[Any, ...], object]] = {
+    "format": (("format",), "minigpt-pipeline-2"),
+    "issued": (("issued",), "yesterday"),
+    "expires": (("expires",), "2026-01-01T00:00:00Z"),
+    "model.id": (("model", "id"), ""),
+    "model.revision": (("model", "revision"), 7),
+    "model.tokenizer_sha256": (("model", "tokenizer_sha256"), "ab"),
+    "model.config": (("model", "config"), []),
+    "model.config: cut": (("model", "config"), {"model_type": "gpt2"}),
+    "model.config: llama": (("model", "config", "model_type"), "llama"),
+    "model.config: bool": (("model", "config", "n_layer"), True),
+    "model.config: more": (("model", "config", "add_cross_attention"), True),
+    "suites: empty": (("suites",), []),
+    "suites: unknown": (("suites",), [9]),
+    "suites: twice": (("suites",), [1, 1]),
+    "clients": (("clients",), "all"),
+    "clients: none": (("clients",), []),
+    "clients[0]": (("clients",), [HEX[:-2]]),
+    "stages": (("stages",), []),
+    "stages: gap": (("stages", 1, "layers"), [2, 4]),
+    "stages[1].layers: short": (("stages", 1, "layers"), [3]),
+    "stages[1].layers: empty": (("stages", 1, "layers"), [3, 3]),
+    "stages: end": (("stages", 1, "layers"), [3, 5]),
+    "stages[0].address": (("stages", 0, "address"), "http://127.0.0.1:80"),
+    "stages[0].address: port": (("stages", 0, "address"), "tcp://127.0.0.1:99999"),
+    "stages[0].weights_sha256": (("stages", 0, "weights_sha256"), HEX.upper()),
+    "stages[0].weights_sha256: zero": (("stages", 0, "weights_sha256"), "00" * 32),
+    "stages[0].evidence.provider: none": (("stages", 0, "evidence", "provider"), "none"),
+    "stages[0].evidence: nitro": (("stages", 0, "evidence", "provider"), "nitro"),
+    "stages[0].evidence.pcr1: zero": (("stages", 0, "evidence"), NITRO | {"pcr1": "00" * 48}),
+    "stages[0].evidence.pcr0: short": (("stages", 0, "evidence"), NITRO | {"pcr0": "01" * 32}),
+    "stages[0].evidence: both": (("stages", 0, "evidence"), NITRO | {"root_key": HEX}),
+    "stages[0].evidence: pcr2": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "pcr2"}),
+    "stages[0].evidence.root_key": (("stages", 0, "evidence", "root_key"), "00" * 32),
+    "stages[0].evidence: small order": (("stages", 0, "evidence", "root_key"), "01" + "00" * 31),
+    "stages[0].evidence.measurements: none": (("stages", 0, "evidence", "measurements"), []),
+    "stages[0].evidence.measurements[0]": (("stages", 0, "evidence", "measurements"), ["00" * 48]),
+    "stages[0].evidence: more": (("stages", 0, "evidence", "allow_debug"), True),
+    "more": (("more",), 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_one_is_refused_with_the_place(name: str) -> None:
+    path, value = BAD[name]
+    with pytest.raises(ManifestError) as caught:
+        Manifest.parse(edited(*path, to=value))
+    assert str(caught.value).startswith(f"manifest.{name.split(':', maxsplit=1)[0]}".removesuffix(".more")) or name in (
+        "expires",
+        "more",
+    )
+
+
+def paths(value: object, here: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    found = [here] if here else []
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        found += paths(inner, (*here, key))
+    return found
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(paths(GOOD)), JSON)
+def test_any_value_at_any_place_is_read_or_refused(path: tuple[str | int, ...], value: object) -> None:
+    data = edited(*path, to=value)
+    try:
+        Manifest.parse(data)
+    except ManifestError:
+        return
+    jsonschema.validate(json.loads(data), SCHEMA)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.parse(data)
+
+
+@pytest.mark.parametrize("path", [path for path in paths(GOOD) if isinstance(path[-1], str)], ids=str)
+def test_nothing_may_be_missing(path: tuple[str | int, ...]) -> None:
+    document = copy.deepcopy(GOOD)
+    place: Any = document
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    with pytest.raises(ManifestError):
+        Manifest.parse(json.dumps(document).encode())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA)
+
+
+def test_the_schema_describes_what_is_written() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(GOOD, SCHEMA)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in {"expires", "stages: gap", "stages: end",
+                         "stages[1].layers: empty", "stages[0].address: port", "stages[0].evidence: small order",
+                         "model.config: more"}])  # fmt: skip
+def test_the_schema_refuses_what_the_parser_refuses_where_a_schema_can(name: str) -> None:
+    path, value = BAD[name]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(edited(*path, to=value)), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        written().replace(b'"format"', b'"format": "minigpt-pipeline-1", "format"', 1),
+        written().replace(b'"suites": [', b'"suites": [NaN, ', 1),
+        b"[" * 100_000,
+        b'"' + b"a" * manifest.MAX_MANIFEST + b'"',
+        b"\xff" + written(),
+        b"1" * 10_000,
+    ],
+    ids=["a key twice", "NaN", "deep", "long", "not UTF-8", "a long number"],
+)
+def test_what_is_not_plain_json_is_refused(data: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.parse(data)
+
+
+def test_an_expired_one_is_refused_and_a_clock_behind_its_issue_counts_as_its_issue() -> None:
+    read = Manifest.parse(written())
+    read.check_time(ISSUED.timestamp() - 1e6)
+    read.check_time(read.expires.timestamp() - 1)
+    with pytest.raises(ManifestError, match="expired"):
+        read.check_time(read.expires.timestamp())
+
+
+def test_claims_are_canonical_and_hold_what_the_manifest_says() -> None:
+    read = Manifest.parse(written())
+    assert msgpack.unpackb(read.claims(1)) == {
+        "end": 4, "first": 3, "manifest": read.digest, "stage": 1, "weights": b"\x02" * 32,
+    }  # fmt: skip
+    assert read.claims(0) != read.claims(1)
+    assert read.claims(0) != Manifest.parse(written(model="other")).claims(0)
+
+
+@given(st.integers(1, 48), st.data())
+def test_a_split_covers_every_layer_once(n_layer: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, n_layer))
+    parts = split_layers(n_layer, stages)
+    assert [layer for part in parts for layer in part] == list(range(n_layer))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert split_layers(n_layer, "+".join(str(len(part)) for part in parts)) == parts
+
+
+@pytest.mark.parametrize("split", ["", "6", "6+", "6+5", "6+7", "0+12", "-1+13", "a+b", "6 + 6", "²+10", 0, 13, -1])
+def test_a_split_that_is_none_is_refused(split: str | int) -> None:
+    with pytest.raises(UsageError):
+        split_layers(12, split)

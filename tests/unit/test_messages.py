@@ -1,0 +1,150 @@
+"""Messages: what is sent is what is read, and nothing else is read."""
+
+import dataclasses
+import typing
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import MessageError, RequestRefused
+from minigpt.protocol import messages
+from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Step, Token, Wanted
+from transport import codec
+
+EXAMPLES: list[messages.Message] = [
+    Generate(3, (1, 2, 2**32 - 1), 20, (50256,), Sampling(0.7, 40, 0.9, 2**64 - 1), True),
+    Step(5, np.arange(6, dtype=np.float32).reshape(2, 3), Wanted.NOTHING),
+    Token(9, (7,), (-0.5,), (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))),
+    Logits(4, np.linspace(-1, 1, 7, dtype=np.float32)),
+    Done(Reason.CONTEXT),
+    messages.Refusal(1, "busy", "try again"),
+    messages.Failure(2, "failed", "gone"),
+    messages.Cancel(),
+    messages.Reset(),
+    messages.Status(),
+    Report((StageReport(0, uptime=1.5, steps=3, evidence="{}"), StageReport(1, "unreachable", "failed"))),
+]
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return all(same(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
+    return a == b
+
+
+def carried(message: messages.Message) -> dict[str, typing.Any]:
+    """The plain map that arrives at the other end."""
+    value = codec.decode(codec.encode(messages.encode(message)))
+    assert isinstance(value, dict)
+    return value
+
+
+def test_there_is_an_example_of_every_message() -> None:
+    assert {type(example) for example in EXAMPLES} == set(typing.get_args(messages.Message))
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_what_is_sent_is_what_is_read(message: messages.Message) -> None:
+    assert same(messages.decode(carried(message)), message)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(PLAIN)
+def test_anything_else_is_a_message_error(value: object) -> None:
+    with pytest.raises(MessageError):
+        messages.decode(value)
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_field_of_another_value_is_read_or_refused_and_never_anything_else(
+    message: messages.Message, data: st.DataObject
+) -> None:
+    value = carried(message)
+    value[data.draw(st.sampled_from(sorted(value)))] = data.draw(PLAIN)
+    try:
+        messages.decode(value)
+    except MessageError as error:
+        assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_a_field_too_many_or_too_few_is_refused(message: messages.Message) -> None:
+    value = carried(message)
+    with pytest.raises(MessageError, match="wanted exactly"):
+        messages.decode(value | {"extra": 1})
+    for name in value.keys() - {"type"}:
+        with pytest.raises(MessageError, match="wanted exactly"):
+            messages.decode({key: value[key] for key in value if key != name})
+
+
+def step(hidden: object) -> dict[str, object]:
+    return carried(EXAMPLES[1]) | {"hidden": hidden}
+
+
+FOUR = np.zeros(4, np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        [2, 3, FOUR],
+        [3, 2, FOUR],
+        [-2, -2, FOUR],
+        [0, 4, b""],
+        [0, 0, b""],
+        [2**20, 2**20, FOUR],
+        [2**63, 2, FOUR],
+        [2, 2, FOUR[:-1]],
+        [2, 2, FOUR + b"\0"],
+        [2, 2, "text"],
+        [2, 2, [0.0] * 4],
+        [2.0, 2, FOUR],
+        [True, 4, FOUR],
+        [2, 2],
+        [2, 2, np.full(4, np.nan, np.float32).tobytes()],
+        [2, 2, np.full(4, -np.inf, np.float32).tobytes()],
+        [2, 2, np.zeros(4, np.float64).tobytes()],
+    ],
+    ids=repr,
+)
+def test_hidden_states_whose_shape_and_bytes_disagree_are_refused(hidden: object) -> None:
+    with pytest.raises(MessageError, match=r"Step\.hidden"):
+        messages.decode(step(hidden))
+
+
+def test_big_endian_hidden_states_would_be_seen_as_other_numbers_so_the_wire_is_little_endian() -> None:
+    value = messages.encode(Step(0, np.ones((1, 1), ">f4"), Wanted.NOTHING))
+    assert bytes(typing.cast("list[bytes]", value["hidden"])[2]) == b"\x00\x00\x80\x3f"
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5), st.lists(st.floats(-99, 0), min_size=1, max_size=1))
+def test_a_messages_length_tells_nothing_of_ids_or_probabilities(ids: list[int], logprobs: list[float]) -> None:
+    def lengths(ids: tuple[int, ...], logprobs: tuple[float, ...]) -> tuple[int, int]:
+        prompt, token = Generate(0, ids, 20), Token(7, ids[:1], logprobs)
+        return len(codec.encode(messages.encode(prompt))), len(codec.encode(messages.encode(token)))
+
+    assert lengths(tuple(ids), tuple(logprobs)) == lengths((0,) * 5, (0.0,))
+
+
+def test_an_error_does_not_show_what_may_be_a_prompt() -> None:
+    for value in ("my secret", b"my secret", ["my secret"], {"my secret": "my secret"}):
+        with pytest.raises(MessageError) as caught:
+            messages.decode(carried(EXAMPLES[0]) | {"ids": value})
+        assert "secret" not in str(caught.value)
+
+
+def test_a_refusal_is_an_error_at_the_other_end() -> None:
+    error = RequestRefused("busy here", reason="busy", stage=2)
+    told = messages.refused(messages.refusal(error))
+    assert (str(told), told.reason, told.stage) == ("busy here", "busy", 2)

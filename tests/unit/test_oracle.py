@@ -1,0 +1,149 @@
+"""Logits against an independent oracle: transformers' GPT2LMHeadModel on torch, in the same process.
+
+test_golden.py holds the same comparisons with stored answers, for where torch is not.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import ODD, SMALL, odd, random_tensors, write
+
+from minigpt.checkpoint import sources, weights
+from minigpt.engine.config import Config
+from minigpt.engine.model import GPT2
+
+torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install the extra `reference`")
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle needs transformers: pip install the extra `reference`"
+)
+
+TOLERANCE = 1e-4  # of a logit, float32
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def oracle_of(folder: Path) -> "transformers.GPT2LMHeadModel":
+    """The oracle's own reading of a checkpoint's folder."""
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def ours_of(folder: Path) -> GPT2:
+    config = sources.read_config(folder)
+    layers = range(config.n_layer)
+    return GPT2(config, layers, weights.load(folder, config, layers).tensors)
+
+
+def expected(oracle: "transformers.GPT2LMHeadModel", ids: list[int], chunks: list[int] | None = None) -> np.ndarray:
+    """The oracle's logits after every id, fed in chunks of these sizes with its own cache."""
+    rows, start, cache = [], 0, transformers.DynamicCache(config=oracle.config)
+    with torch.inference_mode():
+        for size in chunks or [len(ids)]:
+            rows.append(oracle(torch.tensor([ids[start : start + size]]), cache, use_cache=True).logits[0].numpy())
+            start += size
+    return np.concatenate(rows)
+
+
+def logits(model: GPT2, ids: list[int], chunks: list[int] | None = None) -> np.ndarray:
+    cache, rows, start = model.new_cache(), [], 0
+    for size in chunks or [len(ids)]:
+        x = model.forward(model.embed(ids[start : start + size], start), [(cache, size)])
+        rows.append(model.logits(x))
+        start += size
+    return np.concatenate(rows)
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
+    assert got.shape == wanted.shape
+    apart = np.abs(got - wanted).max()
+    assert apart < TOLERANCE, f"at most {apart:.2e} apart"
+
+
+def random_ids(config: Config, count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count).tolist()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_configurations_at_every_position(name: str, tmp_path: Path) -> None:
+    config = odd(name)
+    write(tmp_path, config, random_tensors(config))
+    oracle, model, ids = oracle_of(tmp_path), ours_of(tmp_path), random_ids(config, config.n_positions)
+    wanted = expected(oracle, ids)
+    assert np.abs(wanted).max() > 1
+    assert_close(logits(model, ids), wanted)
+    split = [4, 1, 1, config.n_positions - 6]
+    assert_close(logits(model, ids, split), expected(oracle, ids, split))
+    assert_close(logits(model, ids, [1] * len(ids)), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", ["30KB", "1GB"])
+def test_checkpoints_that_transformers_saves(tmp_path: Path, dtype: "torch.dtype", size: str) -> None:
+    torch.manual_seed(0)
+    shape = {name: SMALL.to_json()[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    settings = transformers.GPT2Config(**shape, initializer_range=0.2)
+    transformers.GPT2LMHeadModel(settings).to(dtype).save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / weights.INDEX).exists() == (size == "30KB")
+    ids = random_ids(SMALL, 50)
+    assert_close(logits(ours_of(tmp_path), ids), expected(oracle_of(tmp_path), ids))
+
+
+def test_a_head_of_its_own_that_transformers_saves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = transformers.GPT2Config(
+        vocab_size=50, n_positions=20, n_embd=24, n_layer=2, n_head=2, tie_word_embeddings=False, initializer_range=0.2
+    )
+    transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path)
+    ids = list(range(20))
+    assert_close(logits(ours_of(tmp_path), ids), expected(oracle_of(tmp_path), ids))
+
+
+def test_the_embedded_model() -> None:
+    try:
+        folder = sources.local("tiny")
+    except sources.CheckpointError as error:
+        pytest.skip(str(error))
+    oracle, model = oracle_of(folder), ours_of(folder)
+    config = model.config
+    for count, chunks in ((5, None), (40, [7, 1, 32]), (config.n_positions, None), (config.n_positions, None)):
+        ids = random_ids(config, count, seed=count)
+        assert_close(logits(model, ids, chunks), expected(oracle, ids))
+    prompt = random_ids(config, 8)
+    with torch.inference_mode():
+        wanted = oracle.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0]
+    ids = list(prompt)
+    for _ in range(40):
+        ids.append(int(logits(model, ids)[-1].argmax()))
+    assert ids == wanted.tolist()
+
+
+def test_gpt2_small_with_random_weights() -> None:
+    config = Config()
+    tensors = random_tensors(config, seed=3)
+    model = GPT2(config, range(config.n_layer), tensors)
+    with torch.device("meta"):
+        oracle = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    copies = {f"transformer.{name}": torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    copies["lm_head.weight"] = copies["transformer.wte.weight"]
+    oracle.load_state_dict(copies, assign=True)
+    oracle.eval()
+    prompt = [464, 3139, 286, 4881, 318]
+    cached = [5] + [1] * 10
+    ids = prompt + random_ids(config, 10)
+    wanted = expected(oracle, ids, cached)
+    assert_close(logits(model, ids, cached), wanted)
+    assert_close(logits(model, ids), wanted)
+
+    full = random_ids(config, config.n_positions)
+    cache = model.new_cache()
+    for start in range(0, 1023, 341):
+        model.forward(model.embed(full[start : start + 341], start), [(cache, 341)])
+    last = model.logits(model.forward(model.embed(full[-1:], 1023), [(cache, 1)]))
+    with torch.inference_mode():
+        wanted = oracle(torch.tensor([full]), logits_to_keep=1).logits[0].numpy()
+    assert_close(last, wanted)

@@ -1,0 +1,121 @@
+"""Sampling: draws depend on seed and position only, follow the distribution, and the filters keep what they say."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from minigpt.engine.sampling import Sampling, logprob, sample
+
+LOGITS = np.random.default_rng(5).standard_normal(5000).astype(np.float32) * 3
+logits_arrays = arrays(np.float32, st.integers(1, 60), elements=st.floats(-30, 30, width=16))  # 16 bits: many ties
+
+
+def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
+    """What the filters leave, the slow and obvious way."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    order = order[: sampling.top_k or None]
+    top = float(logits.max())
+    weights = [math.exp((float(logits[token]) - top) / sampling.temperature) for token in order]
+    total, cumulative, kept = sum(weights), 0.0, set()
+    for token, weight in zip(order, weights, strict=True):
+        kept.add(token)
+        cumulative += weight
+        if cumulative >= sampling.top_p * total * (1 - 1e-12):
+            break
+    return kept if sampling.top_p < 1 else set(order)
+
+
+@given(logits_arrays)
+def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray) -> None:
+    best = min(token for token in range(len(logits)) if logits[token] == logits.max())
+    assert sample(logits, Sampling(), 3) == best
+    assert sample(logits, Sampling(temperature=2, top_k=1, seed=9), 3) == best
+    assert sample(logits, Sampling(temperature=1e-300, seed=9, top_p=0.1), 3) == best
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    logits_arrays,
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.integers(0, 70),
+    st.sampled_from([1.0, 0.95, 0.5, 1e-9]),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2048),
+)
+def test_a_draw_is_among_those_the_filters_leave(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, seed: int, position: int
+) -> None:
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    assert sample(logits, sampling, position) in allowed(logits, sampling)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 200, "top_p": 0.7}])
+def test_draws_follow_the_distribution(filters: dict) -> None:
+    logits = LOGITS[:300]
+    counts = np.zeros(300)
+    for position in range(4000):
+        counts[sample(logits, Sampling(0.8, seed=1, **filters), position)] += 1
+    kept = allowed(logits, Sampling(0.8, **filters))
+    weights = np.where(np.isin(np.arange(300), list(kept)), np.exp(logits.astype(float) / 0.8), 0)
+    expected = weights / weights.sum() * 4000
+    likely = expected > 8
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = likely.sum()
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+    assert counts[weights == 0].sum() == 0
+
+
+def test_a_draw_depends_on_seed_and_position_only() -> None:
+    sampling = Sampling(1.0, seed=7)
+    first = [sample(LOGITS, sampling, position) for position in range(50)]
+    np.random.default_rng(3).random(1000)
+    assert [sample(LOGITS, sampling, position) for position in reversed(range(50))][::-1] == first
+    assert [sample(LOGITS, Sampling(1.0, seed=8), position) for position in range(50)] != first
+    assert len(set(first)) > 10
+
+
+def test_the_generator_is_philox_by_its_published_definition() -> None:
+    """Philox4x64-10 in plain integers (Salmon et al., 2011, figure 2), its first word as a number in [0, 1)."""
+    seed, position, mask = 12345678901234567890, 37, 2**64 - 1
+    counter, key = [1, 0, 0, position], [seed, 0]  # NumPy counts once before its first draw
+    for _ in range(10):
+        (high0, low0), (high1, low1) = (
+            divmod(counter[0] * 0xD2E7470EE14C6C93, 2**64),
+            divmod(counter[2] * 0xCA5A826395121157, 2**64),
+        )
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B97F4A7C15) & mask, (key[1] + 0xBB67AE8584CAA73B) & mask]
+    uniform = (counter[0] >> 11) / 2**53
+    flat = np.zeros(1000, np.float32)
+    assert sample(flat, Sampling(1.0, seed=seed), position) == int(uniform * 1000)
+
+
+@given(logits_arrays)
+def test_log_probabilities_sum_to_one(logits: np.ndarray) -> None:
+    assert math.isclose(sum(math.exp(logprob(logits, token)) for token in range(len(logits))), 1, rel_tol=1e-12)
+
+
+def test_one_token_alone_is_certain() -> None:
+    logits = np.array([-np.inf, 3, -np.inf], np.float32)
+    assert logprob(logits, 1) == 0
+    assert {sample(logits, Sampling(5.0, seed=s), 0) for s in range(20)} == {1}
+
+
+@pytest.mark.parametrize("bad", [[1, np.nan], [np.inf, 0], [-np.inf, -np.inf]])
+def test_logits_that_are_no_numbers_are_not_sampled_from(bad: list[float]) -> None:
+    with pytest.raises(FloatingPointError, match="logit"):
+        sample(np.array(bad, np.float32), Sampling(), 0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0},
+     {"top_p": 1.1}, {"top_p": math.nan}, {"seed": -1}, {"seed": 2**64}],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)

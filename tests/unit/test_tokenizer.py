@@ -1,0 +1,177 @@
+"""The tokenizer: text survives, streams never break a character, and the package's own decoder agrees."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from minigpt.checkpoint import tokenizer
+from minigpt.errors import CheckpointError
+
+TEXT = [
+    "The capital of France is Paris, and that of Peru is Lima. " * 3,
+    "Çà et là, où l'été naît, l'élève s'éveille; naïve façade, cœur de Noël.",
+    "Привет, мир! 东京是日本的首都。 こんにちは世界。 العربية 🙂🙃👩‍👩‍👧‍👦",
+]
+
+
+def trained(vocabulary: int = 400) -> tokenizers.Tokenizer:
+    """A byte-level BPE as GPT-2's, small, with merges that cut through characters."""
+    encoder = tokenizers.Tokenizer(models.BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    encoder.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    encoder.train_from_iterator(TEXT, trainer)
+    return encoder
+
+
+ENCODER = trained()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    ENCODER.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tokenizer.Tokenizer:
+    found = tokenizer.load(folder)
+    assert found is not None
+    return found
+
+
+def streamed(loaded: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
+    stream = loaded.stream()
+    return [stream.push(token) for token in ids] + [stream.flush()]
+
+
+@given(st.text())
+def test_any_text_survives(loaded: tokenizer.Tokenizer, text: str) -> None:
+    ids = loaded.encode(text)
+    assert ids == ENCODER.encode(text).ids
+    if "<|endoftext|>" not in text:
+        assert loaded.decode(ids) == text
+        assert "".join(streamed(loaded, ids)) == text
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, ENCODER.get_vocab_size() - 1)))
+def test_any_tokens_decode_as_the_package_decodes_them(loaded: tokenizer.Tokenizer, ids: list[int]) -> None:
+    expected = ENCODER.decode(ids, skip_special_tokens=True)
+    assert loaded.decode(ids) == expected
+    assert "".join(streamed(loaded, ids)) == expected
+
+
+@given(st.text(min_size=1).map(str.encode))
+def test_a_stream_gives_each_character_whole_and_as_soon_as_it_is(loaded: tokenizer.Tokenizer, text: bytes) -> None:
+    letters = {byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()}
+    stream, so_far = loaded.stream(), b""
+    for byte in text:
+        pushed = stream.push(letters[byte])
+        so_far += bytes([byte])
+        assert "\ufffd" not in pushed or "\ufffd".encode() in so_far
+        assert so_far.decode(errors="ignore").endswith(pushed)
+    assert stream.flush() == ""
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_such(loaded: tokenizer.Tokenizer) -> None:
+    letters = {byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()}
+    assert streamed(loaded, [letters[byte] for byte in "é🙂".encode()[:-1]]) == ["", "é", "", "", "", "\ufffd"]
+
+
+def test_special_tokens_and_unknown_ids_have_no_text(loaded: tokenizer.Tokenizer) -> None:
+    end = ENCODER.token_to_id("<|endoftext|>")
+    assert loaded.encode("Lima<|endoftext|>")[-1] == end
+    assert loaded.decode([end, 10**6]) == ""
+
+
+def test_two_files_are_the_same_tokenizer_as_one(folder: Path, tmp_path: Path, loaded: tokenizer.Tokenizer) -> None:
+    ENCODER.model.save(str(tmp_path))
+    parts = tokenizer.load(tmp_path)
+    assert parts is not None
+    for text in [*TEXT, "  spaces\n\n and\ttabs ", "a<|endoftext|>b"]:
+        assert parts.encode(text) == loaded.encode(text)
+        assert parts.decode(parts.encode(text)) == loaded.decode(loaded.encode(text))
+    assert parts.digest != loaded.digest
+    digest = hashlib.sha256()
+    for name in ("vocab.json", "merges.txt"):
+        content = (tmp_path / name).read_bytes()
+        digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
+    assert parts.digest == digest.digest()
+
+
+def test_truncation_and_padding_that_a_file_asks_for_are_off(tmp_path: Path, loaded: tokenizer.Tokenizer) -> None:
+    encoder = trained()
+    encoder.enable_truncation(2)
+    encoder.enable_padding(length=9)
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    found = tokenizer.load(tmp_path)
+    assert found is not None
+    assert found.encode(TEXT[0]) == loaded.encode(TEXT[0])
+    assert found.encode("L") == loaded.encode("L")
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    assert tokenizer.load(tmp_path) is None
+    (tmp_path / "vocab.json").write_text("{}")
+    assert tokenizer.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges"), [("[]", ""), ("{", ""), ('{"a": 0}', "a b"), ('{"a": 0}', "a"), ('{"a": "x"}', "")]
+)
+def test_damaged_parts_are_refused(tmp_path: Path, vocab: str, merges: str) -> None:
+    (tmp_path / "vocab.json").write_text(vocab)
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(CheckpointError, match=r"vocab\.json"):
+        tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_on_which_the_package_panics_is_refused(tmp_path: Path, folder: Path) -> None:
+    """A PanicException is no Exception. The fuzzer found it: the second part of a merge is shorter than the prefix."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "a prefix longer than any token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_fails_only_on_a_text_says_so_without_the_text(tmp_path: Path, folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"] |= {"unk_token": "no such token", "vocab": {"a": 0}, "merges": []}
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = tokenizer.load(tmp_path)
+    assert loaded is not None
+    assert loaded.encode("aa") == [0, 0]
+    with pytest.raises(CheckpointError, match="fails on this text") as caught:
+        loaded.encode("a secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path, folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"decoder": decoder}))
+        with pytest.raises(CheckpointError, match="wanted ByteLevel"):
+            tokenizer.load(tmp_path)
