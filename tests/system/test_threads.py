@@ -162,8 +162,8 @@ def test_an_interrupt_while_the_helpers_compute_leaves_none_of_them_behind(monke
 
 def test_a_forked_process_has_helpers_of_its_own() -> None:
     work = "threads.in_parts(lambda part: time.sleep(0.01), 3)"
-    code = f"import os, time, minigpt\nfrom minigpt.engine import threads\nthreads.THREADS = 3\n{work}\nif os.fork() == 0:\n"
-    code += f"    {work}\n    os._exit(7)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
+    code = f"import os, time, minigpt\nfrom minigpt.engine import threads\nthreads.THREADS = 3\n{work}\n"
+    code += f"if os.fork() == 0:\n    {work}\n    os._exit(7)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("7\n", 0)
 
