@@ -152,10 +152,20 @@ class Guest:
         self.close()
 
 
+def cpu_too_new_for_uml() -> bool:
+    """Whether this CPU has AMX: user-mode Linux 6.1 has no room for its registers, and its process 1 dies at once."""
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 class UserMode(Guest):
     """User-mode Linux: its own kernel, the image's command line and ramdisks."""
 
     def _start(self, image: eif.Image, folder: Path, outbound: bool, memory: int) -> subprocess.Popen[bytes]:
+        if cpu_too_new_for_uml():
+            raise RunError("user-mode Linux does not run on a CPU with AMX, as this one: give --backend qemu")
         tools = packages.unpacked(self._lock, packages.UML, packages.cache_folder())
         forwards = [(host, guest) for guest, host in self._ports.items()]
         network = Network(tools, forwards, restrict=not outbound)

@@ -349,6 +349,12 @@ def running(alone: Alone, backend: str) -> Iterator["subprocess.Popen[str]"]:
             paths["image.eif"].unlink()
 
 
+needs_uml = pytest.mark.skipif(
+    run_image.cpu_too_new_for_uml(), reason="user-mode Linux does not run on this CPU: it has AMX"
+)
+
+
+@needs_uml
 def test_an_image_boots_in_user_mode_linux_and_answers_an_attested_client(alone: Alone) -> None:
     with running(alone, "uml"):
         alone.answers()
@@ -356,6 +362,7 @@ def test_an_image_boots_in_user_mode_linux_and_answers_an_attested_client(alone:
         minigpt.Pipeline.connect(alone.bytes, allow_mock=True)
 
 
+@needs_uml
 def test_a_stage_that_refuses_to_start_is_told_from_outside(alone: Alone) -> None:
     kind, seconds = run_image.BACKENDS["uml"]
     locked = packages.read_lock(alone.lock)
@@ -428,6 +435,7 @@ def test_a_container_by_the_dockerfile_serves(alone: Alone, tmp_path: Path) -> N
         shutil.rmtree(tmp_path)
 
 
+@needs_uml
 def test_the_documents_commands_run(lock: Path, tmp_path: Path) -> None:
     """Those of docs/deployment.md marked `sh`, one after the other, in an empty folder."""
     text = (ROOT / "docs" / "deployment.md").read_text()
@@ -468,7 +476,7 @@ def test_an_image_boots_in_qemu_with_its_own_kernel(alone: Alone) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["uml", pytest.param("qemu", marks=needs_qemu)])
+@pytest.mark.parametrize("backend", [pytest.param("uml", marks=needs_uml), pytest.param("qemu", marks=needs_qemu)])
 def test_two_guests_are_a_pipeline_with_the_models_own_tokens(backend: str, tmp_path: Path, lock: Path) -> None:
     pipeline = Planned(tmp_path, lock, "2+2", outside="10.0.2.2")
     with pipeline.guest(backend, 1), pipeline.guest(backend, 0):

@@ -46,6 +46,8 @@ def find() -> Path:
     if found is None:
         where = f"in MINIGPT_UML={named}" if named else "on PATH, and MINIGPT_UML names no folder"
         raise NoGuest(f"no linux.uml {where}: it is Debian's package user-mode-linux")
+    if " amx_tile" in Path("/proc/cpuinfo").read_text():
+        raise NoGuest("user-mode Linux 6.1 has no room for the registers of a CPU with AMX, as this one")
     return Path(found).resolve().parents[2]
 
 
