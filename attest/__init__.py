@@ -6,8 +6,9 @@ measured code makes about itself. *Endorsements* lead from the evidence's key to
 A *verifier* first authenticates the evidence, then appraises the result by a policy; only then is there a result to
 trust.
 
-This module is the interface, and all of this package that a transport needs to know. `attest.mock` implements it,
-`attest.policy` says which results are acceptable, `attest.measure` what the code measures to.
+This module is the interface, and all of this package that a transport needs to know. Each file of `attest.providers`
+implements it for one platform, and `attest.registry` lists them; `attest.policy` says which results are acceptable,
+`attest.measure` what the code measures to.
 
     AttestationError            the root; `exit_code` is what a command line ends with
     ├── EvidenceError       3   malformed or not authentic: somebody altered it, or is not who it says
@@ -20,6 +21,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
+
+from attest.document import DocumentError, parse_json
 
 __all__ = [
     "MAX_CLAIMS",
@@ -294,9 +297,9 @@ def file_fields(text: str | bytes, kind: str, names: tuple[str, ...]) -> dict[st
     if len(text) > MAX_FILE:
         _refuse(f"{kind} file: more than {MAX_FILE} characters")
     try:
-        fields = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError):  # ValueError: of JSON, of UTF-8, and of numbers with too many digits
-        _refuse(f"{kind} file: it is not JSON, or has a key twice")
+        fields = parse_json(text)
+    except DocumentError as error:
+        _refuse(f"{kind} file: not JSON: {error}")
     if not isinstance(fields, dict) or fields.get("format") != kind:
         _refuse(f'{kind} file: it is something else; wanted an object with "format": "{kind}"')
     missing = [name for name in ("version", *names) if name not in fields]
@@ -320,14 +323,6 @@ def hex_field(name: str, value: object, shortest: int, longest: int) -> bytes:
     if data.hex() != value or len(data) < shortest:  # fromhex also takes blanks and capitals
         _refuse(f"{name}: wanted {wanted} bytes in lower-case hex without blanks")
     return data
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; Python's own reader lets the last of two equal keys win in silence."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key appears twice")
-    return fields
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,15 +10,17 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
+from attest.document import read_file, write_private
 from attest.measure import measure
-from attest.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_endorsement, parse_evidence
-from attest.policy import CLIENT_ID, Policy, decode_claims, show_scalar
+from attest.policy import CLIENT_ID, Policy, date, decode_claims, show_scalar
+from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
+from attest.registry import PLATFORMS
 
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
 MOCK_WARNING = "mock evidence proves nothing about hardware: whoever holds the key can claim any measurement"
@@ -139,7 +141,7 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
         if options.days is not None:
             parser.error("keygen: --days is for a stage's key; a root key does not expire")
         root = MockRoot.generate()
-        _write_private(options.output, root.to_json())
+        write_private(options.output, root.to_json())
         print(
             f"root key in {options.output}: keep it away from the stages; pin the public key below in the manifest\n"
             f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json",
@@ -149,10 +151,10 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
     root = MockRoot.from_json(_read(str(options.root)))
     not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
     key = MockKey.generate(root, options.stage, not_after_ms)
-    _write_private(options.output, key.to_json())
+    write_private(options.output, key.to_json())
     print(
         f"key of stage {options.stage} in {options.output}, endorsed by root {root.public.hex()} "
-        f"until {_date(not_after_ms)}\n"
+        f"until {date(not_after_ms)}\n"
         f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
         f"--mock-key {options.output} --allow-mock --model DIR",
         file=sys.stderr,
@@ -190,30 +192,21 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[in
     window = f"as asked, within {MAX_SKEW} s" if options.at else "the evidence's own time, which its signer chose"
     notes = [
         *_warnings(evidence),
-        f"judged as of {_date(at_ms)} ({window}), when its key's endorsement was valid",
+        f"judged as of {date(at_ms)} ({window}), when its key's endorsement was valid",
         "not compared: the claims, and which session the handshake hash belongs to",
     ]
     fields = {"verdict": "accepted", **_fields(evidence, binding)}
     if options.json:
-        return 0, _json({"at": _date(at_ms), "notes": notes, **fields})
+        return 0, _json({"at": date(at_ms), "notes": notes, **fields})
     return 0, "\n".join([*_lines(fields), *(f"note: {note}" for note in notes)]) + "\n"
 
 
 def _fields(evidence: Evidence, binding: Binding) -> dict[str, Any]:
     """What a file says, for people and for JSON. Raises EvidenceError where mock evidence in it is malformed."""
     fields: dict[str, Any] = {"provider": provider_name(evidence.provider), "role": ROLES[binding.role]}
-    if evidence.provider == Provider.MOCK:
-        statement = parse_evidence(evidence.evidence)
-        fields |= {
-            "made": _date(statement.timestamp_ms),
-            "measurement": statement.measurement.hex(),
-            "debug": statement.debug,
-            "key": statement.key.hex(),
-            "endorsed": [
-                {"key": endorsement.key.hex(), "stage": endorsement.stage, "until": _date(endorsement.not_after_ms)}
-                for endorsement in map(parse_endorsement, evidence.endorsements)
-            ],
-        }
+    describe = _describers().get(evidence.provider)
+    if describe is not None:
+        fields |= describe(evidence)
     elif evidence.evidence or evidence.endorsements:  # a layout that is not known here
         fields |= {"evidence": evidence.evidence.hex(), "endorsed": [item.hex() for item in evidence.endorsements]}
     claims = decode_claims(evidence.claims)
@@ -224,6 +217,11 @@ def _fields(evidence: Evidence, binding: Binding) -> dict[str, Any]:
         if claims is None
         else {name: value.hex() if isinstance(value, bytes) else value for name, value in claims.items()},
     }
+
+
+def _describers() -> dict[int, Any]:
+    """By provider, who can say what its evidence says."""
+    return {platform.provider: platform.describe for platform in PLATFORMS.values() if platform.describe}
 
 
 def _warnings(evidence: Evidence) -> list[str]:
@@ -252,26 +250,11 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def _date(milliseconds: int) -> str:
-    """A time as text: in UTC while the calendar lasts, as a number beyond."""
-    seconds, rest = divmod(milliseconds, 1000)
-    if seconds > 253_402_300_799:  # the end of the year 9999, where datetime ends
-        return f"{milliseconds} ms after 1970"
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
-
-
 def _read(name: str) -> bytes:
     """The bytes of a file ("-": stdin), but no more than the parser needs to see that it is too long."""
     if name == "-":
         return sys.stdin.buffer.read(MAX_FILE + 1)
-    with open(name, "rb") as file:
-        return file.read(MAX_FILE + 1)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a new file that only its owner may read. O_EXCL: never an existing one, nor what a link points at."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(text)
+    return read_file(name, MAX_FILE)
 
 
 def _json(fields: dict[str, Any]) -> str:

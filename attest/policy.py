@@ -5,12 +5,14 @@ Claims are compared as exact bytes. Only to say *which* field differs are they d
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import msgpack  # type: ignore[import-untyped]
 
 from attest import MAX_CLAIMS, AttestationResult, PolicyError, Provider, provider_name
 
 MEASUREMENT_SIZE = 48  # bytes of SHA-384
+MAX_MEASUREMENTS = 64  # acceptable for one stage
 CLIENT_ID = 0xFFFF  # the link's id of a client, so no stage has that index
 
 Scalar = str | int | bytes | bool | None
@@ -99,6 +101,14 @@ def decode_claims(claims: bytes) -> dict[str, Scalar] | None:
 def show_scalar(value: Scalar) -> str:
     """A field for a message or a terminal: bytes in hex, a string quoted, with its control characters escaped."""
     return value.hex() if isinstance(value, bytes) else ascii(value)
+
+
+def date(milliseconds: int) -> str:
+    """A time for a message or a terminal: in UTC while the calendar lasts, as a number beyond."""
+    seconds, rest = divmod(milliseconds, 1000)
+    if seconds > 253_402_300_799:  # the end of the year 9999, where datetime ends
+        return f"{milliseconds} ms after 1970"
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
 
 
 def _differences(got: bytes, wanted: bytes) -> list[str]:

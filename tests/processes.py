@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from attest.measure import measure
-from attest.mock import MockKey, MockRoot
+from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.checkpoint import sources, tokenizer, weights
-from minigpt.protocol import manifest
-from minigpt.protocol.manifest import Manifest, split_layers
+from minigpt.launch.plan import split_layers, write
+from minigpt.protocol.manifest import Manifest
 
 HOUR = 3600 * 1000  # milliseconds
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,9 @@ def alive(pid: int) -> bool:
 class Stages:
     """The stages of one pipeline, each a process that can be killed and started again."""
 
-    def __init__(self, folder: Path, split: str, where: Path, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, split: str, where: Path, *, measurement: bytes | None = None, **changes: Any
+    ) -> None:
         self.folder = folder
         self.where = where
         self.root = MockRoot.generate()
@@ -62,10 +64,9 @@ class Stages:
             "layers": layers,
             "weights_sha256": [weights.load(folder, config, part).digest for part in layers],
             "addresses": [f"tcp://127.0.0.1:{port}" for port in self.ports],
-            "root_key": self.root.public,
-            "measurements": [measure(ROOT)],
+            "pins": [MockPins(self.root.public, frozenset([measurement or measure(ROOT)]))],
         }
-        self.bytes = manifest.write(**fields | changes)
+        self.bytes = write(**fields | changes)
         self.manifest = Manifest.parse(self.bytes)
         self.path = where / "pipeline.json"
         self.path.write_bytes(self.bytes)

@@ -6,19 +6,23 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from attest.document import parse_json, read_file, write_private
 from attest.measure import measure
-from minigpt.checkpoint import sources, tokenizer, weights
+from attest.providers import Pins
+from attest.providers.mock import MockPins
+from attest.providers.nitro import NitroPins
+from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli.values import positive
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, ids_in
 from minigpt.errors import StageError, UntrustedStage, UsageError
+from minigpt.launch import plan as planning
 from minigpt.protocol import manifest
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
@@ -26,6 +30,7 @@ from transport.address import Address
 from transport.noise import generate_keypair
 from transport.relay import Relay
 
+MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
 
 
@@ -152,60 +157,47 @@ def _say_summary(summary: dict[str, Any]) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest, and prints its digest."""
-    checkpoint = sources.find(options.model or "tiny", options.revision)
-    config = sources.read_config(checkpoint.folder)
-    layers = manifest.split_layers(config.n_layer, _split(options))
-    addresses = options.address or [f"tcp://127.0.0.1:{5001 + i}" for i in range(len(layers))]
-    for address in addresses:
+    for address in options.address:
         Address.parse(address)
-    if len(addresses) != len(layers):
-        raise UsageError(f"{len(addresses)} addresses for {len(layers)} stages: give --address once for each")
-    found = tokenizer.load(checkpoint.folder)
-    data = manifest.write(
-        config=config,
-        model=checkpoint.name,
-        revision=checkpoint.revision,
-        tokenizer_sha256=found.digest if found else None,
-        layers=layers,
-        weights_sha256=[weights.load(checkpoint.folder, config, part).digest for part in layers],
-        addresses=addresses,
-        **_pins(options, len(layers)),
+    data = planning.plan(
+        sources.find(options.model or "tiny", options.revision),
+        _split(options),
+        pins=_pins(options),
+        addresses=options.address,
         suites=options.suite or [2],
         clients=[_hex("--client", text, 32) for text in options.client] or None,
         days=options.days,
     )
     Path(options.output).write_bytes(data)
     print(hashlib.sha256(data).hexdigest())
-    for index, (part, address) in enumerate(zip(layers, addresses, strict=True)):
-        say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
+    for stage in manifest.Manifest.parse(data).stages:
+        say(f"stage {stage.index}  layers {stage.layers.start}-{stage.layers.stop - 1}  {stage.address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
     return 0
 
 
-def _pins(options: argparse.Namespace, stages: int) -> dict[str, Any]:
-    """Whose evidence `minigpt plan` pins: Nitro's of each stage's image, or the mock's."""
-    if not options.pcrs:
-        if options.root_key is None:
-            raise UsageError("give --root-key, the mock's; or --pcrs once for each stage, for images")
-        measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
-        return {"root_key": _hex("--root-key", options.root_key, 32), "measurements": measurements}
-    if options.root_key is not None or options.measurement:
-        raise UsageError("--pcrs pins images in the place of the mock: leave out --root-key and --measurement")
-    if len(options.pcrs) != stages:
-        raise UsageError(f"{len(options.pcrs)} files of --pcrs for {stages} stages: give it once for each")
-    return {"pcrs": [_pcrs(path) for path in options.pcrs]}
+def _pins(options: argparse.Namespace) -> list[Pins]:
+    """Whose evidence `minigpt plan` pins: Nitro's of each stage's image, or the mock's of them all."""
+    if options.pcrs:
+        if options.root_key is not None or options.measurement:
+            raise UsageError("--pcrs pins images instead of the mock: leave out --root-key and --measurement")
+        return [NitroPins(_pcrs(path)) for path in options.pcrs]
+    if options.root_key is None:
+        raise UsageError("give --root-key, the mock's; or --pcrs once for each stage, for images")
+    measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
+    return [MockPins(_hex("--root-key", options.root_key, 32), frozenset(measurements))]
 
 
-def _pcrs(path: str) -> list[bytes]:
+def _pcrs(path: str) -> tuple[bytes, ...]:
     """PCR0, PCR1 and PCR2 of an image's description."""
     try:
-        found = json.loads(Path(path).read_bytes())["Measurements"]
+        found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]
         texts = [found[f"PCR{i}"] for i in range(3)]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
-    return [_hex(f"--pcrs {path}", text, 48) for text in texts]
+    return tuple(_hex(f"--pcrs {path}", text, 48) for text in texts)
 
 
 def _hex(flag: str, text: str, length: int) -> bytes:
@@ -259,7 +251,7 @@ def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
         "stage": entry.index,
         "layers": [entry.layers.start, entry.layers.stop],
         "address": str(entry.address),
-        "provider": entry.provider.name.lower(),
+        "provider": entry.platform.name,
         "evidence": verdict,
         "error": report.error or None,
         "uptime_s": report.uptime,
@@ -314,8 +306,7 @@ def keygen(options: argparse.Namespace) -> int:
     """`minigpt keygen`: a file with a client's private key; prints the public one."""
     private, public = generate_keypair()
     try:
-        with open(os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(private.hex() + "\n")
+        write_private(options.output, private.hex() + "\n")
     except FileExistsError:
         raise UsageError(f"{options.output} exists, and a key is never overwritten: choose another name") from None
     print(public.hex())
@@ -343,7 +334,7 @@ def _read_key(path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text().strip()
+        text = read_file(path, 128).decode("ascii").strip()
     except (OSError, ValueError):
         raise UsageError(f"--client-key {path}: cannot be read") from None
     if len(text) != 64 or set(text) - set("0123456789abcdef"):

@@ -333,7 +333,7 @@ def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = No
     """
     manifest.check_time(time.time() if now is None else now)
     manifest.check_verifiable()
-    if not allow_mock:
+    if manifest.simulated and not allow_mock:
         raise ManifestError(
             "the manifest accepts mock evidence, which proves nothing about hardware: "
             "refused without --allow-mock (allow_mock=True)"

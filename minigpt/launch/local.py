@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from attest.measure import measure
-from attest.mock import MockKey, MockRoot
-from minigpt.checkpoint import tokenizer, weights
-from minigpt.checkpoint.sources import Checkpoint, read_config
+from attest.providers.mock import MockKey, MockPins, MockRoot
+from minigpt.checkpoint import sources
+from minigpt.checkpoint.sources import Checkpoint
 from minigpt.errors import CheckpointError, ManifestError, StageError, UsageError, WeightsMismatch
-from minigpt.protocol import manifest as manifests
+from minigpt.launch.plan import plan, split_layers
 from minigpt.protocol.manifest import Manifest
 
 READY = 300.0  # seconds that a stage may take to load
@@ -35,25 +35,17 @@ class LocalStages:
     """Child processes, one for each stage, and the manifest that describes them."""
 
     def __init__(self, checkpoint: Checkpoint, split: str | int, *, threads: int | None = None) -> None:
-        config = read_config(checkpoint.folder)
-        layers = manifests.split_layers(config.n_layer, split)
-        digests = [weights.load(checkpoint.folder, config, part).digest for part in layers]
-        found = tokenizer.load(checkpoint.folder)
+        count = len(split_layers(sources.read_config(checkpoint.folder).n_layer, split))
         root = MockRoot.generate()
         self._processes: list[subprocess.Popen[str]] = []
         self._logs: list[IO[bytes]] = []
         with contextlib.ExitStack() as sockets:
-            listeners = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in layers]
-            data = manifests.write(
-                config=config,
-                model=checkpoint.name,
-                revision=checkpoint.revision,
-                tokenizer_sha256=found.digest if found else None,
-                layers=layers,
-                weights_sha256=digests,
+            listeners = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+            data = plan(
+                checkpoint,
+                split,
+                pins=[MockPins(root.public, frozenset([measure()]))],
                 addresses=[f"tcp://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners],
-                root_key=root.public,
-                measurements=[measure()],
                 days=1.0,
             )
             self.manifest = Manifest.parse(data)
@@ -63,7 +55,7 @@ class LocalStages:
                 for index, listener in enumerate(listeners):
                     key = MockKey.generate(root, index, expires).to_json().encode()
                     self._start(index, listener, checkpoint.folder, data, key, threads)
-                for index in range(len(layers)):
+                for index in range(count):
                     self._wait(index)
             except BaseException:
                 self.close()

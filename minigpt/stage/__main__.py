@@ -106,7 +106,6 @@ def lock_down() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Loads what the options name, and serves until a signal comes."""
-    from attest.mock import MockAttester, MockKey
     from minigpt.checkpoint import sources, weights
     from minigpt.engine import threads
     from minigpt.engine.model import GPT2
@@ -120,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
     entry = _entry(manifest, options)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
-    key = MockKey.from_json(_receive(options.mock_key, 2**16))
+    attester = manifest.attester(entry.index, _receive(options.mock_key, 2**16))
     listener = _listener(options.listen, entry)
     folder = sources.local(options.model or manifest.model)
     loaded = weights.load(folder, manifest.config, entry.layers)
@@ -130,7 +129,6 @@ def run(options: argparse.Namespace) -> None:
             f"{folder} is another checkpoint, or damaged"
         )
     model = GPT2(manifest.config, entry.layers, loaded.tensors)
-    attester = MockAttester(key, manifest.claims(entry.index))
     _check_own_evidence(manifest, entry.index, attester)
     cores = _shared(options.turns)
     if cores is not None:
@@ -140,7 +138,13 @@ def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
     try:
         print(f"stage {entry.index} ready: {layers}, {listener.address}", flush=True)
-        log.info("ready: %s, %.1f MB of weights, %s, mock evidence", layers, loaded.nbytes / 1e6, listener.address)
+        log.info(
+            "ready: %s, %.1f MB of weights, %s, %s evidence",
+            layers,
+            loaded.nbytes / 1e6,
+            listener.address,
+            entry.platform.name,
+        )
         server.serve(listener)
     finally:
         listener.close()
@@ -157,7 +161,7 @@ def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
     index: int = options.index
     if index >= len(manifest.stages):
         raise UsageError(f"--index {index}, but the manifest has {len(manifest.stages)} stages, from 0 on")
-    if not options.allow_mock:
+    if manifest.simulated and not options.allow_mock:
         raise ManifestError(
             "the manifest accepts mock evidence, which proves nothing about hardware: refused without --allow-mock"
         )
@@ -216,14 +220,14 @@ def _listener(listen: str | None, entry: StageEntry) -> Listener:
 
 def _receive(source: str, limit: int) -> bytes:
     """The bytes of a file; or of the first connection to an address: an enclave has no files at run time."""
+    from attest.document import read_file
     from minigpt.errors import UsageError
     from transport.channel import Address, receive_once
 
     if "://" in source:
         return receive_once(Address.parse(source), limit)
     try:
-        with open(source, "rb") as file:
-            return file.read(limit + 1)
+        return read_file(source, limit)
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror}") from None
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from attacks.arena import Pipes
 from attacks.rogue import FIN, PATIENCE, Record, Rogue
-from attest.mock import MockAttester, MockKey
+from attest.providers.mock import MockAttester, MockKey
 from minigpt.protocol import messages
 from minigpt.protocol.messages import Generate, Step, Token, Wanted
 from transport.link import CLIENT, SUITES
@@ -68,7 +68,7 @@ def genuine(pipes: Pipes, index: int, **more: Any) -> MockAttester:
     """What a stage that runs the pinned code says of itself; `more` are options of MockAttester."""
     key = more.pop("key", None) or key_of(pipes, index)
     claims = more.pop("claims", pipes.manifest.claims(index))
-    (pinned,) = pipes.manifest.stages[index].measurements
+    (pinned,) = pipes.manifest.stages[index].pins.measurements
     return MockAttester(key, claims, **{"measurement": pinned} | more)
 
 

@@ -22,7 +22,7 @@ from attacks.ends import (
 from attacks.host import exit_code, refused_before
 from attacks.rogue import ATTEST, FIN, MESSAGE, Rogue
 from attest import Evidence
-from attest.mock import MockAttester, MockKey, MockRoot
+from attest.providers.mock import MockAttester, MockKey, MockRoot
 from transport.link import dump_attest, load_attest
 
 REFUSED = "refused (exit 3), and told so by one ALERT"
@@ -200,7 +200,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 @attack(19, "a measurement off by one bit; a pin missing; no pins", "refused")
 def measurements(arena: Arena) -> Seen:
-    (pinned,) = arena.stages.manifest.stages[0].measurements
+    (pinned,) = arena.stages.manifest.stages[0].pins.measurements
     seen = []
     for bit in arena.some(range(8 * len(pinned)), 2):
         changed = flipped(pinned, bit // 8) if bit % 8 == 0 else bytearray(pinned)

@@ -17,7 +17,7 @@ from attacks.arena import PLAIN_STAGE, Arena, Pipes, eventually
 from attacks.ends import as_stage_before, genuine, key_of
 from attacks.evidence import Maker, altered, honest_body
 from attacks.rogue import ATTEST, Rogue
-from attest.mock import MockRoot
+from attest.providers.mock import MockRoot
 from minigpt.checkpoint.weights import load
 from minigpt.engine.model import GPT2
 from transport.link import dump_attest
@@ -156,7 +156,7 @@ def lengths(arena: Arena) -> Seen:
 )
 def replies(arena: Arena) -> Seen:
     own = MockRoot.generate()
-    (pinned,) = arena.stages.manifest.stages[0].measurements
+    (pinned,) = arena.stages.manifest.stages[0].pins.measurements
     off = bytes([pinned[0] ^ 1]) + pinned[1:]
     foreign = type(key_of(arena.stages, 0)).generate(own, 0, int(time.time() * 1000) + 10**7)
     wrong = bytes(32)

@@ -16,8 +16,9 @@ import struct
 from collections.abc import Generator, Iterator
 from unittest.mock import patch
 
-from attest import AcceptUnattested, AttestationError, Binding, Provider, Unattested, mock
+from attest import AcceptUnattested, AttestationError, Binding, Provider, Unattested
 from attest.policy import Policy
+from attest.providers import mock
 from transport import link, noise
 from transport.errors import TransportError, Truncated
 from transport.kem import KemKey, encapsulate

@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 import attest
-from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, mock, policy
+from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, policy
+from attest.providers import mock
 from fuzz import handshake, records
 from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
 from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, ConfigError, ManifestError, MessageError
+from minigpt.launch import plan
 from minigpt.protocol import manifest, messages
 from minigpt.protocol.messages import Generate, Report, StageReport, Step, Token, Wanted
 from transport import codec, link
@@ -170,10 +172,10 @@ def _manifest(data: bytes) -> None:
 def _manifest_seeds() -> list[bytes]:
     two = Config.from_json(TINY.to_json() | {"n_layer": 2})
     return [
-        manifest.write(
+        plan.write(
             config=two, model="tiny", revision=None, tokenizer_sha256=None, layers=[range(1), range(1, 2)],
             weights_sha256=[b"\1" * 32, b"\2" * 32], addresses=["tcp://127.0.0.1:5000", "vsock://16:5000"],
-            root_key=ROOT.public, measurements=[MEASUREMENT], suites=suites, clients=clients,
+            pins=[mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))], suites=suites, clients=clients,
         )
         for suites, clients in (((2,), None), ((2, 1), [b"\3" * 32]))
     ]  # fmt: skip

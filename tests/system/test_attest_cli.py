@@ -19,7 +19,7 @@ import attest
 from attest import NO_CLAIMS, Binding, Evidence, Unattested, dump_evidence
 from attest.__main__ import main
 from attest.measure import PACKAGES, measure
-from attest.mock import MockAttester, MockKey, parse_endorsement
+from attest.providers.mock import MockAttester, MockKey, parse_endorsement
 
 CHECKOUT = Path(attest.__file__).resolve().parent.parent
 CLAIMS = msgpack.packb({"stage": 0, "first_layer": 0, "end_layer": 6, "weights_sha256": b"w" * 32, "note": "\x1b[2J"})

@@ -15,7 +15,7 @@ from made import SMALL, random_tensors, write
 from processes import ROOT, Stages, alive, eventually
 
 import minigpt
-from attest.mock import MockRoot
+from attest.providers.mock import MockRoot
 
 PROMPT = "The capital of France is"
 
@@ -167,7 +167,7 @@ def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stage
     assert [line[:7] for line in shown.stdout.splitlines()] == ["stage 0", "stage 1"]
     told = json.loads(run(*status, "--json").stdout)
     assert [(stage["evidence"], stage["error"]) for stage in told["stages"]] == [("accepted", None)] * 2
-    measurement = next(iter(tiny.manifest.stages[0].measurements)).hex()
+    measurement = next(iter(tiny.manifest.stages[0].pins.measurements)).hex()
     for index in (0, 1):
         file = str(tmp_path / "evidence" / f"stage-{index}.json")
         command = [

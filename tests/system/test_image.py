@@ -22,11 +22,12 @@ from processes import HOUR, ROOT
 
 import minigpt
 from attest.measure import measure
-from attest.mock import MockKey, MockRoot
+from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.checkpoint import weights
 from minigpt.errors import ManifestError, StageError, UsageError, WeightsMismatch
-from minigpt.protocol import manifest
-from minigpt.protocol.manifest import Manifest, split_layers
+from minigpt.launch.plan import split_layers
+from minigpt.launch.plan import write as write_manifest
+from minigpt.protocol.manifest import Manifest
 from scripts.image import build as build_image
 from scripts.image import eif, packages
 from scripts.image import run as run_image
@@ -60,10 +61,10 @@ class Planned:
         self.bytes = self.manifest(measure(ROOT))
 
     def manifest(self, measurement: bytes) -> bytes:
-        return manifest.write(
+        return write_manifest(
             config=SMALL, model="small", revision=None, tokenizer_sha256=None, layers=self.layers,
             weights_sha256=[weights.load(self.folder, SMALL, part).digest for part in self.layers],
-            addresses=self.addresses, root_key=self.root.public, measurements=[measurement],
+            addresses=self.addresses, pins=[MockPins(self.root.public, frozenset([measurement]))],
         )  # fmt: skip
 
     def plan(self, index: int, **more: Any) -> build_image.Plan:
@@ -225,7 +226,7 @@ def test_plan_pins_images_by_their_descriptions_and_clients_refuse_them_in_words
     plan = ["plan", "--model", planned.folder, "--split", "1+3", "-o", tmp_path / "nitro.json"]
     assert minigpt_command(*plan, "--pcrs", told, "--pcrs", told).returncode == 0
     pinned = Manifest.parse((tmp_path / "nitro.json").read_bytes())
-    assert [stage.pcrs for stage in pinned.stages] == [tuple(image.pcrs()[i] for i in range(3))] * 2
+    assert [stage.pins.pcrs for stage in pinned.stages] == [tuple(image.pcrs()[i] for i in range(3))] * 2
     for run in (
         minigpt_command("generate", "1 2", "--manifest", tmp_path / "nitro.json", "--allow-mock"),
         subprocess.run(

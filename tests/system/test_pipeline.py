@@ -16,7 +16,7 @@ from made import SMALL, random_tensors, write
 from processes import ROOT, Stages, alive, eventually
 
 import minigpt
-from attest.mock import MockRoot
+from attest.providers.mock import MockRoot
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
@@ -331,7 +331,7 @@ def test_the_client_checks_the_whole_manifest_before_it_connects(folder: Path, t
 def test_a_stage_with_other_evidence_is_refused_by_whoever_meets_it(
     folder: Path, tmp_path: Path, what: str, index: int
 ) -> None:
-    changes = {"measurements": [b"\x05" * 48]} if what == "measurement" else {}
+    changes = {"measurement": b"\x05" * 48} if what == "measurement" else {}
     with Stages(folder, "2+2", tmp_path, **changes) as stages:
         other = stages.key(index)
         if what == "stage":

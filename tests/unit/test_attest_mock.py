@@ -22,8 +22,8 @@ from attest import (
     Provider,
     Unattested,
 )
-from attest.mock import MockAttester, MockKey, MockRoot, MockVerifier, authenticate
 from attest.policy import Policy
+from attest.providers.mock import MockAttester, MockKey, MockRoot, MockVerifier, authenticate
 
 NOW = 1_800_000_000.0  # seconds since the epoch; every clock here is a constant
 NOW_MS = 1_800_000_000_000
@@ -372,7 +372,7 @@ def test_a_binding_has_one_form(change: dict) -> None:
 
 def test_ed25519_agrees_with_wycheproof(vectors) -> None:
     """Through our own door: the vectors' keys and signatures as the root's over arbitrary messages."""
-    from attest.mock import _is_signed
+    from attest.providers.mock import _is_signed
 
     tests = [
         (bytes.fromhex(group["publicKey"]["pk"]), case)

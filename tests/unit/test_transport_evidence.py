@@ -16,8 +16,8 @@ from attest import (
     EvidenceError,
     Provider,
 )
-from attest.mock import MockAttester, MockKey, MockRoot, MockVerifier
 from attest.policy import Policy
+from attest.providers.mock import MockAttester, MockKey, MockRoot, MockVerifier
 from transport import link, noise
 from transport.errors import (
     Alert,

@@ -22,13 +22,16 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from Crypto.PublicKey.ECC import EccKey
 from Crypto.Signature import eddsa
 
 from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, file_fields, hex_field, provider_name
+from attest.document import DocumentError, Place
 from attest.measure import measure
-from attest.policy import CLIENT_ID, MEASUREMENT_SIZE, Policy
+from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
+from attest.providers import Platform
 
 # Freshness comes from the handshake hash alone. The window only keeps a stage whose clock is wrong (or was set back, so
 # that an expired key works again) from going unnoticed. Five minutes is what Kerberos allows between clocks (RFC 4120).
@@ -364,3 +367,56 @@ class MockVerifier:
         result = authenticate(evidence, binding, self._root, int(self._clock() * 1000))
         self._policy.check(result)
         return result
+
+
+@dataclass(frozen=True)
+class MockPins:
+    """The pins of a mock stage.
+
+    Args:
+        root_key: the Ed25519 public key that endorses the stages' keys, 32 bytes.
+        measurements: 48 bytes each; any of them is acceptable.
+    """
+
+    root_key: bytes
+    measurements: frozenset[bytes]
+
+    @classmethod
+    def read(cls, place: Place) -> "MockPins":
+        place.only("provider", "root_key", "measurements")
+        measurements = [pin.bytes(MEASUREMENT_SIZE) for pin in place.get("measurements").items(MAX_MEASUREMENTS)]
+        root = place.get("root_key")
+        try:
+            _public_key(root.bytes(32))
+        except ValueError as error:
+            raise DocumentError(f"{root.name}: {error}") from None
+        return cls(root.bytes(32), frozenset(measurements))
+
+    def to_json(self) -> dict[str, Any]:
+        measurements = sorted(pin.hex() for pin in self.measurements)
+        return {"provider": "mock", "root_key": self.root_key.hex(), "measurements": measurements}
+
+
+def _verifier(pins: MockPins, claims: bytes, stage: int, clock: Callable[[], float]) -> MockVerifier:
+    return MockVerifier(pins.root_key, Policy(Provider.MOCK, pins.measurements, claims, stage), clock=clock)
+
+
+def _attester(key: bytes, claims: bytes) -> MockAttester:
+    return MockAttester(MockKey.from_json(key), claims)
+
+
+def _describe(evidence: Evidence) -> dict[str, Any]:
+    statement = parse_evidence(evidence.evidence)
+    return {
+        "made": date(statement.timestamp_ms),
+        "measurement": statement.measurement.hex(),
+        "debug": statement.debug,
+        "key": statement.key.hex(),
+        "endorsed": [
+            {"key": endorsement.key.hex(), "stage": endorsement.stage, "until": date(endorsement.not_after_ms)}
+            for endorsement in map(parse_endorsement, evidence.endorsements)
+        ],
+    }
+
+
+PLATFORM = Platform(Provider.MOCK, MockPins.read, _verifier, _attester, _describe, simulated=True)

@@ -1,0 +1,125 @@
+"""Files and JSON from outside, read strictly: bounded, no key twice, and every refusal says where.
+
+manifest.stages[1].layers: got 7, wanted a list of 1 to 2
+"""
+
+import datetime
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class DocumentError(ValueError):
+    """A document is too long, not JSON, or a value in it is not what its place wants."""
+
+
+def read_file(path: str | Path, limit: int) -> bytes:
+    """At most `limit` bytes of a file, and one more if it has more. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(limit + 1)
+
+
+def write_private(path: str | Path, text: str) -> None:
+    """Writes a new file that only its owner may read. Raises FileExistsError: nothing is ever overwritten."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # O_EXCL follows no link either
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """A JSON value. Python's own reader takes a key twice, NaN and Infinity; this one does not.
+
+    Raises:
+        DocumentError: it is not JSON in UTF-8. The message quotes nothing of it.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except DocumentError:
+        raise
+    except RecursionError:
+        raise DocumentError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError:
+        raise DocumentError("a number has too many digits") from None
+
+
+def load(name: str, data: bytes, limit: int) -> "Place":
+    """The whole of a document of at most `limit` bytes. Raises DocumentError."""
+    if len(data) > limit:
+        raise DocumentError(f"{name}: more than {limit} bytes, wanted at most {limit}")
+    try:
+        return Place(name, parse_json(data))
+    except DocumentError as error:
+        raise DocumentError(f"{name}: not JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value in a document, and the path to it for messages. Its methods read it, or raise DocumentError."""
+
+    name: str
+    value: Any
+
+    def refuse(self, wanted: str) -> NoReturn:
+        got = repr(self.value)[:100] if not isinstance(self.value, dict | list) else type(self.value).__name__
+        raise DocumentError(f"{self.name}: got {got}, wanted {wanted}")
+
+    def get(self, key: str) -> "Place":
+        if type(self.value) is not dict:
+            self.refuse("an object")
+        if key not in self.value:
+            raise DocumentError(f"{self.name}: {key} is missing")
+        return Place(f"{self.name}.{key}", self.value[key])
+
+    def only(self, *keys: str) -> None:
+        unknown = [key for key in self.value if key not in keys]
+        if unknown:
+            raise DocumentError(f"{self.name}: got an unknown field {unknown[0][:60]!r}, wanted {', '.join(keys)}")
+
+    def items(self, limit: int) -> "list[Place]":
+        if type(self.value) is not list or not 1 <= len(self.value) <= limit:
+            self.refuse(f"a list of 1 to {limit}")
+        return [Place(f"{self.name}[{i}]", item) for i, item in enumerate(self.value)]
+
+    def integer(self, low: int, high: int) -> int:
+        if type(self.value) is not int or not low <= self.value <= high:
+            self.refuse(f"an integer from {low} to {high}")
+        return int(self.value)
+
+    def text(self, limit: int) -> str:
+        if type(self.value) is not str or not 1 <= len(self.value) <= limit:
+            self.refuse(f"a string of 1 to {limit} characters")
+        return str(self.value)
+
+    def bytes(self, length: int) -> bytes:
+        text = self.value
+        if type(text) is not str or len(text) != 2 * length or set(text) - set("0123456789abcdef"):
+            self.refuse(f"{2 * length} lower-case hex digits")
+        if text == "0" * (2 * length):
+            self.refuse("a value that is not all zeros: zeros pin nothing")
+        return bytes.fromhex(text)
+
+    def time(self) -> datetime.datetime:
+        try:
+            return datetime.datetime.strptime(self.text(20), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
+        except DocumentError:
+            raise
+        except ValueError:
+            self.refuse("a time in UTC, such as 2026-01-31T12:00:00Z")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise DocumentError("a key appears twice in one object")
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise DocumentError(f"{name} is not a JSON number")

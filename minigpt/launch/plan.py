@@ -1,0 +1,138 @@
+"""The plan of a pipeline: a checkpoint, cut into stages, becomes a manifest."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+
+from attest.providers import Pins
+from minigpt.checkpoint import sources, tokenizer, weights
+from minigpt.checkpoint.sources import Checkpoint
+from minigpt.engine.config import Config
+from minigpt.errors import UsageError
+from minigpt.protocol.manifest import FORMAT, Manifest, format_time
+
+
+def plan(
+    checkpoint: Checkpoint,
+    split: str | int,
+    *,
+    pins: Sequence[Pins],
+    addresses: Sequence[str] = (),
+    suites: Sequence[int] = (2,),
+    clients: Sequence[bytes] | None = None,
+    days: float = 30.0,
+) -> bytes:
+    """The manifest of a pipeline of this checkpoint. Reads all of its weights, for their digests.
+
+    Args:
+        split: the layers of each stage, as "6+6", or a number of stages.
+        pins: which evidence is acceptable, of each stage; or one for all.
+        addresses: where each stage will serve; by default tcp://127.0.0.1:5001 and the ports after it.
+        suites: of the link protocol, accepted on every link; the first is proposed.
+        clients: static keys of the clients admitted; None admits anyone.
+
+    Raises:
+        UsageError: the split does not fit the model, or there are more or fewer addresses or pins than stages.
+        CheckpointError: the checkpoint is damaged, or not a GPT-2 that this engine runs.
+        ManifestError: an address, a suite or a pin is not acceptable.
+    """
+    config = sources.read_config(checkpoint.folder)
+    layers = split_layers(config.n_layer, split)
+    addresses = addresses or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
+    if len(addresses) != len(layers):
+        raise UsageError(f"got {len(addresses)} addresses for {len(layers)} stages: give --address once for each")
+    if len(pins) not in (1, len(layers)):
+        raise UsageError(f"got pins for {len(pins)} stages, wanted {len(layers)}: give them once for each")
+    found = tokenizer.load(checkpoint.folder)
+    return write(
+        config=config,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        tokenizer_sha256=found.digest if found else None,
+        layers=layers,
+        weights_sha256=[weights.load(checkpoint.folder, config, part).digest for part in layers],
+        addresses=addresses,
+        pins=pins,
+        suites=suites,
+        clients=clients,
+        days=days,
+    )
+
+
+def write(
+    *,
+    config: Config,
+    model: str,
+    revision: str | None,
+    tokenizer_sha256: bytes | None,
+    layers: Sequence[range],
+    weights_sha256: Sequence[bytes],
+    addresses: Sequence[str],
+    pins: Sequence[Pins],
+    suites: Sequence[int] = (2,),
+    clients: Sequence[bytes] | None = None,
+    days: float = 30.0,
+    now: datetime.datetime | None = None,
+) -> bytes:
+    """The bytes of a manifest, checked by parsing them. Raises ManifestError.
+
+    Args:
+        pins: which evidence is acceptable, of each stage; or one for all.
+        clients: static keys; None admits anyone.
+    """
+    issued = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
+    fields = {
+        "format": FORMAT,
+        "issued": format_time(issued),
+        "expires": format_time(issued + datetime.timedelta(days=days)),
+        "model": {
+            "id": model,
+            "revision": revision,
+            "tokenizer_sha256": tokenizer_sha256.hex() if tokenizer_sha256 else None,
+            "config": config.to_json(),
+        },
+        "suites": list(suites),
+        "clients": "any" if clients is None else sorted(client.hex() for client in clients),
+        "stages": [
+            {
+                "layers": [part.start, part.stop],
+                "address": address,
+                "weights_sha256": digest.hex(),
+                "evidence": pin.to_json(),
+            }
+            for part, address, digest, pin in zip(
+                layers, addresses, weights_sha256, pins if len(pins) != 1 else [*pins] * len(layers), strict=True
+            )
+        ],
+    }
+    data = (json.dumps(fields, indent=2) + "\n").encode()
+    Manifest.parse(data)
+    return data
+
+
+def split_layers(n_layer: int, split: str | int) -> list[range]:
+    """Layer ranges for a split such as "6+6", or for a number of stages as equal as can be.
+
+    >>> split_layers(12, "4+8")
+    [range(0, 4), range(4, 12)]
+    >>> split_layers(12, 5)
+    [range(0, 3), range(3, 6), range(6, 8), range(8, 10), range(10, 12)]
+
+    Raises:
+        UsageError: the parts are no positive numbers, or do not add up to n_layer.
+    """
+    if isinstance(split, int):
+        if not 1 <= split <= n_layer:
+            raise UsageError(f"{split} stages for {n_layer} layers: wanted from 1 to {n_layer} stages")
+        sizes = [n_layer // split + (i < n_layer % split) for i in range(split)]
+    else:
+        parts = split.split("+")
+        if not all(part.isascii() and part.isdecimal() and len(part) < 7 and int(part) for part in parts):
+            raise UsageError(f"split {split!r}: wanted numbers of layers joined by +, as 6+6")
+        sizes = [int(part) for part in parts]
+        if sum(sizes) != n_layer:
+            raise UsageError(f"split {split}: {sum(sizes)} layers in all, but the model has {n_layer}")
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
