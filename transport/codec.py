@@ -1,14 +1,15 @@
-"""Messages ⇄ bytes: msgpack, of which only the canonical form of plain values is accepted.
+"""Messages to bytes and back: the plain part of msgpack, read in one strict pass.
 
-A value is None, a bool, an int of 64 bits, a finite float, str, bytes, a list, or a dict with str keys. The package
-msgpack reads and writes; around it stands what its defaults let through (tried on version 1.2.4): ext types and
-timestamps, NaN, equal keys of which the last wins, integers and lengths in longer forms than they need, 1000 levels of
-nesting, and 16 MiB of empty maps that become 1.3 GB.
+A value is None, a bool, an int of 64 bits, a finite float, str, bytes, a list, or a dict with str keys. The msgpack
+package does the reading and writing. Its defaults let through more than that (tried on version 1.2.4): ext types and
+timestamps, NaN, duplicate keys of which the last wins, 1000 levels of nesting, and 16 MiB of empty maps that become
+1.3 GB of objects. The hooks here refuse those while it reads, so there is no second walk over the result.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import msgpack  # type: ignore[import-untyped]
@@ -19,16 +20,16 @@ MAX_DEPTH = 8  # containers inside one another; a message of the pipeline has 3
 MAX_CONTAINERS = 1024  # lists and maps in one message; a report has one for each stage
 MAX_ITEMS = 1024  # in one list or map; token ids and tensors travel as bytes
 
-_SCALARS = (int, str, bytes, bool, type(None))
+_SCALARS = frozenset({int, str, bytes, bool, type(None), bytearray, memoryview})
 
 
 def encode(value: Any) -> bytes:
-    """The bytes of `value`. A memoryview of bytes and a tuple are taken too, and read back as bytes and list.
+    """The bytes of `value`. A memoryview of bytes and a tuple are allowed, and read back as bytes and a list.
 
     Raises:
-        TypeError, ValueError: `decode` would not read it.
+        TypeError, ValueError: `decode` would refuse it.
     """
-    _check(value, MAX_DEPTH, (list, tuple), (*_SCALARS, bytearray, memoryview))
+    _check_items((value,), MAX_DEPTH)
     try:
         data: bytes = msgpack.packb(value)
     except OverflowError:
@@ -40,75 +41,86 @@ def decode(data: bytes | bytearray) -> Any:
     """The one value that `data` encodes.
 
     Raises:
-        DecodeError: it is not exactly what `encode` writes. Nothing is kept of it, and the error quotes nothing of it.
+        DecodeError: it is not such a value. Nothing of it is kept, and the error quotes nothing of it.
     """
-    containers = _Containers()
+    reader = _Reader()
     try:
         value = msgpack.unpackb(
             data,
             strict_map_key=True,
-            list_hook=containers.of_list,
-            object_pairs_hook=containers.of_map,
+            list_hook=reader.of_list,
+            object_pairs_hook=reader.of_map,
             ext_hook=_no_ext,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
             max_ext_len=0,
         )
-        _check(value, MAX_DEPTH, (list,), _SCALARS)
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError("a float is not finite")
     except msgpack.ExtraData:
-        raise DecodeError("message: bytes follow its end") from None
+        raise DecodeError("message: more bytes follow its end") from None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         # ValueError is the root of the package's FormatError and StackError, of UnicodeDecodeError, and of ours
         reason = str(error) if type(error) in (ValueError, TypeError) else type(error).__name__
-        raise DecodeError(f"message: not msgpack as it is spoken here: {reason[:80]}") from None
-    if msgpack.packb(value) != data:
-        raise DecodeError("message: a number or a length is not in its shortest form")
+        raise DecodeError(f"message: msgpack this protocol does not allow: {reason[:80]}") from None
     return value
 
 
-class _Containers:
-    """Counts lists and maps while they are read, before they fill the memory."""
+class _Reader:
+    """Checks each list and map as soon as it is read, the innermost first, before more of them fill the memory."""
 
     def __init__(self) -> None:
-        self._left = MAX_CONTAINERS
+        self._levels: dict[int, int] = {}  # of each container so far, by its id: all are alive until the end
 
     def of_list(self, items: list[Any]) -> list[Any]:
-        self._count()
+        self._check(items, items)
         return items
 
     def of_map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        self._count()
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise ValueError("a key appears twice")
+        if not all(type(key) is str for key in fields):
+            raise TypeError("a key is not text")
+        self._check(fields, fields.values())
         return fields
 
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
+    def _check(self, container: Any, items: Iterable[Any]) -> None:
+        level = 1
+        for item in items:
+            kind = type(item)
+            if kind is float:
+                if not math.isfinite(item):
+                    raise ValueError("a float is not finite")
+            elif kind is dict or kind is list:
+                level = max(level, 1 + self._levels[id(item)])
+        if level > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels of lists and maps")
+        if len(self._levels) == MAX_CONTAINERS:
             raise ValueError(f"more than {MAX_CONTAINERS} lists and maps")
+        self._levels[id(container)] = level
 
 
 def _no_ext(_code: int, _data: bytes) -> NoReturn:
     raise ValueError("ext types are not allowed")
 
 
-def _check(value: Any, depth: int, lists: tuple[type, ...], scalars: tuple[type, ...]) -> None:
-    """Raises TypeError or ValueError unless it is a plain value, of not too many levels or items."""
-    kind = type(value)
-    if kind in scalars:
-        return
-    if kind is dict or kind in lists:
-        if depth == 0 or len(value) > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_DEPTH} levels, or {MAX_ITEMS} items in one list or map")
-        if kind is dict:
-            if not all(type(key) is str for key in value):
-                raise TypeError("a key is not text")
-            value = value.values()
-        for item in value:
-            _check(item, depth - 1, lists, scalars)
-    elif kind is float:
-        if not math.isfinite(value):
-            raise ValueError("a float is not finite")
-    else:
-        raise TypeError(f"a {kind.__name__} is not allowed")
+def _check_items(items: Iterable[Any], depth: int) -> None:
+    """Raises TypeError or ValueError unless all are plain values, of not too many levels or items."""
+    for item in items:
+        kind = type(item)
+        if kind in _SCALARS:
+            continue
+        if kind is float:
+            if not math.isfinite(item):
+                raise ValueError("a float is not finite")
+        elif kind is dict or kind is list or kind is tuple:
+            if depth == 0 or len(item) > MAX_ITEMS:
+                raise ValueError(f"more than {MAX_DEPTH} levels, or {MAX_ITEMS} items in one list or map")
+            if kind is dict:
+                if not all(type(key) is str for key in item):
+                    raise TypeError("a key is not text")
+                item = item.values()
+            _check_items(item, depth - 1)
+        else:
+            raise TypeError(f"a {kind.__name__} is not allowed")

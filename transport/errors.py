@@ -82,7 +82,7 @@ class RecordError(ProtocolError):
 
 
 class DecodeError(ProtocolError):
-    """An authentic message is not canonical msgpack."""
+    """An authentic message is not msgpack that this protocol allows."""
 
     alert = Alert.DECODE
 

@@ -130,7 +130,10 @@ class _Connection:
         self._pass(self._near, far)
         back.join()
         for wire in (self._near, far):
-            wire.abort() if self._cut.is_set() else wire.close()
+            if self._cut.is_set():
+                wire.abort()
+            else:
+                wire.close()
 
     def cut(self) -> None:
         """Ends both directions, and wakes who waits for either."""

@@ -95,7 +95,10 @@ def _block_by_block(x: Array, columns: Array) -> Array:  # (R, N), (M, N) -> (R,
     def work(part: slice) -> None:
         np.matmul(x, matrices[part], out=results[part])
 
-    in_parts(work, blocks) if columns.size >= _LARGE else work(slice(0, blocks))
+    if columns.size >= _LARGE:
+        in_parts(work, blocks)
+    else:
+        work(slice(0, blocks))
     if even < outputs:
         np.matmul(x, columns[even:].T, out=y[:, even:])
     return y
@@ -225,7 +228,10 @@ def in_pieces(work: Callable[[Array], None], x: Array) -> None:
         for index in range(part.start, part.stop):
             work(rows[index * step : (index + 1) * step])
 
-    pieces(slice(0, count)) if count < FEW_PIECES else in_parts(pieces, count)
+    if count < FEW_PIECES:
+        pieces(slice(0, count))
+    else:
+        in_parts(pieces, count)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -120,7 +120,8 @@ def _keys(data: bytes) -> None:
 
 
 def _codec(data: bytes) -> None:
-    assert codec.encode(codec.decode(data)) == data, "two forms of one value"
+    value = codec.decode(data)
+    assert codec.decode(codec.encode(value)) == value, "not what was read"
 
 
 def _messages(data: bytes) -> None:

@@ -45,20 +45,20 @@ def test_what_is_encoded_is_decoded_and_msgpack_agrees(value):
 
 @given(st.binary(max_size=200))
 @settings(max_examples=500, deadline=None)
-def test_any_bytes_give_a_value_in_canonical_form_or_a_decode_error(data):
+def test_any_bytes_give_a_plain_value_or_a_decode_error(data):
     try:
         value = codec.decode(data)
     except DecodeError:
         return
-    assert codec.encode(value) == data
+    assert codec.decode(codec.encode(value)) == value
 
 
 @given(values.filter(lambda value: depth(value) <= codec.MAX_DEPTH), st.data())
 @settings(deadline=None)
-def test_a_flipped_byte_gives_a_canonical_value_or_a_decode_error(value, data):
+def test_a_flipped_byte_gives_a_plain_value_or_a_decode_error(value, data):
     message = bytearray(codec.encode(value))
     message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
-    test_any_bytes_give_a_value_in_canonical_form_or_a_decode_error.hypothesis.inner_test(bytes(message))
+    test_any_bytes_give_a_plain_value_or_a_decode_error.hypothesis.inner_test(bytes(message))
 
 
 @given(values.filter(lambda value: depth(value) <= codec.MAX_DEPTH))
@@ -99,7 +99,7 @@ def test_every_prefix_and_every_suffix_is_refused(value):
         -(2**63),
     ],
 )
-def test_an_integer_has_one_form(number):
+def test_an_integer_may_take_more_bytes_than_it_needs(number):
     right = codec.encode(number)
     assert codec.decode(right) == number
     for tag, size, signed in [
@@ -116,13 +116,11 @@ def test_an_integer_has_one_form(number):
             other = bytes([tag]) + number.to_bytes(size, "big", signed=signed)
         except OverflowError:
             continue
-        if other != right:
-            with pytest.raises(DecodeError, match="shortest"):
-                codec.decode(other)
+        assert codec.decode(other) == number
 
 
 @pytest.mark.parametrize("size", [0, 15, 16, 31, 32, 255, 256, 65535, 65536])
-def test_a_length_has_one_form(size):
+def test_a_length_may_take_more_bytes_than_it_needs(size):
     for value in (b"x" * size, "x" * size, [1] * min(size, 1024), {str(i): 1 for i in range(min(size, 1024))}):
         right = codec.encode(value)
         assert codec.decode(right) == value
@@ -144,8 +142,9 @@ def test_a_length_has_one_form(size):
             body = right[len(msgpack_head(value)) :]
             other = bytes([tag]) + count.to_bytes(width, "big") + body
             if other != right:
-                with contextlib.suppress(DecodeError):  # or another type, in its own shortest form
-                    assert codec.encode(codec.decode(other)) == other
+                with contextlib.suppress(DecodeError):  # under another type's tag the body may mean nothing
+                    read = codec.decode(other)
+                    assert type(read) is not type(value) or read == value
 
 
 def msgpack_head(value):
@@ -178,7 +177,6 @@ def msgpack_head(value):
         b"\xd4\x01\x00",  # ext
         b"\xc7\x01\x05a",
         b"\xd6\xff\x00\x00\x00\x00",  # timestamp
-        b"\xca\x3f\x80\x00\x00",  # float32
         b"\xcb\x7f\xf8\x00\x00\x00\x00\x00\x00",  # NaN
         b"\xcb\x7f\xf0\x00\x00\x00\x00\x00\x00",  # Inf
         b"\xa1\xff",
