@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from attest import AttestationResult, Binding, Evidence
 from transport import codec, link
 from transport.address import Address
-from transport.errors import Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
+from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
 from transport.records import PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, hang_up, receive_once
 
@@ -206,12 +206,14 @@ class Channel:
                 raise _closed() from None
             raise
 
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+    def receive(self, timeout: float | None = None, *, asker: Channel | None = None) -> dict[str, Any]:
         """The next message.
 
         Args:
             timeout: seconds; TimedOut if no message is whole by then. The channel lives on, and so does a message that
                 has begun. 0 takes what is there.
+            asker: the channel of whoever wants the message. If that peer leaves first, the wait ends with Abandoned;
+                this channel lives on.
 
         Raises:
             Closed: the peer has closed its direction, and all that it sent has been received; or this end is closed.
@@ -220,9 +222,11 @@ class Channel:
         until = math.inf if timeout is None else time.monotonic() + timeout
         try:
             with self._receiving:
-                message = self._receive(until)
+                message = self._receive(until, asker._wire if asker is not None else None)
         except _Later:
             raise TimedOut(f"no message in {timeout} s") from None
+        except Abandoned:
+            raise
         except BaseException as error:
             if self._ended and isinstance(error, TransportError):
                 raise _closed() from None
@@ -235,7 +239,7 @@ class Channel:
         self._active = time.monotonic()
         return message
 
-    def _receive(self, until: float) -> dict[str, Any]:
+    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any]:
         session, wire = self._session, self._wire
         while not self._ended:
             start = time.perf_counter()
@@ -248,7 +252,7 @@ class Channel:
                     raise DecodeError("message: wanted a map")
                 return message
             limit = self._limit(session.partial)
-            if not wire.wait(min(until, limit)) or time.monotonic() > limit:  # a drip is always readable
+            if not wire.wait(min(until, limit), asker) or time.monotonic() > limit:  # a drip is always readable
                 if until <= limit:
                     raise _Later
                 raise TimedOut("the peer did not finish a message in time" if session.partial else "the link was idle")
@@ -274,6 +278,10 @@ class Channel:
     def gone(self) -> bool:
         """Whether the peer has shut down its direction or the connection is dead, even where unread bytes wait."""
         return self._wire.gone()
+
+    def deafen(self) -> None:
+        """Called by another thread: hears no more of the peer, and wakes whoever waits for it or on its behalf."""
+        self._wire.deafen()
 
     def close(self) -> None:
         """Says CLOSE, and closes the connection. It is no error if the peer is gone, or if this has been done."""

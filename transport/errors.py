@@ -5,6 +5,7 @@
     ├── SettingError            an environment variable asks for what is not there: correct it
     ├── Unreachable             nobody answers there, or it cannot be bound: start the peer, correct the address
     ├── TimedOut                a deadline passed: try again, or allow more time
+    ├── Abandoned               whoever asked for what is waited for has left: stop, nobody wants it
     ├── Closed                  the peer ended its direction properly: there is no more to read
     ├── Truncated               the connection ended without that: what came before is true, but not all
     ├── ProtocolError           the bytes are not this protocol's, or were altered: the link is dead
@@ -57,6 +58,10 @@ class Unreachable(TransportError):
 
 class TimedOut(TransportError):
     """A deadline passed."""
+
+
+class Abandoned(TransportError):
+    """The peer that asked for what is waited for has left."""
 
 
 class Closed(TransportError):

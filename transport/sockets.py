@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transport.address import Address
-from transport.errors import AddressError, LimitError, TimedOut, Truncated, Unreachable
+from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
@@ -25,6 +25,7 @@ _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | _RDHUP
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection instead of sending what is left
 _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
 _ACCEPT_POLL = 1.0  # seconds; not every system wakes a poll when its listener is shut down
+_LOOK = 0.5  # seconds between two looks at a peer, where no poll tells that it has left
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -65,9 +66,24 @@ class Wire:
                 if time.monotonic() > deadline:
                     raise TimedOut("the peer did not take what was sent to it in time")
 
-    def wait(self, deadline: float) -> bool:
-        """Whether there is something to read, the end of the connection included, before the deadline."""
-        return _wait(self._readable, deadline)
+    def wait(self, deadline: float, asker: Wire | None = None) -> bool:
+        """Whether there is something to read, the end of the connection included, before the deadline.
+
+        Raises:
+            Abandoned: the peer of `asker` left before that.
+        """
+        if asker is None:
+            return _wait(self._readable, deadline)
+        while not self.readable():
+            if asker.gone():
+                raise Abandoned("the peer that asked for this has left")
+            if time.monotonic() > deadline:
+                return False
+            poller = _poller(self._sock, select.POLLIN)
+            if asker.fileno() >= 0:
+                poller.register(asker.fileno(), _RDHUP)
+            _wait(poller, deadline if _RDHUP else min(deadline, time.monotonic() + _LOOK))
+        return True
 
     def read(self, count: int) -> bytes | None:
         """What is there, at most `count` bytes: b"" at the end of the connection, None if nothing is.
@@ -106,6 +122,11 @@ class Wire:
         if events & _GONE or not events:
             return events != 0
         return not _RDHUP and self._at_end()
+
+    def deafen(self) -> None:
+        """Ends the other direction: whoever waits for the peer wakes up. What is written still reaches the peer."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
 
     def finish(self) -> None:
         """Ends this direction: the peer gets what was written, and then the end. The other direction goes on."""

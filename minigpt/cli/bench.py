@@ -108,7 +108,7 @@ def measure(
 def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
     """One greedy generation, timed: token by token, without drafts."""
     given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
-    generation = pipeline.generate(given, max_tokens=max_tokens, draft=0)
+    generation = pipeline.generate(given, max_tokens=max_tokens, spans=True, draft=0)
     for _ in generation:
         pass
     times = generation.times

@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from minigpt.launch import plan as planning
 from minigpt.protocol import manifest
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
+from minigpt.protocol.request import Options
 from transport.address import Address
 from transport.noise import generate_keypair
 from transport.relay import Relay
 
+OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
 
@@ -51,14 +54,8 @@ def generate(options: argparse.Namespace) -> int:
     with _pipeline(options) as pipeline:
         generation = pipeline.generate(
             prompt if pipeline.tokenizer is not None else ids_in(prompt),
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            stop=options.stop,
-            logprobs=options.logprobs,
-            draft=options.draft,
+            **{name: value for name, value in vars(options).items() if name in OPTIONS},
+            spans=True,  # for the bytes of each token
         )
         tokens = []
         try:
@@ -107,7 +104,8 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     split = _split(options)
     return Pipeline.local(
         options.model or "tiny",
-        **({"stages": split} if isinstance(split, int) else {"split": split}),
+        stages=split if isinstance(split, int) else 2,
+        split=split if isinstance(split, str) else None,
         revision=options.revision,
         threads=options.threads,
         timeout=options.timeout,

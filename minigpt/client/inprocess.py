@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.checkpoint import sources, tokenizer, weights
-from minigpt.client.text import Generation, Prompt, encode_prompt, make_request
+from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.engine.model import GPT2
-from minigpt.protocol.messages import CHUNK
-from minigpt.stage.generation import Sequence as ModelSequence
-from minigpt.stage.generation import generate
+from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason
+from minigpt.stage.generation import StageSequence, generate
+from minigpt.stage.schedule import Schedule
 
 
-class Model:
+class Model(TextModel):
     """All layers of a checkpoint, without stages: what a pipeline's answers are compared with.
 
     Attributes:
@@ -41,11 +40,8 @@ class Model:
             rows.append(self._model.logits(hidden))
         return np.concatenate(rows)
 
-    def generate(self, prompt: Prompt, *, stop: Sequence[str] = (), **options: Any) -> Generation:
-        """Generates tokens; the arguments and the result are those of `minigpt.Pipeline.generate`."""
-        request = make_request(prompt, self.tokenizer, self.config, stop=stop, **options)
-        answers = generate(ModelSequence(self._model), request)
-        return Generation(answers, request, self.config, self.tokenizer, stop)
+    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
+        return generate(StageSequence(Schedule(self._model)), request)
 
 
 def load(model: str, revision: str | None = None) -> Model:

@@ -8,12 +8,12 @@ itself meets only stage 0, and the other stages are met by measured code that en
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,9 @@ from attest import dump_evidence
 from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
-from minigpt.client.text import Generation, Prompt, encode_prompt, make_request
+from minigpt.client.text import Generation, Prompt, TextModel, encode_prompt
 from minigpt.errors import CheckpointError, ManifestError, MessageError, RequestRefused, StageError, UsageError
+from minigpt.launch.launcher import Launcher
 from minigpt.protocol import links, messages
 from minigpt.protocol import manifest as manifests
 from minigpt.protocol.links import StageLink
@@ -39,18 +40,17 @@ from minigpt.protocol.messages import (
     Report,
     StageReport,
     Status,
+    Tokens,
     Wanted,
-    span,
-    with_span,
 )
-from minigpt.protocol.messages import Token as TokenMessage
+from minigpt.protocol.request import span, with_span
 from transport.channel import Deadlines
 
-if TYPE_CHECKING:
-    from minigpt.launch.local import LocalStages
+TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
-class Pipeline:
+class Pipeline(TextModel):
     """A connection to a pipeline. One sequence at a time; not for several threads at once.
 
     Use `connect` or `local`, and `with`, or `close` when done.
@@ -67,8 +67,8 @@ class Pipeline:
         *,
         tokenizer: Tokenizer | None = None,
         allow_mock: bool = False,
-        timeout: float = 150.0,  # more than a stage waits for the next, so that it is the stage which is named
-        connect_timeout: float = 10.0,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
         client_key: bytes | None = None,
     ) -> None:
         check(manifest, allow_mock=allow_mock, client_key=client_key)
@@ -83,7 +83,7 @@ class Pipeline:
         self._link: StageLink | None = None
         self._closed = False
         self._running: Generation | None = None
-        self._stages: LocalStages | None = None
+        self._stages: Launcher | None = None
 
     @classmethod
     def connect(
@@ -93,7 +93,10 @@ class Pipeline:
         manifest_sha256: str | None = None,
         model: str | None = None,
         text: bool = True,
-        **options: Any,
+        allow_mock: bool = False,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        client_key: bytes | None = None,
     ) -> Self:
         """Connects to the pipeline that a manifest describes, and verifies stage 0.
 
@@ -117,7 +120,14 @@ class Pipeline:
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
-        pipeline = cls(parsed, tokenizer=_tokenizer(parsed, model) if text else None, **options)
+        pipeline = cls(
+            parsed,
+            tokenizer=_tokenizer(parsed, model) if text else None,
+            allow_mock=allow_mock,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            client_key=client_key,
+        )
         pipeline._open()
         return pipeline
 
@@ -130,7 +140,8 @@ class Pipeline:
         split: str | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        **options: Any,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
     ) -> Self:
         """Starts stages as child processes on this machine, with fresh mock keys, and connects to them.
 
@@ -140,61 +151,31 @@ class Pipeline:
             split: or the layers of each, as "6+6".
             revision: of a hub id.
             threads: BLAS threads of each stage.
+            timeout, connect_timeout: as in `connect`.
         """
         from minigpt.launch.local import LocalStages
 
         checkpoint = sources.find(model, revision)
         processes = LocalStages(checkpoint, split or stages, threads=threads)
         try:
-            pipeline = cls(processes.manifest, tokenizer=tokenizers.load(checkpoint.folder), allow_mock=True, **options)
+            pipeline = cls(
+                processes.manifest,
+                tokenizer=tokenizers.load(checkpoint.folder),
+                allow_mock=True,
+                timeout=timeout,
+                connect_timeout=connect_timeout,
+            )
             pipeline._stages = processes
             pipeline._open()
         except BaseException:
-            processes.close()
+            processes.stop()
             raise
         return pipeline
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 20,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: bool = False,
-        draft: int | None = None,
-    ) -> Generation:
-        """Generates tokens, to be iterated over; a new request ends the one before it.
-
-        Args:
-            prompt: text, or token ids.
-            max_tokens: how many at most.
-            temperature: 0 takes the likeliest token each time; 1 draws from the model's distribution.
-            top_k: draw among the k likeliest only; 0 for all.
-            top_p: draw among the likeliest that have this probability together only; 1 for all.
-            seed: of the draws; the same seed gives the same tokens, whatever the number of stages. By default a new
-                one, told by the result's `seed`.
-            stop: strings to end before.
-            logprobs: give each token's logarithmic probability.
-            draft: ids to guess ahead at most, where the text repeats itself; 0 for none. By default the first stage
-                decides: `drafting.DRAFT`. Greedy decoding only. The tokens are the same, and come faster where guesses
-                are right, several at once; their log-probabilities may differ in the last bits.
-
-        Raises, then or while iterating:
-            UsageError: the arguments make no request.
-            RequestRefused: a stage refuses it, in words.
-            StageError: a stage failed, cannot be reached, or timed out.
-        """
-        request = make_request(
-            prompt, self.tokenizer, self.config, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, seed=seed, stop=stop, logprobs=logprobs, draft=draft,
-        )  # fmt: skip
+    def _started(self, generation: Generation) -> Generation:
         self._finish_running()
-        self._running = Generation(self._answers(request), request, self.config, self.tokenizer, stop)
-        return self._running
+        self._running = generation
+        return generation
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
@@ -233,7 +214,7 @@ class Pipeline:
             self._link.channel.close()
             self._link = None
         if self._stages is not None:
-            self._stages.close()
+            self._stages.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +228,7 @@ class Pipeline:
         """The link to stage 0, made anew if it has broken."""
         if self._closed:
             raise UsageError("this pipeline is closed: connect again")
-        if self._link is not None and (self._link.channel.expired or self._link.channel.poll()):
+        if self._link is not None and self._link.stale:
             self._drop(self._link)
         if self._link is None:
             self.manifest.check_time(time.time())
@@ -291,15 +272,17 @@ class Pipeline:
                 if isinstance(message, Refusal):
                     whole = True
                     raise messages.refused(message)
-                if not isinstance(message, TokenMessage | Logits) or message.position != position:
-                    raise MessageError(f"stage 0 sent {type(message).__name__} out of turn", stage=0)
-                count = len(message.ids) if isinstance(message, TokenMessage) else 1
+                if not isinstance(message, Tokens | Logits) or message.position != position:
+                    raise MessageError(f"stage 0 sent {messages.name(message)} out of turn", stage=0)
+                count = len(message.ids) if isinstance(message, Tokens) else 1
                 if not 1 <= count <= request.most:
                     raise MessageError(f"stage 0 sent {count} tokens at once, wanted 1 to {request.most}", stage=0)
                 position += count
-                now, after = time.perf_counter(), link.traffic
-                yield with_span(message, span(0.0, now - began, before, after))
-                began, before = now, after
+                if request.spans:
+                    now, after = time.perf_counter(), link.traffic
+                    message = with_span(message, span(0.0, now - began, before, after))
+                    began, before = now, after
+                yield message
         except GeneratorExit:
             with suppress(StageError):
                 whole = self._cancel(link)

@@ -6,17 +6,17 @@ program that holds the prompt anyway.
 
 from __future__ import annotations
 
-import secrets
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.engine.config import Config
-from minigpt.engine.sampling import Sampling
 from minigpt.errors import UsageError
-from minigpt.protocol.messages import MAX_DRAFT, Answer, Generate, Logits, Reason, Span, ending
+from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Span
+from minigpt.protocol.request import Options, ending
 
 Prompt = str | Sequence[int]
 
@@ -185,46 +185,57 @@ def ids_in(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def make_request(
-    prompt: Prompt,
-    tokenizer: Tokenizer | None,
-    config: Config,
-    *,
-    max_tokens: int = 20,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    logprobs: bool = False,
-    draft: int | None = None,
-) -> Generate:
-    """The request for a prompt. Raises UsageError for arguments that make none."""
-    if isinstance(stop, str):
-        raise UsageError("stop is a list of strings: write [stop]")
-    if stop and tokenizer is None:
+def make_request(prompt: Prompt, tokenizer: Tokenizer | None, config: Config, options: Options) -> Generate:
+    """The request for a prompt. Raises UsageError for a prompt or an option that makes none."""
+    request = options.request(encode_prompt(prompt, tokenizer, config), config)
+    if options.stop and tokenizer is None:
         raise UsageError("stop strings need a tokenizer, and this checkpoint has none")
-    if any(not text for text in stop):
-        raise UsageError("a stop string is empty, and would end every text at once")
-    for name, value in (("max_tokens", max_tokens), ("top_k", top_k), ("seed", seed), ("draft", draft)):
-        if value is not None and type(value) is not int:
-            raise UsageError(f"{name} is {value!r}, wanted a whole number")
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens is {max_tokens}, wanted at least 1")
-    if draft is not None and not 0 <= draft <= MAX_DRAFT:
-        raise UsageError(f"draft is {draft}, wanted 0 (none) to {MAX_DRAFT}")
-    if seed is None:
-        seed = secrets.randbits(32) if temperature > 0 else 0
-    try:
-        sampling = Sampling(temperature, top_k, top_p, seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return Generate(
-        start=0,
-        ids=encode_prompt(prompt, tokenizer, config),
-        max_tokens=min(max_tokens, config.n_positions + 1),
-        stop_ids=config.eos_token_id,
-        sampling=sampling,
-        logprobs=logprobs,
-        draft=draft,
-    )
+    return request
+
+
+class TextModel(ABC):
+    """What continues a prompt: a pipeline, or a model in this process.
+
+    Attributes:
+        config: the model's.
+        tokenizer: None where there is none for this model: prompts are then token ids.
+    """
+
+    config: Config
+    tokenizer: Tokenizer | None
+
+    @abstractmethod
+    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
+        """Answers to a request, and why it ended."""
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 20,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        draft: int | None = None,
+        spans: bool = False,
+    ) -> Generation:
+        """Generates tokens, to be iterated over; in a pipeline, a new request ends the one before it.
+
+        Args:
+            prompt: text, or token ids. The keywords are those of `minigpt.protocol.request.Options`.
+
+        Raises, then or while iterating:
+            UsageError: the arguments make no request.
+            RequestRefused: a stage refuses it, and says why.
+            StageError: a stage failed, cannot be reached, or timed out.
+        """
+        options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
+        request = make_request(prompt, self.tokenizer, self.config, options)
+        return self._started(Generation(self._answers(request), request, self.config, self.tokenizer, stop))
+
+    def _started(self, generation: Generation) -> Generation:
+        """Called with each generation before it is returned."""
+        return generation

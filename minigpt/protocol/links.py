@@ -1,33 +1,41 @@
-"""The links of a pipeline: what the manifest demands of both ends of each, and what a broken one means.
+"""The links of a pipeline: what the manifest demands of both ends, and how one end asks the other.
 
-Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The manifest decides alone who is acceptable
-at either end; no flag makes it weaker.
+Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The manifest alone decides who is acceptable
+at either end; no flag weakens it.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
+from typing import Any
 
 from attest import AcceptUnattested, AttestationError, Attester, Binding, Evidence, Provider, Unattested
 from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import CHUNK, Answer, Ask, Failure, Logits, Message, Refusal, Token, Traffic, Wanted
+from minigpt.protocol.messages import (
+    CHUNK,
+    Answer,
+    Done,
+    Failure,
+    Hidden,
+    Logits,
+    Message,
+    Reason,
+    Refusal,
+    Reset,
+    Step,
+    Tokens,
+    Wanted,
+)
+from minigpt.protocol.request import Ask, Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Alert, PeerAlert, TimedOut, TransportError, Unreachable
+from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
-
-LOOK = 0.5  # seconds between two looks at whether an answer is still wanted
-
-
-def patient() -> None:
-    """Waits on."""
 
 
 class OneAtATime:
-    """An attester that makes one piece of evidence at a time: platforms serve one request, and slowly."""
+    """An attester that makes one piece of evidence at a time: platforms serve one request at once, and slowly."""
 
     def __init__(self, attester: Attester) -> None:
         self._attester = attester
@@ -96,25 +104,28 @@ def broken(error: TransportError, index: int) -> StageError:
 
 
 def failed(failure: Failure) -> StageError:
-    """The error that a Failure tells of."""
+    """The error that a Failure reports."""
     kind = UntrustedStage if failure.reason == "attestation" else StageError
     return kind(failure.text, stage=failure.stage)
 
 
 class StageLink:
-    """The near end of a link to a stage, for one sequence at a time: the rest of the model, seen from here.
+    """The near end of a link to a stage, for one sequence: the rest of the model, seen from here.
 
-    Attributes:
-        outstanding: whether steps are under way or an answer is due; such a link is never used for another sequence.
-        waiting: called now and then while an answer is waited for; what it raises ends the wait.
+    Args:
+        channel: to that stage; it carries no other sequence.
+        stage: its index.
+        timeout: seconds to wait for an answer.
+        asker: the channel of whoever waits for the answers; if that peer leaves, the wait ends with `Abandoned`.
     """
 
-    def __init__(self, channel: Channel, stage: int, timeout: float) -> None:
+    def __init__(self, channel: Channel, stage: int, timeout: float, asker: Channel | None = None) -> None:
         self.channel = channel
         self.stage = stage
-        self.outstanding = False
-        self.waiting: Callable[[], None] = patient
         self._timeout = timeout
+        self._asker = asker
+        self._begun = False  # whether that stage has a sequence to forget
+        self._due = False  # whether it still owes something: then the channel is of no use to others
         self._chunk = 0  # bytes of the step before, if it was a whole chunk of a prompt
 
     @property
@@ -123,29 +134,40 @@ class StageLink:
         link = self.channel
         return link.seal_seconds, link.open_seconds, float(link.bytes_sent + link.bytes_received)
 
-    def step(self, start: int, rows: messages.Hidden, ask: Ask) -> Answer | None:
+    @property
+    def due(self) -> bool:
+        """Whether steps are under way or an answer is due."""
+        return self._due
+
+    @property
+    def stale(self) -> bool:
+        """Whether nothing can begin on this link: it is too old, or the stage said something unasked, or is gone."""
+        return self.channel.expired or self.channel.poll()
+
+    def step(self, start: int, rows: Hidden, ask: Ask) -> Answer | None:
         """Sends hidden states on. Raises RequestRefused, or StageError when a stage after this one failed."""
-        step = messages.Step(start, rows, ask.wanted, ask.sampling, ask.logprobs)
+        self._begun = True
+        step = Step(start, rows, ask.wanted, ask.sampling, ask.logprobs, ask.spans)
         if ask.wanted is Wanted.NOTHING:
             if self.channel.poll():  # nothing is due: it can only be bad news
                 raise self._out_of_turn(self.receive())
-            self.outstanding = True  # until a later step is answered
+            self._due = True  # until a later step is answered
             size = self.send(step)
             self._chunk = size if len(rows) == CHUNK else 0
             return None
-        # A long prompt's last chunk looks like the others: its own bucket, after theirs, would tell the length.
+        # A long prompt's last chunk is padded like the others: a size of its own would reveal the prompt's length.
         least, self._chunk = self._chunk, 0
         answer = self.ask(step, least=least)
-        if not isinstance(answer, Token | Logits) or not ask.fits(answer, start, len(rows)):
+        if not isinstance(answer, Tokens | Logits) or not ask.fits(answer, start, len(rows)):
             raise self._out_of_turn(answer)
         return answer
 
     def ask(self, message: Message, *, least: int = 0, timeout: float | None = None) -> Message:
         """Sends a message and waits for its answer; a Refusal is raised as RequestRefused."""
-        self.outstanding = True
+        self._due = True
         self.send(message, least)
         answer = self.receive(timeout)
-        self.outstanding = False
+        self._due = False
         if isinstance(answer, Refusal):
             raise messages.refused(answer)
         return answer
@@ -158,23 +180,39 @@ class StageLink:
             raise self._last_words(error) from error
 
     def receive(self, timeout: float | None = None) -> Message:
-        """The next message; a Failure is raised as StageError."""
-        until = time.monotonic() + (self._timeout if timeout is None else timeout)
-        message = None
-        while message is None:
-            left = until - time.monotonic()
-            try:
-                message = messages.decode(self.channel.receive(min(left, LOOK)))
-            except TransportError as error:
-                if not isinstance(error, TimedOut) or left <= LOOK:
-                    raise broken(error, self.stage) from error
-            except MessageError as error:
-                raise MessageError(f"stage {self.stage}: {error}", stage=self.stage) from None
-            if message is None:
-                self.waiting()
+        """The next message; a Failure is raised as StageError. Raises Abandoned if the asker leaves first."""
+        try:
+            body = self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
+            message = messages.decode(body)
+        except Abandoned:
+            raise
+        except TransportError as error:
+            raise broken(error, self.stage) from error
+        except MessageError as error:
+            raise MessageError(f"stage {self.stage}: {error}", stage=self.stage) from None
         if isinstance(message, Failure):
             raise failed(message)
         return message
+
+    def release(self, *, reuse: bool = True) -> Channel | None:
+        """Makes that stage forget the sequence. The channel if another sequence may use it; otherwise it is closed."""
+        if self._due:
+            self.channel.abort()
+            return None
+        if not reuse:
+            self.channel.close()
+            return None
+        if not self._begun:
+            return self.channel
+        self._asker = None  # whoever asked may be gone, and that stage must forget all the same
+        try:
+            answer: Any = self.ask(Reset())
+        except (StageError, RequestRefused):
+            answer = None
+        if answer == Done(Reason.RESET):
+            return self.channel
+        self.channel.close()
+        return None
 
     def _last_words(self, error: TransportError) -> StageError:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""
@@ -185,15 +223,5 @@ class StageLink:
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)
 
     def _out_of_turn(self, message: Message) -> MessageError:
-        self.outstanding = True  # whatever else comes is not to be trusted to be in step
-        return MessageError(f"stage {self.stage} sent {type(message).__name__} out of turn", stage=self.stage)
-
-    def reset(self) -> bool:
-        """Makes that stage forget the sequence; whether this link may then be used for another."""
-        if self.outstanding:
-            return False
-        try:
-            answer = self.ask(messages.Reset())
-        except (StageError, RequestRefused):
-            return False
-        return answer == messages.Done(messages.Reason.RESET)
+        self._due = True  # whatever else comes cannot be trusted to be in step
+        return MessageError(f"stage {self.stage} sent {messages.name(message)} out of turn", stage=self.stage)

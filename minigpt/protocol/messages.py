@@ -1,7 +1,7 @@
 """What a client and the stages say to each other.
 
-    client → stage 0     Generate, Cancel, Status        stage 0 → client     Token | Logits, Done, Report
-    stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Token | Logits, Done, Report
+    client → stage 0     Generate, Cancel, Status        stage 0 → client     Tokens | Logits, Done, Report
+    stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Tokens | Logits, Done, Report
     in either's answer   Refusal: this request is refused, in words; the channel lives
                          Failure: a stage failed; the channel ends
 
@@ -13,7 +13,7 @@ there are and nothing of their values.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -105,6 +105,7 @@ class Generate:
     wanted: WantedField = Wanted.TOKEN
     # Ids to guess ahead at most, where decoding is greedy; None where the first stage knows best.
     draft: Annotated[int | None, schema.optional(schema.integer(0, MAX_DRAFT))] = 0
+    spans: Annotated[bool, schema.boolean(absent=True)] = False
 
     def __post_init__(self) -> None:
         if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
@@ -127,6 +128,7 @@ class Step:
     wanted: WantedField
     sampling: SamplingField = GREEDY
     logprobs: Flag = False
+    spans: Annotated[bool, schema.boolean(absent=True)] = False
 
     def __post_init__(self) -> None:
         if self.wanted is Wanted.TOKENS and (self.sampling.temperature > 0 or len(self.hidden) > 1 + MAX_DRAFT):
@@ -134,10 +136,10 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class Tokens:
     """The tokens drawn for `position` and those after it: one, or as many as a drafted step gave.
 
-    `logprobs` is empty unless asked for, and as long as `ids` then; `spans` begins with the sender's.
+    `logprobs` is empty unless asked for, and as long as `ids` then; so is `spans`, which begins with the sender's.
     """
 
     position: Position
@@ -225,63 +227,26 @@ class Report:
     stages: Annotated[tuple[StageReport, ...], schema.listed(StageReport, MAX_STAGES)]
 
 
-Answer = Token | Logits
-Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
-Message = Generate | Step | Token | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
+Answer = Tokens | Logits
+Message = Generate | Step | Tokens | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
 
-_RULES = {kind: schema.schema(kind) for kind in Message.__args__}
-_KINDS = {kind.__name__.lower(): kind for kind in _RULES}
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a step shall answer, and how a token is drawn."""
-
-    wanted: Wanted
-    sampling: Sampling
-    logprobs: bool = False
-
-    def fits(self, answer: Answer, start: int, rows: int) -> bool:
-        """Whether this may be the answer to a step of so many rows."""
-        if isinstance(answer, Logits):
-            return self.wanted is Wanted.LOGITS and answer.position == start + rows
-        told = len(answer.ids)
-        if self.wanted is Wanted.TOKENS:
-            counted = answer.position == start + 1 and told <= rows
-        else:
-            counted = self.wanted is Wanted.TOKEN and answer.position == start + rows and told == 1
-        return counted and len(answer.logprobs) == (told if self.logprobs else 0)
+_KINDS = {
+    "generate": Generate, "step": Step, "token": Tokens, "logits": Logits, "done": Done, "refusal": Refusal,
+    "failure": Failure, "cancel": Cancel, "reset": Reset, "status": Status, "report": Report,
+}  # fmt: skip
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+_RULES = {kind: schema.schema(kind) for kind in _NAMES}
 
 
-def ending(request: Generate, n_positions: int, produced: int, token: int) -> Reason | None:
-    """Why a generation ends after its token number `produced`, or None if it goes on.
-
-    A token drawn for the position after the model's last can be told, but not fed back.
-    """
-    if token in request.stop_ids:
-        return Reason.END
-    if produced >= request.max_tokens:
-        return Reason.LENGTH
-    if request.start + len(request.ids) + produced - 1 >= n_positions:
-        return Reason.CONTEXT
-    return None
-
-
-def with_span(answer: Answer, own: Span) -> Answer:
-    """The answer with one more stage's span in front."""
-    return replace(answer, spans=(own, *answer.spans))
-
-
-def span(compute: float, elapsed: float, before: Traffic, after: Traffic) -> Span:
-    """A stage's span: it computed for `compute` seconds, and was then for `elapsed` seconds at its link to the next."""
-    seal, unseal, carried = (now - then for now, then in zip(after, before, strict=True))
-    return Span(compute, seal, unseal, max(0.0, elapsed - seal - unseal), carried)
+def name(message: Message) -> str:
+    """What a message is called on the link, for errors."""
+    return _NAMES[type(message)].capitalize()
 
 
 def encode(message: Message) -> dict[str, object]:
     """The plain map that the link carries."""
     kind = type(message)
-    return {"type": kind.__name__.lower(), **schema.write(message, _RULES[kind])}
+    return {"type": _NAMES[kind], **schema.write(message, _RULES[kind])}
 
 
 def decode(value: object) -> Message:

@@ -20,10 +20,14 @@ from minigpt.errors import MessageError
 
 
 class Field(NamedTuple):
-    """A rule: `encode` makes a plain value, `decode` checks one and makes it ours."""
+    """A rule: `encode` makes a plain value, `decode` checks one and makes it ours.
+
+    A field that may be `absent` is left out where it has a false value, its default.
+    """
 
     encode: Callable[[Any], object]
     decode: Callable[[object], Any]
+    absent: bool = False
 
 
 def _as_it_is(value: Any) -> object:
@@ -63,15 +67,15 @@ def text(limit: int) -> Field:
     return Field(lambda value: value[:limit], decode)
 
 
-def boolean() -> Field:
-    """True or false."""
+def boolean(*, absent: bool = False) -> Field:
+    """True or false; `absent` leaves a false one out."""
 
     def decode(value: object) -> bool:
         if type(value) is not bool:
             raise _wrong(value, "true or false")
         return value
 
-    return Field(_as_it_is, decode)
+    return Field(_as_it_is, decode, absent)
 
 
 def optional(rule: Field) -> Field:
@@ -173,24 +177,31 @@ def schema(kind: type) -> dict[str, Field]:
 
 def write(item: Any, rules: dict[str, Field]) -> dict[str, object]:
     """The plain dict of a dataclass."""
-    return {name: rule.encode(getattr(item, name)) for name, rule in rules.items()}
+    return {
+        name: rule.encode(getattr(item, name)) for name, rule in rules.items() if not rule.absent or getattr(item, name)
+    }
 
 
 def read(value: object, kind: type, rules: dict[str, Field]) -> Any:
-    """The dataclass of a plain dict, which must have just its fields. Raises MessageError."""
-    if type(value) is not dict or value.keys() != rules.keys():
+    """The dataclass of a plain dict, which must have exactly its fields. Raises MessageError."""
+    if type(value) is not dict or (value.keys() != rules.keys() and not _complete(value, rules)):
         count = f"{len(value)} fields" if isinstance(value, dict) else type(value).__name__
         raise MessageError(f"{kind.__name__}: got {count}, wanted exactly: {', '.join(rules) or 'none'}")
     fields = {}
-    for name, rule in rules.items():
+    for name, plain in value.items():
         try:
-            fields[name] = rule.decode(value[name])
+            fields[name] = rules[name].decode(plain)
         except MessageError as error:
             raise MessageError(f"{kind.__name__}.{name}: {error}") from None
     try:
         return kind(**fields)
     except ValueError as error:  # what the fields say together
         raise MessageError(f"{kind.__name__}: {error}") from None
+
+
+def _complete(value: dict[Any, Any], rules: dict[str, Field]) -> bool:
+    """Whether nothing is missing but what may be absent, and nothing else is there."""
+    return value.keys() <= rules.keys() and all(rules[name].absent for name in rules.keys() - value.keys())
 
 
 def _packed(value: object, limit: int) -> NDArray[np.float32]:

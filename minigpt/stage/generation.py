@@ -1,10 +1,10 @@
 """The one loop that turns a prompt into tokens, and a stage's part in each of its steps.
 
-    Sequence    one sequence in one stage: its cache, its layers, and whatever comes after them
-    generate    feeds the prompt in chunks, then the tokens back (`Decoding`), until something ends it
+    StageSequence   one sequence in one stage: its cache, and whatever comes after this stage's layers
+    generate        feeds the prompt in chunks, then the tokens back (`Decoding`), until something ends it
 
-The loop runs in the first stage of a pipeline, or in process; a Sequence runs in every stage. What comes after a
-Sequence is anything with the same `step`: another Sequence in this process, or a link to the next stage.
+The loop runs in the first stage of a pipeline, or in process; a StageSequence runs in every stage. What comes after it
+is anything with the same `step`: another one in this process, or a link to the next stage.
 
 Letters: T new positions, C n_embd, V vocabulary.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,34 +21,19 @@ from numpy.typing import NDArray
 
 from minigpt.engine import drafting
 from minigpt.engine.drafting import Lookup, settled
-from minigpt.engine.model import GPT2, KVCache
 from minigpt.engine.sampling import logprob, sample
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import (
-    CHUNK,
-    Answer,
-    Ask,
-    Generate,
-    Logits,
-    Reason,
-    Span,
-    Token,
-    Traffic,
-    Wanted,
-    ending,
-    span,
-    with_span,
-)
+from minigpt.protocol.messages import CHUNK, Answer, Generate, Logits, Reason, Span, Tokens, Wanted
+from minigpt.protocol.request import Ask, Traffic, ending, span, with_span
+from minigpt.stage.schedule import Pass, Schedule
 
-_ALONE = nullcontext()
-
-# So few positions that are not as plain steps leave them are computed again as soon as nothing is guessed. A wrong
-# guess leaves one or two; without this, a near tie much later would go back to them.
+# Positions computed in a batch, to be recomputed one by one as soon as nothing is guessed, if there are more of them. A
+# wrong guess leaves one or two; without this, a near tie much later would go back to all of them.
 FEW = 2
 
 
-class Steps(Protocol):
-    """A sequence, or the way to the rest of it in another process."""
+class Following(Protocol):
+    """What comes after a stage's layers: the rest of the model, here or in another process."""
 
     def step(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
         """Computes the positions from `start` on; None if nothing was wanted."""
@@ -58,34 +42,26 @@ class Steps(Protocol):
     def traffic(self) -> Traffic: ...
 
 
-class Sequence:
+class StageSequence:
     """One sequence in one stage.
 
     Args:
-        model: the stage's layers.
+        schedule: computes the stage's layers.
         following: what comes after them; None in the last stage.
-        stage: the stage's index, for what it says.
-        turns: held for each computation, so that channels take turns.
+        stage: the stage's index, for error messages.
     """
 
-    def __init__(
-        self,
-        model: GPT2,
-        following: Steps | None = None,
-        *,
-        stage: int = 0,
-        turns: AbstractContextManager[Any] = _ALONE,
-    ) -> None:
-        if (following is None) != model.is_last:
+    def __init__(self, schedule: Schedule, following: Following | None = None, *, stage: int = 0) -> None:
+        if (following is None) != schedule.model.is_last:
             raise ValueError("a stage that is not the last has another after it, and the last has none")
-        self.model = model
-        self.cache: KVCache = model.new_cache()
+        self.model = schedule.model
+        self.cache = schedule.model.new_cache()
         self.following = following
         self.stage = stage
-        self.turns = turns
+        self._schedule = schedule
 
     def step(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
-        """Computes new positions and says what was wanted of them.
+        """Computes new positions and answers what was wanted of them.
 
         Args:
             start: position of the first row; at most the cache's length. A smaller one rewinds.
@@ -96,21 +72,20 @@ class Sequence:
             RequestRefused: as `check`; nothing has changed then.
         """
         self.check(start, rows)
-        with self.turns:
-            began = time.perf_counter()
-            self.cache.truncate(start)
-            hidden = self.model.embed(rows, start) if self.model.is_first else rows
-            hidden = self.model.forward(hidden, [(self.cache, len(rows))])
-            answer = self._draw(hidden, start, ask) if self.following is None else None
-            computed = time.perf_counter()
-        following = self.following
+        wanted, following = Pass(self.cache, start, rows), self.following
         if following is None:
-            return answer and with_span(answer, Span(computed - began, 0.0, 0.0, 0.0, 0.0))
-        before = following.traffic
+            answer, computed = self._schedule.compute(wanted, lambda hidden: self._draw(hidden, start, ask))
+            if answer is None or not ask.spans:
+                return answer
+            return with_span(answer, Span(computed, 0.0, 0.0, 0.0, 0.0))
+        hidden, computed = self._schedule.compute(wanted, lambda hidden: hidden)
+        if not ask.spans:
+            return following.step(start, hidden, ask)
+        began, before = time.perf_counter(), following.traffic
         answer = following.step(start, hidden, ask)
         if answer is None:
             return None
-        return with_span(answer, span(computed - began, time.perf_counter() - computed, before, following.traffic))
+        return with_span(answer, span(computed, time.perf_counter() - began, before, following.traffic))
 
     def check(self, start: int, rows: NDArray[Any]) -> None:
         """Raises RequestRefused for no rows, a gap, too many positions, or an id outside the vocabulary."""
@@ -149,11 +124,11 @@ class Sequence:
             if each and not settled(row, token):
                 break
             ids.append(token)
-        return Token(position, tuple(ids), tuple(map(logprob, logits, ids)) if ask.logprobs else ())
+        return Tokens(position, tuple(ids), tuple(map(logprob, logits, ids)) if ask.logprobs else ())
 
 
 def generate(
-    sequence: Sequence, request: Generate, check: Callable[[], None] = lambda: None
+    sequence: StageSequence, request: Generate, check: Callable[[], None] = lambda: None
 ) -> Generator[Answer, None, Reason]:
     """Yields answers of one token, or of several that were drafted, and returns why it ended.
 
@@ -165,7 +140,7 @@ def generate(
     Raises:
         RequestRefused: before anything is computed.
     """
-    ask = Ask(request.wanted, request.sampling, request.logprobs)
+    ask = Ask(request.wanted, request.sampling, request.logprobs, request.spans)
     start, rows = request.start, np.asarray(request.ids, np.int64)
     n_positions = sequence.model.config.n_positions
     sequence.check(start, rows)
@@ -215,7 +190,7 @@ class Decoding:
     """
 
     def __init__(
-        self, sequence: Sequence, request: Generate, ask: Ask, token: int, check: Callable[[], None] = lambda: None
+        self, sequence: StageSequence, request: Generate, ask: Ask, token: int, check: Callable[[], None] = lambda: None
     ) -> None:
         self._sequence = sequence
         self._ask = ask
@@ -229,7 +204,7 @@ class Decoding:
         self._plain = request.start + len(request.ids)  # the positions before it are as plain decoding leaves them
         self._open = False  # whether the next token was left open
 
-    def step(self, most: int) -> Token:
+    def step(self, most: int) -> Tokens:
         """The next tokens, at least one and at most `most`."""
         position = self._start + len(self._ids) - 1  # of the last token, which is not fed yet
         guess = [] if self._open or self._lookup is None else self._lookup.guess(min(self._draft, most - 1))
@@ -244,7 +219,7 @@ class Decoding:
             self._lookup.extend(answer.ids)
         return answer
 
-    def _verified(self, position: int, guess: list[int]) -> Token:
+    def _verified(self, position: int, guess: list[int]) -> Tokens:
         """The settled tokens after `position` and after each right guess; none if the first is not settled."""
         answer = self._asked(position, [self._ids[-1], *guess], Wanted.TOKENS)
         right = 0
@@ -255,7 +230,7 @@ class Decoding:
         self._open = right == len(answer.ids)
         return first(answer, right + 1)
 
-    def _plainly(self, position: int) -> Token:
+    def _plainly(self, position: int) -> Tokens:
         """The token after `position`, as plain decoding gives it."""
         for again in range(self._plain, position):
             self._feed(again, [self._ids[again - self._start]], Wanted.NOTHING)
@@ -263,9 +238,9 @@ class Decoding:
         self._open = False
         return self._asked(position, [self._ids[-1]], Wanted.TOKEN)
 
-    def _asked(self, position: int, ids: list[int], wanted: Wanted) -> Token:
+    def _asked(self, position: int, ids: list[int], wanted: Wanted) -> Tokens:
         answer = self._feed(position, ids, wanted)
-        if not isinstance(answer, Token):
+        if not isinstance(answer, Tokens):
             raise AssertionError("a step that wants tokens is answered with them")
         return answer
 
@@ -274,6 +249,6 @@ class Decoding:
         return self._sequence.step(position, np.asarray(ids, np.int64), replace(self._ask, wanted=wanted))
 
 
-def first(answer: Token, count: int) -> Token:
+def first(answer: Tokens, count: int) -> Tokens:
     """An answer with its first tokens only."""
     return replace(answer, ids=answer.ids[:count], logprobs=answer.logprobs[:count])

@@ -10,7 +10,7 @@ from typing import Any
 
 from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
-from minigpt.stage.conversation import Conversation
+from minigpt.stage.conversation import Conversation, State
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, Listener
 
@@ -79,8 +79,10 @@ class Server:
 
         Of the handshakes under way the oldest: an honest one takes milliseconds. Else who has been silent longest.
         """
-        waiting = sorted((one for one in self.open.values() if not one.busy), key=lambda one: one.since)
-        strangers = [one for one in waiting if one.stranger]
+        waiting = sorted(
+            (one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)), key=lambda one: one.since
+        )
+        strangers = [one for one in waiting if one.state is State.OPENING]
         if len(strangers) >= self.stage.limits.handshakes:
             return strangers[0]
         if len(self.open) < self.stage.limits.channels:
@@ -125,5 +127,5 @@ class Server:
             channels=len(conversations),
             sequences=len(sequences),
             cache_bytes=sum(sequence.cache.nbytes for sequence in sequences),
-            steps=self.stage.turns.taken,
+            steps=self.stage.schedule.steps,
         )

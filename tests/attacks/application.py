@@ -17,7 +17,7 @@ from attacks.ends import FakeStage, admitted_client, admitted_stage, generate_ma
 from attacks.proxy import Frame, Tap, honest
 from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, Rogue
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import CHUNK, Done, Generate, Token
+from minigpt.protocol.messages import CHUNK, Done, Generate, Tokens
 
 MB = 1 << 20
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
@@ -280,7 +280,7 @@ def pooled(arena: Arena) -> Seen:
     try:
         link.send(Generate(0, secret[:9], TOKENS))
         tokens: list[int] = []
-        while isinstance(message := link.receive(), Token):
+        while isinstance(message := link.receive(), Tokens):
             tokens += message.ids
         require(isinstance(message, Done) and tokens == arena.expected(secret[:9]), f"other tokens: {tokens}")
     finally:

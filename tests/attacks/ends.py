@@ -24,7 +24,7 @@ from attacks.arena import Pipes
 from attacks.rogue import FIN, PATIENCE, Record, Rogue
 from attest.providers.mock import MockAttester, MockKey
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Generate, Step, Token, Wanted
+from minigpt.protocol.messages import Generate, Step, Tokens, Wanted
 from transport.link import CLIENT, SUITES
 from transport.noise import KeyPair
 
@@ -92,8 +92,8 @@ def step_map(rows: NDArray[np.float32], **changes: Any) -> dict[str, Any]:
 
 
 def token_map(position: int) -> dict[str, Any]:
-    """A Token as it travels, for a position that may be anything."""
-    return dict(messages.encode(Token(0, (0,)))) | {"position": position}
+    """A Tokens as it travels, for a position that may be anything."""
+    return dict(messages.encode(Tokens(0, (0,)))) | {"position": position}
 
 
 class FakeStage:

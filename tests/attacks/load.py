@@ -85,8 +85,12 @@ class Crowd:
     def _connect(self) -> bool:
         try:
             sock = socket.create_connection(("127.0.0.1", self._port), timeout=2)
-            sock.sendall(self._first)
         except OSError:
+            return False
+        try:
+            sock.sendall(self._first)
+        except OSError:  # the stage has closed it already
+            sock.close()
             return False
         self.made += 1
         self.adopt(sock)
@@ -216,11 +220,14 @@ def drip(arena: Arena) -> Seen:
                 require(eventually(lambda crowd=crowd: crowd.closed > 0, 20), f"{name}: nobody was ever closed")
         with Crowd(port, 0, b"", drip=True) as crowd:  # strangers that are admitted, as anybody may be, and then drip
             for _ in range(200 if arena.thorough else 80):
-                with contextlib.suppress(ConnectionError):
-                    rogue = as_client(pipes, direct=True).shake()
-                    rogue.hear_attest()
+                rogue = as_client(pipes, direct=True)
+                try:
+                    rogue.shake().hear_attest()
                     rogue.attest()
                     rogue.write(b"\xff\xff" + bytes(1000))
+                except ConnectionError:  # turned away: the stage has no room, and nobody there is idle yet
+                    rogue.sock.close()
+                else:
                     crowd.adopt(rogue.sock)
                     crowd.made += 1
             measured(arena, "39, a drip in records of 64 KiB", pipes, crowd, stream, quiet, seconds)

@@ -39,7 +39,7 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, ConfigError, ManifestError, MessageError
 from minigpt.launch import plan
 from minigpt.protocol import manifest, messages
-from minigpt.protocol.messages import Generate, Report, StageReport, Step, Token, Wanted
+from minigpt.protocol.messages import Generate, Report, StageReport, Step, Tokens, Wanted
 from transport import codec, link
 from transport.address import Address
 from transport.errors import AddressError, DecodeError, TransportError
@@ -135,7 +135,7 @@ def _message_seeds() -> list[bytes]:
     said: list[messages.Message] = [
         Generate(0, (1, 2, 3), 5, (2,), drawn, True), Generate(3, (), 1, wanted=Wanted.LOGITS),
         Step(0, np.ones((2, 3), np.float32), Wanted.TOKENS), Step(1, np.ones((1, 1), np.float32), Wanted.TOKEN, drawn),
-        Token(5, (1, 2), (-0.1, -0.2), spans), messages.Logits(1, np.ones(3, np.float32)),
+        Tokens(5, (1, 2), (-0.1, -0.2), spans), messages.Logits(1, np.ones(3, np.float32)),
         messages.Done(messages.Reason.END), messages.Refusal(0, "busy", "later"), messages.Failure(1, "failed", "x"),
         messages.Cancel(), messages.Reset(), messages.Status(), Report((StageReport(0, evidence="{}"), StageReport(1))),
     ]  # fmt: skip

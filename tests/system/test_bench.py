@@ -13,7 +13,7 @@ from minigpt.cli import bench
 from minigpt.cli.bench import Part, Run
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation
-from minigpt.protocol.messages import Answer, Generate, Reason, Span, Token
+from minigpt.protocol.messages import Answer, Generate, Reason, Span, Tokens
 
 
 def spans(*parties: Part) -> tuple[Span, ...]:
@@ -65,11 +65,11 @@ def test_tokens_that_came_together_share_the_parts_of_their_step() -> None:
     step = spans(Part(0.0, 0.0, 3.0, 6.0), Part(12.0, 0.0, 0.0, 0.0))
 
     def answers() -> Generator[Answer, None, Reason]:
-        yield Token(2, (5,), (), spans(Part(0.0, 99.0, 99.0, 99.0), Part(99.0, 0.0, 0.0, 0.0)))
-        yield Token(3, (6, 7, 8), (), step)
+        yield Tokens(2, (5,), (), spans(Part(0.0, 99.0, 99.0, 99.0), Part(99.0, 0.0, 0.0, 0.0)))
+        yield Tokens(3, (6, 7, 8), (), step)
         return Reason.LENGTH
 
-    def generate(ids: list[int], max_tokens: int, draft: int) -> Generation:
+    def generate(ids: list[int], max_tokens: int, draft: int, spans: bool) -> Generation:
         return Generation(answers(), Generate(0, tuple(ids), max_tokens, draft=draft), SMALL)
 
     pipeline: Any = SimpleNamespace(tokenizer=None, generate=generate)

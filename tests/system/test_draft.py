@@ -25,8 +25,10 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, StageError, UsageError
 from minigpt.protocol import messages
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Answer, Ask, Generate, Logits, Reason, Span, Step, Token, Wanted
-from minigpt.stage.generation import Sequence, generate
+from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Step, Tokens, Wanted
+from minigpt.protocol.request import Ask, Options
+from minigpt.stage.generation import StageSequence, generate
+from minigpt.stage.schedule import Schedule
 from transport import codec
 
 DRAFTS = (1, 4, 8, 30)
@@ -38,7 +40,7 @@ class Link:
 
     traffic = (0.0, 0.0, 0.0)
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: StageSequence) -> None:
         self.sequence = sequence
         self.asked: list[tuple[int, int, Wanted]] = []
 
@@ -49,11 +51,11 @@ class Link:
         return answer
 
 
-def chain(models: list[GPT2]) -> Sequence:
+def chain(models: list[GPT2]) -> StageSequence:
     """The first stage's sequence of a pipeline in this process."""
-    sequence: Sequence | None = None
+    sequence: StageSequence | None = None
     for index, model in reversed(list(enumerate(models))):
-        sequence = Sequence(model, Link(sequence) if sequence else None, stage=index)
+        sequence = StageSequence(Schedule(model), Link(sequence) if sequence else None, stage=index)
     assert sequence is not None
     return sequence
 
@@ -63,14 +65,14 @@ def run(models: list[GPT2], request: Generate) -> tuple[list[int], Reason, list[
     return follow(chain(models), request)
 
 
-def follow(sequence: Sequence, request: Generate) -> tuple[list[int], Reason, list[int]]:
+def follow(sequence: StageSequence, request: Generate) -> tuple[list[int], Reason, list[int]]:
     steps, ids, bursts = generate(sequence, request), [], []
     while True:
         try:
             answer = next(steps)
         except StopIteration as end:
             return ids, end.value, bursts
-        assert isinstance(answer, Token)
+        assert isinstance(answer, Tokens)
         assert answer.position == len(request.ids) + len(ids)
         assert len(answer.logprobs) == (len(answer.ids) if request.logprobs else 0)
         ids += answer.ids
@@ -90,7 +92,7 @@ class Script(Link):
             return None
         after = start + len(rows)
         first = start + 1 if ask.wanted is Wanted.TOKENS else after
-        return Token(first, tuple(self.text[first : after + 1]))
+        return Tokens(first, tuple(self.text[first : after + 1]))
 
 
 def script(text: list[int], length: int, **options: Any) -> tuple[list[int], Reason, list[int]]:
@@ -98,9 +100,9 @@ def script(text: list[int], length: int, **options: Any) -> tuple[list[int], Rea
     return follow(scripted(Script(text)), Generate(0, tuple(text[:length]), len(text) - length, **options))
 
 
-def scripted(said: Script) -> Sequence:
+def scripted(said: Script) -> StageSequence:
     """A first stage before a script."""
-    return Sequence(cut(SMALL, tensors("plain", 0), 1)[0], said)
+    return StageSequence(Schedule(cut(SMALL, tensors("plain", 0), 1)[0]), said)
 
 
 @cache
@@ -241,7 +243,7 @@ def test_log_probabilities_are_those_of_plain_decoding_but_for_the_last_bits() -
     found = []
     for draft in (0, 8):
         answers = generate(chain(models), Generate(0, PROMPT, 60, logprobs=True, draft=draft))
-        found.append([value for answer in answers if isinstance(answer, Token) for value in answer.logprobs])
+        found.append([value for answer in answers if isinstance(answer, Tokens) for value in answer.logprobs])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
@@ -341,10 +343,10 @@ def test_wrong_guesses_demand_longer_runs_and_right_ones_shorter() -> None:
         (Generate(0, (1,), 5), {"draft": True}),
         (Step(0, np.zeros((MAX_DRAFT + 2, 1), np.float32), Wanted.TOKEN), {"wanted": "tokens"}),
         (Step(0, np.zeros((2, 1), np.float32), Wanted.TOKEN, Sampling(1.0)), {"wanted": "tokens"}),
-        (Token(3, (1, 2), (-0.5, -0.5)), {"ids": bytes(4)}),
-        (Token(3, (1, 2), (-0.5, -0.5)), {"ids": b""}),
+        (Tokens(3, (1, 2), (-0.5, -0.5)), {"ids": bytes(4)}),
+        (Tokens(3, (1, 2), (-0.5, -0.5)), {"ids": b""}),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Generate | Step | Token) else str(value),
+    ids=lambda value: type(value).__name__ if isinstance(value, Generate | Step | Tokens) else str(value),
 )
 def test_a_message_that_makes_no_sense_is_refused(example: messages.Message, changes: dict[str, object]) -> None:
     value = typing.cast("dict[str, object]", codec.decode(codec.encode(messages.encode(example))))
@@ -356,39 +358,43 @@ def test_a_message_that_makes_no_sense_is_refused(example: messages.Message, cha
 def test_an_answer_must_fit_its_step() -> None:
     logits = Logits(9, np.zeros(3, np.float32))
     fitting = {
-        Wanted.TOKEN: [Token(9, (1,))],
-        Wanted.TOKENS: [Token(7, ()), Token(7, (1,)), Token(7, (1, 2, 3))],
+        Wanted.TOKEN: [Tokens(9, (1,))],
+        Wanted.TOKENS: [Tokens(7, ()), Tokens(7, (1,)), Tokens(7, (1, 2, 3))],
         Wanted.LOGITS: [logits],
         Wanted.NOTHING: [],
     }
-    others = [Token(9, ()), Token(9, (1, 2)), Token(8, (1,)), Token(7, (1, 2, 3, 4)), Token(9, (1,), (0.0,))]
+    others = [Tokens(9, ()), Tokens(9, (1, 2)), Tokens(8, (1,)), Tokens(7, (1, 2, 3, 4)), Tokens(9, (1,), (0.0,))]
     answers = [answer for good in fitting.values() for answer in good] + others
     for wanted, good in fitting.items():
         assert [answer for answer in answers if Ask(wanted, Sampling()).fits(answer, 6, 3)] == good
-    assert Ask(Wanted.TOKENS, Sampling(), True).fits(Token(7, (1, 2), (-0.5, -0.5)), 6, 3)
-    assert not Ask(Wanted.TOKENS, Sampling(), True).fits(Token(7, (1, 2)), 6, 3)
+    assert Ask(Wanted.TOKENS, Sampling(), True).fits(Tokens(7, (1, 2), (-0.5, -0.5)), 6, 3)
+    assert not Ask(Wanted.TOKENS, Sampling(), True).fits(Tokens(7, (1, 2)), 6, 3)
 
 
 @pytest.mark.parametrize("draft", [-1, MAX_DRAFT + 1])
 def test_a_draft_out_of_range_is_refused_in_words(draft: int) -> None:
     with pytest.raises(UsageError, match="draft"):
-        make_request([1], None, SMALL, draft=draft)
-    assert make_request([1], None, SMALL, draft=MAX_DRAFT).draft == MAX_DRAFT
+        make_request([1], None, SMALL, Options(draft=draft))
+    assert make_request([1], None, SMALL, Options(draft=MAX_DRAFT)).draft == MAX_DRAFT
 
 
 @pytest.mark.parametrize("default", [0, 6])
 def test_where_a_request_says_nothing_the_first_stage_decides(default: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DRAFT", default)
-    request = messages.decode(messages.encode(make_request(PROMPT, None, SMALL, max_tokens=100)))
+    request = messages.decode(messages.encode(make_request(PROMPT, None, SMALL, Options(max_tokens=100))))
     assert isinstance(request, Generate)
     assert (request.draft, request.most) == (None, 1 + MAX_DRAFT)
     model = whole()
-    asked = list(generate(Sequence(model), request))
-    told = [answer.ids for answer in asked if isinstance(answer, Token)]
+    asked = list(generate(StageSequence(Schedule(model)), request))
+    told = [answer.ids for answer in asked if isinstance(answer, Tokens)]
     assert (max(map(len, told)) > 1) == (default > 0)
-    sampled = make_request(PROMPT, None, SMALL, max_tokens=100, temperature=1.0)
+    sampled = make_request(PROMPT, None, SMALL, Options(max_tokens=100, temperature=1.0))
     assert sampled.most == 1
-    assert all(len(answer.ids) == 1 for answer in generate(Sequence(model), sampled) if isinstance(answer, Token))
+    assert all(
+        len(answer.ids) == 1
+        for answer in generate(StageSequence(Schedule(model)), sampled)
+        if isinstance(answer, Tokens)
+    )
 
 
 # The client
@@ -396,8 +402,8 @@ def test_where_a_request_says_nothing_the_first_stage_decides(default: int, monk
 
 def test_tokens_that_came_together_have_one_time_and_equal_parts() -> None:
     def answers() -> Generator[Answer, None, Reason]:
-        yield Token(1, (5,), (), (Span(2.0, 0.0, 0.0, 0.0, 30.0),))
-        yield Token(2, (6, 7, 8), (-1.0, -2.0, -3.0), (Span(3.0, 0.0, 0.0, 0.0, 30.0),))
+        yield Tokens(1, (5,), (), (Span(2.0, 0.0, 0.0, 0.0, 30.0),))
+        yield Tokens(2, (6, 7, 8), (-1.0, -2.0, -3.0), (Span(3.0, 0.0, 0.0, 0.0, 30.0),))
         return Reason.LENGTH
 
     made = Generation(answers(), Generate(0, (1,), 4), SMALL)
@@ -434,7 +440,7 @@ def pipeline(stages: Stages) -> Iterator[Pipeline]:
 
 def test_a_pipeline_of_processes_gives_the_text_of_plain_decoding(pipeline: Pipeline) -> None:
     _, plain = circling()
-    drafted = pipeline.generate(PROMPT, max_tokens=140, draft=8, logprobs=True)
+    drafted = pipeline.generate(PROMPT, max_tokens=140, draft=8, logprobs=True, spans=True)
     found = list(drafted)
     assert [token.id for token in found] == plain
     assert all(token.logprob is not None for token in found)
@@ -456,7 +462,7 @@ def test_more_tokens_at_once_than_were_asked_for_are_refused(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for ids in ((), (1, 2, 3, 4)):
-        monkeypatch.setattr(StageLink, "receive", lambda _, ids=ids: Token(len(PROMPT), ids))
+        monkeypatch.setattr(StageLink, "receive", lambda _, ids=ids: Tokens(len(PROMPT), ids))
         with pytest.raises(StageError, match="tokens at once"):
             next(pipeline.generate(PROMPT, draft=2))
 

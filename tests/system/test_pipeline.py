@@ -22,7 +22,8 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.protocol import links, messages
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import CHUNK, Ask, Cancel, Done, Generate, Reason, Reset, Step, Token, Wanted
+from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, Step, Tokens, Wanted
+from minigpt.protocol.request import Ask
 from transport import codec
 from transport.channel import Deadlines
 from transport.noise import CipherState
@@ -108,7 +109,7 @@ def test_it_says_why_it_ended(pipeline: Pipeline) -> None:
 
 
 def test_times_and_spans_are_told_for_every_token(pipeline: Pipeline) -> None:
-    made = pipeline.generate(IDS[:5], max_tokens=4)
+    made = pipeline.generate(IDS[:5], max_tokens=4, spans=True)
     ids(made)
     assert made.times == sorted(made.times)
     assert [len(spans) for spans in made.spans] == [4] * 4  # the client and three stages
@@ -186,7 +187,7 @@ def test_a_request_that_does_not_fit_is_refused_in_words_and_the_channel_lives(
 def tokens(link: StageLink, request: Generate) -> list[int]:
     link.send(request)
     found = []
-    while isinstance(message := link.receive(), Token):
+    while isinstance(message := link.receive(), Tokens):
         found += message.ids
     assert isinstance(message, Done)
     return found
@@ -234,7 +235,7 @@ def test_a_cancel_ends_a_request_and_one_too_late_is_nothing(link: StageLink) ->
     link.receive()
     link.send(Cancel())
     found = 1
-    while isinstance(message := link.receive(), Token):
+    while isinstance(message := link.receive(), Tokens):
         found += 1
     assert message == Done(Reason.CANCELLED)
     assert found < 150
@@ -523,8 +524,8 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
             self.lengths.append(len(self.sealer.seal(Type.MESSAGE, body, least)))
             return len(body)
 
-        def receive(self, _timeout: float) -> dict[str, object]:
-            return messages.encode(Token(self.end, (1,)))
+        def receive(self, _timeout: float, *, asker: object) -> dict[str, object]:
+            return messages.encode(Tokens(self.end, (1,)))
 
     seen = set()
     for length in range(1, 1025):

@@ -17,7 +17,7 @@ from processes import ROOT, Stages, eventually
 import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
-from minigpt.stage.stage import Turns
+from minigpt.stage.schedule import Turns
 
 
 def free_port() -> tuple[socket.socket, int]:

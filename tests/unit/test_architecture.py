@@ -34,11 +34,12 @@ MAY_IMPORT = {
         "transport",
     },
     "minigpt.client": {
-        "minigpt.client", "minigpt.protocol", "minigpt.engine", "minigpt.checkpoint", "minigpt.launch.local",
-        "minigpt.errors", "=attest", "transport",
+        "minigpt.client", "minigpt.protocol", "minigpt.engine", "minigpt.checkpoint", "minigpt.launch.launcher",
+        "minigpt.launch.local", "minigpt.errors", "=attest", "transport",
     },
     "minigpt.client.inprocess": {
         "minigpt.client", "minigpt.protocol", "minigpt.engine", "minigpt.checkpoint", "minigpt.stage.generation",
+        "minigpt.stage.schedule",
         "minigpt.errors",
     },
     "minigpt.cli": {"minigpt", "attest", "transport"},
@@ -59,6 +60,7 @@ OUTSIDE = {  # of what is not in the standard library
     "minigpt.protocol.schema": {"numpy"},
     "minigpt.protocol.messages": {"numpy"},
     "minigpt.stage.generation": {"numpy"},
+    "minigpt.stage.schedule": {"numpy"},
     "minigpt.client": {"numpy"},
 }
 LAZY = {"minigpt.checkpoint.sources": "huggingface_hub", "minigpt.checkpoint.tokenizer": "tokenizers"}

@@ -10,8 +10,10 @@ from made import SMALL, cut, random_tensors
 
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import CHUNK, Ask, Generate, Logits, Reason, Span, Token, Wanted
-from minigpt.stage.generation import Sequence, generate
+from minigpt.protocol.messages import CHUNK, Generate, Logits, Reason, Span, Tokens, Wanted
+from minigpt.protocol.request import Ask
+from minigpt.stage.generation import StageSequence, generate
+from minigpt.stage.schedule import Schedule
 
 TENSORS = random_tensors(SMALL)
 IDS = tuple(np.random.default_rng(2).integers(0, SMALL.vocab_size - 1, SMALL.n_positions).tolist())
@@ -22,34 +24,34 @@ class Link:
 
     traffic = (0.0, 0.0, 0.0)
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: StageSequence) -> None:
         self.step = sequence.step
 
 
-def chain(*bounds: int) -> Sequence:
+def chain(*bounds: int) -> StageSequence:
     """The first of a chain of sequences, one for each part of the model."""
-    sequence: Sequence | None = None
+    sequence: StageSequence | None = None
     for index, model in reversed(list(enumerate(cut(SMALL, TENSORS, *bounds)))):
-        sequence = Sequence(model, Link(sequence) if sequence else None, stage=index)
+        sequence = StageSequence(Schedule(model), Link(sequence) if sequence else None, stage=index)
     assert sequence is not None
     return sequence
 
 
-def run(sequence: Sequence, request: Generate) -> tuple[list[int], Reason]:
+def run(sequence: StageSequence, request: Generate) -> tuple[list[int], Reason]:
     steps, ids = generate(sequence, request), []
     while True:
         try:
             answer = next(steps)
         except StopIteration as end:
             return ids, end.value
-        assert isinstance(answer, Token)
+        assert isinstance(answer, Tokens)
         ids += answer.ids
 
 
 @pytest.mark.parametrize("bounds", [(1,), (3,), (1, 2), (1, 2, 3)])
 @pytest.mark.parametrize("length", [1, 7, CHUNK + 5])
 def test_a_cut_is_invisible_to_the_bit(bounds: tuple[int, ...], length: int) -> None:
-    def logits(sequence: Sequence) -> np.ndarray:
+    def logits(sequence: StageSequence) -> np.ndarray:
         (answer,) = generate(sequence, Generate(0, IDS[:length], 1, wanted=Wanted.LOGITS))
         assert isinstance(answer, Logits)
         return answer.values
@@ -91,7 +93,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(request_: Gene
 
 
 def test_a_later_stage_refuses_hidden_states_that_do_not_fit() -> None:
-    last = Sequence(cut(SMALL, TENSORS, 2)[1], stage=1)
+    last = StageSequence(Schedule(cut(SMALL, TENSORS, 2)[1]), stage=1)
     ask = Ask(Wanted.TOKEN, Sampling())
     for start, shape in (
         (1, (1, SMALL.n_embd)),
@@ -129,7 +131,9 @@ def test_the_caller_is_asked_before_each_step_whether_to_go_on() -> None:
 
 
 def test_spans_are_of_every_stage_in_order() -> None:
-    (answer,) = generate(chain(1, 2), Generate(0, IDS[:4], 1))
+    (unasked,) = generate(chain(1, 2), Generate(0, IDS[:4], 1))
+    assert unasked.spans == ()
+    (answer,) = generate(chain(1, 2), Generate(0, IDS[:4], 1, spans=True))
     assert len(answer.spans) == 3
     assert all(isinstance(span, Span) and span.compute > 0 for span in answer.spans)
     assert answer.spans[0].wait >= answer.spans[1].compute
@@ -138,7 +142,7 @@ def test_spans_are_of_every_stage_in_order() -> None:
 def test_log_probabilities_are_those_of_the_logits() -> None:
     (answer,) = generate(chain(2), Generate(0, IDS[:9], 1, logprobs=True))
     (asked,) = generate(chain(2), Generate(0, IDS[:9], 1, wanted=Wanted.LOGITS))
-    assert isinstance(answer, Token)
+    assert isinstance(answer, Tokens)
     assert isinstance(asked, Logits)
     values = asked.values.astype(np.float64)
     assert answer.logprobs[0] == pytest.approx(values[answer.ids[0]] - np.log(np.exp(values).sum()), abs=1e-9)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Step, Token, Wanted
+from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Step, Tokens, Wanted
 from transport import codec
 
 EXAMPLES: list[messages.Message] = [
     Generate(3, (1, 2, 2**32 - 1), 20, (50256,), Sampling(0.7, 40, 0.9, 2**64 - 1), True),
     Step(5, np.arange(6, dtype=np.float32).reshape(2, 3), Wanted.NOTHING),
-    Token(9, (7,), (-0.5,), (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))),
+    Tokens(9, (7,), (-0.5,), (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))),
     Logits(4, np.linspace(-1, 1, 7, dtype=np.float32)),
     Done(Reason.CONTEXT),
     messages.Refusal(1, "busy", "try again"),
@@ -131,7 +131,7 @@ def test_big_endian_hidden_states_would_be_seen_as_other_numbers_so_the_wire_is_
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5), st.lists(st.floats(-99, 0), min_size=1, max_size=1))
 def test_a_messages_length_tells_nothing_of_ids_or_probabilities(ids: list[int], logprobs: list[float]) -> None:
     def lengths(ids: tuple[int, ...], logprobs: tuple[float, ...]) -> tuple[int, int]:
-        prompt, token = Generate(0, ids, 20), Token(7, ids[:1], logprobs)
+        prompt, token = Generate(0, ids, 20), Tokens(7, ids[:1], logprobs)
         return len(codec.encode(messages.encode(prompt))), len(codec.encode(messages.encode(token)))
 
     assert lengths(tuple(ids), tuple(logprobs)) == lengths((0,) * 5, (0.0,))

@@ -10,7 +10,8 @@ from made import SMALL
 
 from minigpt.client.text import Generation, StopStrings, make_request
 from minigpt.errors import UsageError
-from minigpt.protocol.messages import Answer, Generate, Reason, Token
+from minigpt.protocol.messages import Answer, Generate, Reason, Tokens
+from minigpt.protocol.request import Options
 
 PIECES = st.lists(st.text("ab\n", max_size=4), max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -68,7 +69,7 @@ class Letters:
 def answers(ids: bytes, reason: Reason, closed: list[bool]) -> Generator[Answer, None, Reason]:
     try:
         for position, token in enumerate(ids, 1):
-            yield Token(position, (token,))
+            yield Tokens(position, (token,))
     except GeneratorExit:
         closed.append(True)
         raise
@@ -129,10 +130,10 @@ def test_closing_it_cancels_the_request() -> None:
 )
 def test_arguments_that_make_no_request_are_refused_in_words(prompt: Any, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        make_request(prompt, None, SMALL, **options)
+        make_request(prompt, None, SMALL, Options(**options))
 
 
 def test_a_seed_is_drawn_when_it_is_needed_and_told() -> None:
-    assert make_request([1], None, SMALL, temperature=1.0, seed=5).sampling.seed == 5
-    drawn = {make_request([1], None, SMALL, temperature=1.0).sampling.seed for _ in range(8)}
+    assert make_request([1], None, SMALL, Options(temperature=1.0, seed=5)).sampling.seed == 5
+    drawn = {make_request([1], None, SMALL, Options(temperature=1.0)).sampling.seed for _ in range(8)}
     assert len(drawn) == 8

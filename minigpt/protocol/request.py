@@ -1,0 +1,121 @@
+"""A request: the options of a generation, what each step asks of the stages, when it ends, and where its time goes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from minigpt.engine.config import Config
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import UsageError
+from minigpt.protocol.messages import MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Wanted
+
+Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to continue a prompt.
+
+    Args:
+        max_tokens: how many tokens at most.
+        temperature: 0 takes the most likely token each time; 1 draws from the model's distribution.
+        top_k: draw among the k most likely tokens only; 0 for all.
+        top_p: draw among the most likely tokens that together have this probability; 1 for all.
+        seed: of the draws; the same seed gives the same tokens, whatever the number of stages. None draws a new one.
+        stop: strings to end before. The client finds them: stages never see text.
+        logprobs: return each token's log-probability.
+        draft: how many ids to guess ahead at most where the text repeats itself; 0 for none, None for the first
+            stage's own choice (`drafting.DRAFT`). Greedy decoding only. The tokens are the same, and come sooner where
+            guesses are right, several at once; their log-probabilities may differ in the last bits.
+        spans: return where each token's time went, stage by stage.
+    """
+
+    max_tokens: int = 20
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: bool = False
+    draft: int | None = None
+    spans: bool = False
+
+    def request(self, ids: tuple[int, ...], config: Config) -> Generate:
+        """The message for a prompt of these ids. Raises UsageError for an option out of its range."""
+        if isinstance(self.stop, str):
+            raise UsageError("stop is a string, wanted a list of strings: write [stop]")
+        if any(not text for text in self.stop):
+            raise UsageError("a stop string is empty, and would end every text at once")
+        for name in ("max_tokens", "top_k", "seed", "draft"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} is {value!r}, wanted a whole number")
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}, wanted at least 1")
+        if self.draft is not None and not 0 <= self.draft <= MAX_DRAFT:
+            raise UsageError(f"draft is {self.draft}, wanted 0 (none) to {MAX_DRAFT}")
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbits(32) if self.temperature > 0 else 0
+        try:
+            sampling = Sampling(self.temperature, self.top_k, self.top_p, seed)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return Generate(
+            start=0,
+            ids=ids,
+            max_tokens=min(self.max_tokens, config.n_positions + 1),
+            stop_ids=config.eos_token_id,
+            sampling=sampling,
+            logprobs=self.logprobs,
+            draft=self.draft,
+            spans=self.spans,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a step must answer, and how a token is drawn."""
+
+    wanted: Wanted
+    sampling: Sampling
+    logprobs: bool = False
+    spans: bool = False
+
+    def fits(self, answer: Answer, start: int, rows: int) -> bool:
+        """Whether this may be the answer to a step of `rows` rows from position `start` on."""
+        if isinstance(answer, Logits):
+            return self.wanted is Wanted.LOGITS and answer.position == start + rows
+        count = len(answer.ids)
+        if self.wanted is Wanted.TOKENS:
+            placed = answer.position == start + 1 and count <= rows
+        else:
+            placed = self.wanted is Wanted.TOKEN and answer.position == start + rows and count == 1
+        return placed and len(answer.logprobs) == (count if self.logprobs else 0)
+
+
+def ending(request: Generate, n_positions: int, produced: int, token: int) -> Reason | None:
+    """Why a generation ends after its token number `produced`, or None if it goes on.
+
+    A token drawn for the position after the model's last can be returned, but not fed back.
+    """
+    if token in request.stop_ids:
+        return Reason.END
+    if produced >= request.max_tokens:
+        return Reason.LENGTH
+    if request.start + len(request.ids) + produced - 1 >= n_positions:
+        return Reason.CONTEXT
+    return None
+
+
+def with_span(answer: Answer, own: Span) -> Answer:
+    """The answer with one more stage's span in front."""
+    return replace(answer, spans=(own, *answer.spans))
+
+
+def span(compute: float, elapsed: float, before: Traffic, after: Traffic) -> Span:
+    """The span of a stage that computed for `compute` seconds and then used its link for `elapsed` seconds."""
+    seal, unseal, carried = (now - then for now, then in zip(after, before, strict=True))
+    return Span(compute, seal, unseal, max(0.0, elapsed - seal - unseal), carried)
