@@ -1,0 +1,264 @@
+"""Known answers of the link protocol: every value that docs/protocol.md quotes, from keys that anybody can write down.
+
+    python scripts/known_answers.py        writes docs/known_answers.json
+
+Nothing in it is random and nothing reads a clock, so the file changes only if the protocol does. The handshakes are
+spelled out here step by step, on the symmetric state alone; tests/unit/test_known_answers.py holds them against the
+link's own code and against another implementation.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from Crypto.PublicKey import MLKEM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
+
+from attest import NO_CLAIMS, Binding, Evidence
+from attest.providers.mock import MockAttester, MockKey, MockRoot
+from minigpt.protocol import messages
+from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import Cancel, Done, Message, Reason, Refusal, Status, Token
+from transport import codec
+from transport.link import CLIENT, SUITES, dump_attest
+from transport.noise import CipherState, KeyPair, SymmetricState
+from transport.records import Sealer, Type, padded_size
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "known_answers.json"
+
+
+def run(first: int, count: int = 32) -> bytes:
+    """So many bytes that count up from `first`."""
+    return bytes((first + i) % 256 for i in range(count))
+
+
+CLIENT_STATIC = KeyPair.from_private(run(0x00))
+STAGE_STATIC = KeyPair.from_private(run(0x20))
+CLIENT_EPHEMERAL = KeyPair.from_private(run(0x40))
+STAGE_EPHEMERAL = KeyPair.from_private(run(0x60))
+ROOT = MockRoot(run(0x80))
+STAGE_SIGNING = run(0xA0)
+STAGE_SIGNING_PUBLIC = MockRoot(STAGE_SIGNING).public  # a root is an Ed25519 key like any other
+MEASUREMENT = run(0xC0, 48)
+MADE_MS = 1_767_225_600_000  # 2026-01-01T00:00:00Z, when the evidence was made
+NOT_AFTER_MS = 1_798_761_600_000  # 2027-01-01T00:00:00Z
+KEM_SEED = run(0x10, 64)  # d | z of FIPS 203
+KEM_COINS = run(0x50)  # m of FIPS 203
+
+LONG = 70_000  # bytes of the body that takes two records
+
+
+def manifest() -> str:
+    """A manifest of two stages that accepts both suites."""
+    pins = {"provider": "mock", "root_key": ROOT.public.hex(), "measurements": [MEASUREMENT.hex()]}
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 2048,
+        "n_positions": 512,
+        "n_embd": 120,
+        "n_layer": 12,
+        "n_head": 6,
+        "n_inner": 480,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-05,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": [2047],
+    }
+    stages = [
+        {
+            "layers": [6 * index, 6 * index + 6],
+            "address": f"tcp://127.0.0.1:{5001 + index}",
+            "weights_sha256": run(0xE0 + index).hex(),
+            "evidence": pins,
+        }
+        for index in range(2)
+    ]
+    fields = {
+        "format": "minigpt-pipeline-1",
+        "issued": "2026-01-01T00:00:00Z",
+        "expires": "2027-01-01T00:00:00Z",
+        "model": {"id": "tiny", "revision": None, "tokenizer_sha256": None, "config": config},
+        "suites": [1, 2],
+        "clients": "any",
+        "stages": stages,
+    }
+    return json.dumps(fields, indent=1) + "\n"
+
+
+class Script:
+    """A handshake between a client and stage 0, one operation after the other; `steps` has the state after each."""
+
+    def __init__(self, suite: int, digest: bytes) -> None:
+        self.preamble = b"mGPT" + bytes([1, suite, 0, 0])
+        self.prologue = b"MGPT-LINK-v1" + self.preamble + digest + CLIENT.to_bytes(2, "big") + bytes(2)
+        self.state = SymmetricState(SUITES[suite].protocol_name)
+        self.steps: list[dict[str, Any]] = []
+        self.message: list[bytes] = []
+        self.messages: list[bytes] = []
+        self._note("InitializeSymmetric(protocol name)")
+        self.state.mix_hash(self.prologue)
+        self._note("MixHash(prologue)")
+
+    def clear(self, name: str, data: bytes) -> None:
+        self.state.mix_hash(data)
+        self.message.append(data)
+        self._note(f"MixHash({name})")
+
+    def sealed(self, name: str, data: bytes) -> None:
+        written = self.state.encrypt_and_hash(data)
+        self.message.append(written)
+        self._note(f"EncryptAndHash({name})", output=written.hex())
+
+    def secret(self, name: str, data: bytes) -> None:
+        self.state.mix_key(data)
+        self._note(f"MixKey({name})", input=data.hex())
+
+    def payload(self) -> None:
+        self.sealed("empty payload", b"")
+        self.messages.append(b"".join(self.message))
+        self.message.clear()
+
+    def _note(self, what: str, **more: str) -> None:
+        state = self.state
+        key = {} if state.cipher.k is None else {"k": state.cipher.k.hex(), "n": state.cipher.n}
+        self.steps.append({"step": what, **more, "h": state.h.hex(), "ck": state.ck.hex(), **key})
+
+
+def handshake(suite: int, digest: bytes) -> Script:
+    script = Script(suite, digest)
+    kem = MLKEM.construct(param_set=MLKEM.ML_KEM_768, seed=KEM_SEED)
+    script.clear("e of the client", CLIENT_EPHEMERAL.public)
+    if suite == 2:
+        script.sealed("e1", bytes(kem.ek))
+    script.payload()
+    script.clear("e of the stage", STAGE_EPHEMERAL.public)
+    script.secret("ee", CLIENT_EPHEMERAL.dh(STAGE_EPHEMERAL.public))
+    if suite == 2:
+        shared, ciphertext = kem._encaps(KEM_COINS)
+        script.sealed("ekem1", bytes(ciphertext))
+        script.secret("shared secret of ekem1", bytes(shared))
+    script.sealed("s of the stage", STAGE_STATIC.public)
+    script.secret("es", CLIENT_EPHEMERAL.dh(STAGE_STATIC.public))
+    script.payload()
+    script.sealed("s of the client", CLIENT_STATIC.public)
+    script.secret("se", CLIENT_STATIC.dh(STAGE_EPHEMERAL.public))
+    script.payload()
+    return script
+
+
+def told(script: Script) -> dict[str, Any]:
+    first, second = script.state.split()
+    assert first.k is not None
+    assert second.k is not None
+    return {
+        "protocol_name": SUITES[script.preamble[5]].protocol_name.decode(),
+        "preamble": script.preamble.hex(),
+        "prologue": script.prologue.hex(),
+        "steps": script.steps,
+        "messages": [message.hex() for message in script.messages],
+        "h": script.state.h.hex(),
+        "k_i2r": first.k.hex(),
+        "k_r2i": second.k.hex(),
+    }
+
+
+def evidence(h: bytes, claims: bytes) -> dict[str, Any]:
+    """What both ends say about themselves."""
+    key = MockKey(STAGE_SIGNING, ROOT.endorse(STAGE_SIGNING_PUBLIC, 0, NOT_AFTER_MS))
+    binding = Binding("R", 1, h, STAGE_STATIC.public, claims)
+    made = MockAttester(key, claims, measurement=MEASUREMENT, clock=lambda: MADE_MS / 1000).attest(binding)
+    own = Binding("I", 0, h, CLIENT_STATIC.public, NO_CLAIMS)
+    return {
+        "claims": claims.hex(),
+        "binding_r": binding.digest.hex(),
+        "evidence": made.evidence.hex(),
+        "endorsement": made.endorsements[0].hex(),
+        "attest_r": dump_attest(made).hex(),
+        "binding_i": own.digest.hex(),
+        "attest_i": dump_attest(Evidence(0, NO_CLAIMS, b"", ())).hex(),
+    }
+
+
+EXAMPLES: dict[str, Message] = {
+    "cancel": Cancel(),
+    "status": Status(),
+    "done_length": Done(Reason.LENGTH),
+    "done_end": Done(Reason.END),
+    "done_context": Done(Reason.CONTEXT),
+    "done_cancelled": Done(Reason.CANCELLED),
+    "token": Token(3, (464,)),
+    "tokens": Token(3, (464, 3139), (-0.5, -1.25)),
+    "refusal": Refusal(0, "busy", "stage 0 is busy with 8 sequences: try again later"),
+}
+
+
+def body(name: str) -> bytes:
+    return codec.encode(messages.encode(EXAMPLES[name]))
+
+
+def records(k_i2r: bytes, k_r2i: bytes, attest_i: bytes, attest_r: bytes) -> dict[str, Any]:
+    """Both directions of a link, from the evidence to the end; long ones as their digests."""
+    cipher = CipherState(k_i2r)
+    client, stage = Sealer(cipher), Sealer(CipherState(k_r2i))
+    from_client = [client.seal(Type.ATTEST, attest_i)]
+    from_client += [client.seal(Type.MESSAGE, body("status")) for _ in range(1024)]
+    key = cipher.k
+    from_client.append(client.seal(Type.CLOSE, (1024).to_bytes(8, "big")))
+    long = [stage.seal(Type.ATTEST, attest_r)]
+    long += [stage.seal(Type.MESSAGE, body("token")), stage.seal(Type.PING)]
+    fragments = stage.seal(Type.MESSAGE, bytes(LONG))
+    lengths, at = [], 0
+    while at < len(fragments):
+        lengths.append(int.from_bytes(fragments[at : at + 2], "big"))
+        at += 2 + lengths[-1]
+    assert key is not None
+    return {
+        "i2r": {str(n): from_client[n].hex() for n in (0, 1, 1023, 1024, 1025)},
+        "i2r_key_from_1024": key.hex(),
+        "r2i": {str(n): record.hex() for n, record in enumerate(long)},
+        "r2i_long": {"zeros": LONG, "record_lengths": lengths, "sha256": hashlib.sha256(fragments).hexdigest()},
+        "r2i_close": stage.seal(Type.CLOSE, (3).to_bytes(8, "big")).hex(),
+        "i2r_alert_instead_of_0": Sealer(CipherState(k_i2r)).seal(Type.ALERT, b"\x03").hex(),
+    }
+
+
+def answers() -> dict[str, Any]:
+    """The whole of docs/known_answers.json."""
+    text = manifest()
+    parsed = Manifest.parse(text.encode())
+    one, two = told(handshake(1, parsed.digest)), told(handshake(2, parsed.digest))
+    sealed = evidence(bytes.fromhex(one["h"]), parsed.claims(0))
+    keys = [bytes.fromhex(one[name]) for name in ("k_i2r", "k_r2i")]
+    ends = [bytes.fromhex(sealed[name]) for name in ("attest_i", "attest_r")]
+    pairs = {
+        "client_static": CLIENT_STATIC,
+        "client_ephemeral": CLIENT_EPHEMERAL,
+        "stage_static": STAGE_STATIC,
+        "stage_ephemeral": STAGE_EPHEMERAL,
+    }
+    lengths = (0, 6, 256, 257, 300, 517, 1000, 4097, 65515, 70000, 16 * 2**20)
+    return {
+        "note": "Known answers of docs/protocol.md. Made by scripts/known_answers.py. The keys are public: use none.",
+        "manifest": text,
+        "manifest_sha256": parsed.digest.hex(),
+        "claims_of_stage_1": parsed.claims(1).hex(),
+        "x25519": {name: {"private": pair.private.hex(), "public": pair.public.hex()} for name, pair in pairs.items()},
+        "ed25519": {
+            "root": {"private": ROOT.private.hex(), "public": ROOT.public.hex()},
+            "stage_0": {"private": STAGE_SIGNING.hex(), "public": STAGE_SIGNING_PUBLIC.hex()},
+        },
+        "suite_1": one | sealed | {"records": records(*keys, *ends)},
+        "suite_2": {"e1_seed": KEM_SEED.hex(), "encapsulation_coins": KEM_COINS.hex(), **two},
+        "padded_size": {str(length): padded_size(length) for length in lengths},
+        "messages": {name: body(name).hex() for name in EXAMPLES},
+    }
+
+
+if __name__ == "__main__":
+    TARGET.write_text(json.dumps(answers(), indent=1) + "\n")

@@ -1,0 +1,287 @@
+"""docs/known_answers.json: our own code computes every answer again, and another implementation those of the handshake.
+
+The page beside it quotes some of them, and has an example that is held against its own description.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from typing import Any
+
+import msgpack
+import pytest
+from Crypto.PublicKey import MLKEM
+from Crypto.Signature import eddsa
+from ends import Side
+from noise.connection import Keypair, NoiseConnection
+from processes import ROOT
+
+from attest import AcceptUnattested, Binding, Unattested
+from attest.policy import Policy
+from attest.providers.mock import MockAttester, MockKey, MockVerifier
+from minigpt.protocol import messages
+from minigpt.protocol.manifest import Manifest
+from scripts import known_answers
+from transport import codec, noise
+from transport.errors import Closed, PeerAlert
+from transport.link import CLIENT, End, initiate, load_attest, respond
+from transport.noise import KeyPair
+from transport.records import PROCESS_BUDGET, Opener, Sealer, Type, padded_size
+
+PAGE = (ROOT / "docs" / "protocol.md").read_text()
+ANSWERS: dict[str, Any] = json.loads((ROOT / "docs" / "known_answers.json").read_text())
+ONE = ANSWERS["suite_1"]
+
+
+def of(*path: str) -> bytes:
+    """The bytes of one answer."""
+    value: Any = ANSWERS
+    for name in path:
+        value = value[name]
+    return bytes.fromhex(value)
+
+
+def manifest() -> Manifest:
+    return Manifest.parse(ANSWERS["manifest"].encode())
+
+
+def framed(messages: list[str]) -> list[bytes]:
+    return [struct.pack(">H", len(message) // 2) + bytes.fromhex(message) for message in messages]
+
+
+def test_the_script_writes_this_file() -> None:
+    assert known_answers.answers() == ANSWERS
+
+
+def test_the_manifest_is_one_and_its_digest_is_of_its_bytes() -> None:
+    assert manifest().digest == of("manifest_sha256") == hashlib.sha256(ANSWERS["manifest"].encode()).digest()
+    assert manifest().claims(0) == of("suite_1", "claims")
+    assert manifest().claims(1) == of("claims_of_stage_1")
+
+
+class Links:
+    """Both ends of the link in our own code, with the keys of the answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, suite: int) -> None:
+        ephemeral = [KeyPair.from_private(of("x25519", f"{name}_ephemeral", "private")) for name in ("client", "stage")]
+        fresh = iter(ephemeral)
+        monkeypatch.setattr(KeyPair, "generate", classmethod(lambda _cls: next(fresh)))
+        pinned, at = manifest(), known_answers.MADE_MS / 1000
+        policy = Policy(1, frozenset([known_answers.MEASUREMENT]), pinned.claims(0), 0)
+        root = of("ed25519", "root", "public")
+        key = MockKey(of("ed25519", "stage_0", "private"), of("suite_1", "endorsement"))
+        attester = MockAttester(key, pinned.claims(0), measurement=known_answers.MEASUREMENT, clock=lambda: at)
+        common = {"manifest_sha256": pinned.digest, "suites": (suite,)}
+        client = End(Unattested(), MockVerifier(root, policy, clock=lambda: at), own_id=CLIENT, peer_id=0,
+                     static_private=of("x25519", "client_static", "private"), **common)  # fmt: skip
+        stage = End(attester, AcceptUnattested(), own_id=0, peer_id=CLIENT,
+                    static_private=of("x25519", "stage_static", "private"), **common)  # fmt: skip
+        self.client, self.stage = Side(initiate(client)), Side(respond(stage))
+
+    def meet(self) -> list[bytes]:
+        """Everything that passes until both have accepted each other: one flight after the other."""
+        flights = []
+        for _ in range(3):
+            for sender, receiver in ((self.client, self.stage), (self.stage, self.client)):
+                flights.append(sender.run())
+                receiver.inbox += flights[-1]
+        self.stage.run()
+        assert (self.client.error, self.stage.error) == (None, None)
+        return [flight for flight in flights if flight]
+
+
+def test_suite_1_in_our_own_code_from_the_first_byte_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = Links(monkeypatch, 1)
+    first, second, third = framed(ONE["messages"])
+    records = ONE["records"]
+    assert links.meet() == [
+        of("suite_1", "preamble") + first,
+        second,
+        third,
+        of("suite_1", "records", "r2i", "0"),
+        of("suite_1", "records", "i2r", "0"),
+    ]
+    client, stage = links.client.session, links.stage.session
+    assert client.handshake_hash == stage.handshake_hash == of("suite_1", "h")
+    assert client.peer_binding.digest == of("suite_1", "binding_r")
+    assert stage.peer_binding.digest == of("suite_1", "binding_i")
+
+    status = of("messages", "status")
+    for n in range(1, 1025):
+        record = client.seal(status)
+        assert records["i2r"].get(str(n), record.hex()) == record.hex()
+        stage.feed(record)
+        assert stage.next_message() == status
+    assert client.close() == of("suite_1", "records", "i2r", "1025")
+    stage.feed(of("suite_1", "records", "i2r", "1025"))
+    with pytest.raises(Closed):
+        stage.next_message()
+
+    token = stage.seal(of("messages", "token"))
+    assert token == of("suite_1", "records", "r2i", "1")
+    client.feed(token + of("suite_1", "records", "r2i", "2"))
+    assert client.next_message() == of("messages", "token")
+    assert client.next_message() is None  # a PING says nothing
+
+
+def test_the_long_message_and_both_kinds_of_end() -> None:
+    records = ONE["records"]
+    sealer = Sealer(noise.CipherState(of("suite_1", "k_r2i")))
+    for kind in (Type.ATTEST, Type.MESSAGE, Type.PING):
+        sealer.seal(kind)
+    long = sealer.seal(Type.MESSAGE, bytes(records["r2i_long"]["zeros"]))
+    assert hashlib.sha256(long).hexdigest() == records["r2i_long"]["sha256"]
+    assert len(long) == sum(2 + length for length in records["r2i_long"]["record_lengths"])
+    close = sealer.seal(Type.CLOSE, struct.pack(">Q", sealer.messages))
+    assert close.hex() == records["r2i_close"]
+    opener = Opener(noise.CipherState(of("suite_1", "k_i2r")), {Type.ALERT: 1}, PROCESS_BUDGET)
+    opener.feed(of("suite_1", "records", "i2r_alert_instead_of_0"))
+    message = opener.next()
+    assert message is not None
+    assert PeerAlert.from_body(message.body).code == 3
+
+
+def test_suite_2_in_our_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed:
+        def __init__(self) -> None:
+            self._key = MLKEM.construct(param_set=MLKEM.ML_KEM_768, seed=of("suite_2", "e1_seed"))
+            self.public = bytes(self._key.ek)
+
+        def decapsulate(self, ciphertext: bytes) -> bytes:
+            return bytes(self._key._decaps(ciphertext))
+
+    def encapsulate(public: bytes) -> tuple[bytes, bytes]:
+        made = MLKEM.construct(param_set=MLKEM.ML_KEM_768, ek=public)._encaps(of("suite_2", "encapsulation_coins"))
+        return bytes(made[1]), bytes(made[0])
+
+    monkeypatch.setattr(noise, "KemKey", Fixed)
+    monkeypatch.setattr(noise, "encapsulate", encapsulate)
+    links = Links(monkeypatch, 2)
+    first, second, third = framed(ANSWERS["suite_2"]["messages"])
+    assert [len(first), len(second), len(third)] == [2 + 1216, 2 + 1200, 2 + 64]
+    assert links.meet()[:3] == [of("suite_2", "preamble") + first, second, third]
+    assert links.client.session.handshake_hash == of("suite_2", "h")
+
+
+@pytest.mark.filterwarnings("ignore:One of ephemeral keypairs")  # it is right to warn, and we mean it
+@pytest.mark.parametrize("initiator", [True, False])
+def test_suite_1_in_another_implementation(initiator: bool) -> None:
+    other = NoiseConnection.from_name(ONE["protocol_name"].encode())
+    (other.set_as_initiator if initiator else other.set_as_responder)()
+    other.set_prologue(of("suite_1", "prologue"))
+    name = "client" if initiator else "stage"
+    other.set_keypair_from_private_bytes(Keypair.STATIC, of("x25519", f"{name}_static", "private"))
+    other.set_keypair_from_private_bytes(Keypair.EPHEMERAL, of("x25519", f"{name}_ephemeral", "private"))
+    other.start_handshake()
+    state = other.noise_protocol.handshake_state.symmetric_state
+    after = [step for step in ONE["steps"] if step["step"] == "EncryptAndHash(empty payload)"]
+    for number, message in enumerate(bytes.fromhex(message) for message in ONE["messages"]):
+        if (number % 2 == 0) == initiator:
+            assert bytes(other.write_message()) == message
+        else:
+            other.read_message(message)
+        assert (state.h.hex(), state.ck.hex()) == (after[number]["h"], after[number]["ck"])
+    assert other.get_handshake_hash() == of("suite_1", "h")
+
+    # Records of this end's direction are sealed again, those of the other's are opened: across the rekey too.
+    own, theirs = ("i2r", "r2i") if initiator else ("r2i", "i2r")
+    filler = b"\x02\x01" + struct.pack(">H", 256 - len(of("messages", "status"))) + of("messages", "status")
+    filler += bytes(260 - len(filler))
+    if initiator:
+        plain = {0: padded(1, of("suite_1", "attest_i")), 1025: padded(4, struct.pack(">Q", 1024))}
+        for n in range(1026):
+            if n == 1024:
+                other.rekey_outbound_cipher()
+            record = bytes(other.encrypt(plain.get(n, filler)))
+            wanted = ONE["records"][own].get(str(n))
+            assert wanted in (None, (struct.pack(">H", len(record)) + record).hex())
+        kinds = [bytes(other.decrypt(of("suite_1", "records", theirs, str(n))[2:])) for n in range(3)]
+        assert kinds == [padded(1, of("suite_1", "attest_r")), padded(2, of("messages", "token")), padded(5, b"")]
+    else:
+        plain = {0: padded(1, of("suite_1", "attest_r")), 1: padded(2, of("messages", "token")), 2: padded(5, b"")}
+        for n in range(3):
+            record = bytes(other.encrypt(plain[n]))
+            assert (struct.pack(">H", len(record)) + record).hex() == ONE["records"][own][str(n)]
+        assert bytes(other.decrypt(of("suite_1", "records", theirs, "0")[2:])) == padded(1, of("suite_1", "attest_i"))
+        assert bytes(other.decrypt(of("suite_1", "records", theirs, "1")[2:])) == filler
+
+
+def padded(kind: int, body: bytes) -> bytes:
+    """A record's plaintext, from the page alone."""
+    length = len(body)
+    size = 256
+    if length > size:
+        exponent = length.bit_length() - 1
+        step = 1 << (exponent - exponent.bit_length())
+        size = -(-length // step) * step
+    return struct.pack(">BBH", kind, 1, size - length) + body + bytes(size - length)
+
+
+def test_the_evidence_is_signed_and_sealed_to_the_handshake_by_arithmetic_of_its_own() -> None:
+    domain = b"minigpt attestation binding v1\0"
+    for role, provider, claims, static, name in (
+        (b"R", 1, of("suite_1", "claims"), "stage_static", "binding_r"),
+        (b"I", 0, b"\x80", "client_static", "binding_i"),
+    ):
+        public = of("x25519", static, "public")
+        data = domain + role + bytes([provider]) + of("suite_1", "h") + public + hashlib.sha256(claims).digest()
+        assert len(data) == 129
+        assert hashlib.sha512(data).digest() == of("suite_1", name)
+    statement, endorsement = of("suite_1", "evidence"), of("suite_1", "endorsement")
+    assert statement[65:129] == of("suite_1", "binding_r")
+    for signed, key in ((statement, "stage_0"), (endorsement, "root")):
+        public = eddsa.import_public_key(of("ed25519", key, "public"))
+        eddsa.new(public, "rfc8032").verify(signed[:-64], signed[-64:])
+    evidence = load_attest(of("suite_1", "attest_r"))
+    binding = Binding("R", 1, of("suite_1", "h"), of("x25519", "stage_static", "public"), evidence.claims)
+    policy = Policy(1, frozenset([known_answers.MEASUREMENT]), manifest().claims(0), 0)
+    root = of("ed25519", "root", "public")
+    result = MockVerifier(root, policy, clock=lambda: known_answers.MADE_MS / 1000).verify(evidence, binding)
+    assert result.measurement == known_answers.MEASUREMENT
+
+
+def test_padding_and_messages() -> None:
+    for length, size in ANSWERS["padded_size"].items():
+        assert padded_size(int(length)) == size
+    for name, example in known_answers.EXAMPLES.items():
+        assert messages.decode(codec.decode(of("messages", name))) == example
+    assert {"cancel", "status", "token", "tokens", "refusal"} < ANSWERS["messages"].keys()
+
+
+def test_what_the_page_quotes_is_among_the_answers() -> None:
+    answers = json.dumps(ANSWERS)
+    quoted = re.findall(r"\b[0-9a-f]{16,}\b", PAGE)
+    assert len(quoted) > 20
+    assert [piece for piece in quoted if piece not in answers] == []
+
+
+def test_the_python_on_the_page_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_example_of_a_generate_is_the_map_beside_it() -> None:
+    fence = PAGE.split("<!-- generate-example -->")[1].split("```")[1]
+    data = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{4}  ([0-9a-f ]{2,47})(?:  |$)", fence, re.M)))
+    fields = msgpack.unpackb(data)
+    assert msgpack.packb(fields) == data
+    assert list(fields)[-1] == "spans"
+    assert fields == {
+        "type": "generate",
+        "start": 0,
+        "ids": struct.pack("<3I", 5, 6, 7),
+        "max_tokens": 6,
+        "stop_ids": struct.pack("<I", 2047),
+        "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0},
+        "logprobs": False,
+        "wanted": "token",
+        "draft": 0,
+        "spans": False,
+    }
+
+
+def test_the_page_has_lines_of_a_screen() -> None:
+    assert max(map(len, PAGE.splitlines())) <= 120
