@@ -21,7 +21,7 @@ from attest import NO_CLAIMS, Binding, Evidence
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Cancel, Done, Message, Reason, Refusal, Status, Token
+from minigpt.protocol.messages import Cancel, Done, Message, Reason, Refusal, Status, Tokens
 from transport import codec
 from transport.link import CLIENT, SUITES, dump_attest
 from transport.noise import CipherState, KeyPair, SymmetricState
@@ -192,8 +192,8 @@ EXAMPLES: dict[str, Message] = {
     "done_end": Done(Reason.END),
     "done_context": Done(Reason.CONTEXT),
     "done_cancelled": Done(Reason.CANCELLED),
-    "token": Token(3, (464,)),
-    "tokens": Token(3, (464, 3139), (-0.5, -1.25)),
+    "token": Tokens(3, (464,)),
+    "tokens": Tokens(3, (464, 3139), (-0.5, -1.25)),
     "refusal": Refusal(0, "busy", "stage 0 is busy with 8 sequences: try again later"),
 }
 
