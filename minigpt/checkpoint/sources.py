@@ -5,12 +5,12 @@ shows a progress bar on a terminal.
 """
 
 import importlib.resources
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from attest.document import DocumentError, parse_json, read_file
 from minigpt.engine.config import Config
 from minigpt.errors import CheckpointError, ConfigError
 
@@ -98,14 +98,13 @@ def read_config(folder: Path) -> Config:
     if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes
         raise ConfigError(f"{path}: not a file")
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
+        text = read_file(path, MAX_CONFIG)
         if len(text) > MAX_CONFIG:
             raise ConfigError(f"{path}: more than {MAX_CONFIG} bytes")
-        data = json.loads(text)
+        data = parse_json(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: a checkpoint's folder has a config.json") from None
-    except (ValueError, RecursionError) as error:
+    except DocumentError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     try:
         return Config.from_json(data)

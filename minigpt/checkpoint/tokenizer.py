@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attest.document import read_file
 from minigpt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def _refused(what: str, *, quote: bool = True) -> Iterator[None]:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE + 1)
+        content = read_file(path, MAX_FILE)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     if len(content) > MAX_FILE:

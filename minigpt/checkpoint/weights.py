@@ -24,7 +24,6 @@ checkpoint is split into files, nor on what else is in them.
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -37,6 +36,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from attest.document import parse_json, read_file
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.linalg import Array, by_columns
 from minigpt.errors import CheckpointError
@@ -48,7 +48,7 @@ BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: they are still 
 READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
 
 _ALIGN = 16  # numbers: a tensor begins with a cache line
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _DOMAIN = b"minigpt-weights-v1\0"
 _PREFIX = "transformer."
 # Bits of an element, by safetensors' names: a tensor we pass over must still be measured to find the next.
@@ -75,7 +75,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Stored:
     """Where a tensor's bytes lie."""
 
     path: Path
@@ -140,14 +140,14 @@ def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
     return tensors
 
 
-def _record(name: str, place: _Place) -> bytes:
+def _record(name: str, place: _Stored) -> bytes:
     """What the digest holds of a tensor before the digest of its bytes."""
     label, dtype = name.encode(), place.dtype.encode()
     sizes = b"".join(size.to_bytes(8, "big") for size in place.shape)
     return len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype + bytes([len(place.shape)]) + sizes
 
 
-def _read(name: str, place: _Place, tensor: Array) -> bytes:
+def _read(name: str, place: _Stored, tensor: Array) -> bytes:
     """Fills a tensor, block by block of its rows, and returns the SHA-256 of its stored bytes."""
     rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
     row = rows.shape[1] * _BITS[place.dtype] // 8  # bytes
@@ -160,7 +160,7 @@ def _read(name: str, place: _Place, tensor: Array) -> bytes:
                 block = buffer[: len(target) * row]
                 _fill(file.fileno(), block.data, place.offset + start * row)
                 digest.update(block.data)
-                stored = block.view(_STORED[place.dtype]).reshape(target.shape)
+                stored = block.view(_DTYPES[place.dtype]).reshape(target.shape)
                 if place.dtype == "BF16":  # the upper half of a float32
                     target[:] = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
                 else:
@@ -206,7 +206,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _BITS[dtype] // 8
 
 
-def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Place]:
+def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Stored]:
     """Where every wanted tensor lies, by its name without prefix."""
     stored = _stored_names(folder)
     files: dict[str, dict[str, str]] = {}  # file -> name as stored -> name wanted
@@ -219,7 +219,7 @@ def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str,
         if len(spellings) > 1:
             raise CheckpointError(f"tensor {name} is there twice in {folder}: as {' and as '.join(spellings)}")
         files.setdefault(stored[spellings[0]], {})[spellings[0]] = name
-    places: dict[str, _Place] = {}
+    places: dict[str, _Stored] = {}
     for file, names in files.items():
         found = _header(folder / file)
         for spelling, name in names.items():
@@ -243,13 +243,12 @@ def _stored_names(folder: Path) -> dict[str, str]:
 def _index(path: Path) -> dict[str, str]:
     """The weight_map of an index. Its files must be plain names: an index must not lead out of its folder."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_HEADER + 1)
+        data = read_file(path, MAX_HEADER)
         if len(data) > MAX_HEADER:
             raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes")
-        weight_map = json.loads(data, object_pairs_hook=_unique)["weight_map"]
+        weight_map = parse_json(data)["weight_map"]
         entries = dict(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
     for name, file_name in entries.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file_name):
@@ -258,17 +257,17 @@ def _index(path: Path) -> dict[str, str]:
     return entries
 
 
-def _header(path: Path) -> dict[str, _Place]:
+def _header(path: Path) -> dict[str, _Stored]:
     """Every tensor of a safetensors file, whose header the package has checked: no holes, no overlaps."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or not a file")
-    places: dict[str, _Place] = {}
+    places: dict[str, _Stored] = {}
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
                 raise CheckpointError(f"{path}: a header of {length} bytes, wanted at most {MAX_HEADER}")
-            json.loads(file.read(length), object_pairs_hook=_unique)  # of equal names the package takes the last
+            parse_json(file.read(length))  # of equal names the package takes the last
         with safe_open(path, framework="numpy") as opened:
             offset = 8 + length
             for name in opened.offset_keys():
@@ -276,16 +275,8 @@ def _header(path: Path) -> dict[str, _Place]:
                 dtype, shape = str(piece.get_dtype()), tuple(piece.get_shape())
                 if dtype not in _BITS:
                     raise CheckpointError(f"{path}: tensor {name!r:.80} has the unknown dtype {dtype}")
-                places[name] = _Place(path, offset, dtype, shape)
+                places[name] = _Stored(path, offset, dtype, shape)
                 offset += _nbytes(dtype, shape)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a sound safetensors file: {str(error)!r:.200}") from None
     return places
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Readers differ in which of two equal keys wins, so there must be none."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return fields

@@ -169,6 +169,8 @@ def generate(
                 break
         produced += len(answer.ids)
         yield answer
+    # What was drafted past the end is not known to the client, so a later request must not go on from it.
+    sequence.cache.truncate(min(sequence.cache.length, request.start + len(request.ids) + produced - 1))
     return reason
 
 

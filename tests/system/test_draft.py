@@ -22,7 +22,7 @@ from minigpt.engine import drafting
 from minigpt.engine.drafting import LONGEST, ROUNDING, SHORTEST, Lookup, settled
 from minigpt.engine.model import GPT2
 from minigpt.engine.sampling import Sampling
-from minigpt.errors import MessageError, StageError, UsageError
+from minigpt.errors import MessageError, RequestRefused, StageError, UsageError
 from minigpt.protocol import messages
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Step, Tokens, Wanted
@@ -229,6 +229,16 @@ def test_a_stop_id_among_right_guesses_ends_there() -> None:
             ids, reason, bursts = script(text, length, stop_ids=(stop,), draft=8)
             assert (ids, reason) == script(text, length, stop_ids=(stop,))[:2]
             assert len(bursts) == min(2, len(ids))
+
+
+def test_a_later_request_cannot_go_on_from_positions_that_were_drafted_past_the_end() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8] * 4
+    for stop in range(1, 9):
+        sequence = scripted(Script(text))
+        ids, _, _ = follow(sequence, Generate(0, tuple(text[:16]), 16, stop_ids=(stop,), draft=8))
+        assert sequence.cache.length <= 16 + len(ids) - 1
+        with pytest.raises(RequestRefused, match="positions are known"):
+            next(generate(sequence, Generate(16 + len(ids), (1,), 1)))
 
 
 def test_drawn_tokens_are_never_guessed() -> None:

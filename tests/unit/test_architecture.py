@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "minigpt.__main__": {"minigpt.cli", "minigpt.errors", "=attest", "transport.errors"},
     "minigpt.errors": set(),
     "minigpt.engine": {"minigpt.engine", "minigpt.errors"},
-    "minigpt.checkpoint": {"minigpt.checkpoint", "minigpt.engine.config", "minigpt.engine.linalg", "minigpt.errors"},
+    "minigpt.checkpoint": {
+        "minigpt.checkpoint", "minigpt.engine.config", "minigpt.engine.linalg", "minigpt.errors", "attest.document",
+    },
     "minigpt.protocol": {
         "minigpt.protocol", "minigpt.engine.config", "minigpt.engine.sampling", "minigpt.errors", "attest", "transport",
     },
