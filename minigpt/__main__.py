@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from minigpt.cli import commands
 
-        code: int = getattr(commands, options.run)(options)
+        code: int = getattr(commands, options.command)(options)
         sys.stdout.flush()
     except (MiniGPTError, AttestationError, TransportError) as error:
         print(f"minigpt: {error}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""The latency tables: `minigpt bench`.
+"""The latency tables of `minigpt bench`.
 
 Configurations are interleaved, run by run, because a shared machine drifts: what is compared is measured side by side.
-A mean is over the runs, with its 95 % confidence interval (Student's t); an overhead is the mean of the differences of
-the runs that were made together, and an interval that holds 0 says that no difference was seen.
+A mean is over the runs, with its 95 % confidence interval (Student's t). An overhead is the mean difference between
+runs made together; if its interval contains 0, no difference was seen.
 
-The breakdown says where a token's time goes, party by party, from what each stage tells of itself with its answer.
+The breakdown says where a token's time goes, party by party, from the spans that each stage sends with its answer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import ids_in
 from minigpt.protocol.messages import Span
 
-MIN_P99 = 100  # samples; of fewer, a 99th percentile is the maximum by another name
+MIN_P99 = 100  # samples; with fewer, a 99th percentile is just the maximum
 
 BREAKDOWN = """\
-Median ms of each part of a token after the first, where `wire` is a party's wait for the next one's answer less what
-the rows below account for; the parts of one token add up to its time, their medians not exactly."""
+Median ms of each part of a token after the first. `wire` is a party's wait for the next one's answer, minus what the
+rows below account for. The parts of one token add up to its time; their medians need not."""
 
 # Student's t for a two-sided interval of 95 %, by degrees of freedom, from 1 (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
 _T95 = [
@@ -45,7 +45,7 @@ class Run:
 
 
 class Part(NamedTuple):
-    """What one party adds to a token's time, in seconds; `parts` says what is in each."""
+    """What one party adds to a token's time, in seconds; see `parts`."""
 
     compute: float
     seal: float
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and half the width of its 95 % confidence interval (None for a single sample, which has none)."""
+    """A mean and half the width of its 95 % confidence interval; None for a single sample."""
 
     mean: float
     margin: float | None
@@ -72,7 +72,7 @@ def estimate(samples: Sequence[float]) -> Estimate:
 
 
 def percentile(samples: Sequence[float], part: float) -> float:
-    """The smallest sample that at least `part` of all do not exceed (nearest rank)."""
+    """The smallest sample that at least `part` of all samples do not exceed (nearest rank)."""
     return sorted(samples)[max(0, math.ceil(part * len(samples)) - 1)]
 
 
@@ -106,7 +106,7 @@ def measure(
 
 
 def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
-    """One greedy generation, timed: token by token, without drafts."""
+    """Times one greedy generation, token by token, without drafts."""
     given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
     generation = pipeline.generate(given, max_tokens=max_tokens, spans=True, draft=0)
     for _ in generation:
@@ -121,29 +121,28 @@ def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
 
 
 def bytes_per_token(spans: Sequence[tuple[Span, ...]]) -> float:
-    """Ciphertext on all links together for one token, both ways: the mean over those after the first, if any."""
+    """Mean ciphertext for one token on all links together, both ways; of the tokens after the first, if any."""
     tokens = spans[1:] or spans
     return statistics.fmean(sum(span.bytes for span in token) for token in tokens) if tokens else 0.0
 
 
 def parts(spans: Sequence[Span]) -> list[Part]:
-    """A token's time by party: the client, then each stage. Together it is the client's seal, open and wait.
+    """A token's time by party: the client, then each stage. The sum is the client's seal, open and wait.
 
-    `compute` begins when the stage has its turn. `seal` and `open` are what the sender of a request spends on the
-    ciphers and records of its own end: sealing the request, opening the answer. `wire` is its wait for the answer, less
-    the whole span of the next stage: sockets and wake-ups, encoding and decoding at both ends, and what the next stage
-    does outside its span, which is to open the request, to wait for its turn, and to seal the answer.
+    `compute` begins when the stage has its turn. `seal` and `open` are the time that whoever asks spends on sealing the
+    request and opening the answer. `wire` is the wait for the answer minus the whole span of the next stage: sockets
+    and wake-ups, encoding and decoding at both ends, and what the next stage does outside its span: open the request,
+    wait for its turn, seal the answer.
 
-    The client asks once, and stage 0 goes on by itself. For a token after the first the client therefore seals nothing,
-    and its `open` and `wire` together are what stage 0 does between two steps (encode, seal and write an answer, look
-    for a Cancel, wait for its turn), and by how much this answer took longer than the last one to be received. So a
-    link's constant delay shows between stages, but not between the client and stage 0, and there a single token's
-    `wire` may be negative.
+    The client asks once, and stage 0 continues by itself. So for a token after the first the client seals nothing, and
+    its `open` and `wire` are what stage 0 does between two steps (encode, seal and write an answer, look for a Cancel,
+    wait for its turn), plus how much longer than the last one this answer took to arrive. A link's constant delay
+    therefore shows between stages, but not between client and stage 0, where a single `wire` may even be negative.
     """
-    told = [span.compute + span.seal + span.open + span.wait for span in spans[1:]]
+    after_spans = [span.compute + span.seal + span.open + span.wait for span in spans[1:]]
     return [
         Part(span.compute, span.seal, span.open, span.wait - after)
-        for span, after in zip(spans, [*told, 0.0], strict=True)
+        for span, after in zip(spans, [*after_spans, 0.0], strict=True)
     ]
 
 
@@ -154,7 +153,7 @@ def breakdown(results: dict[int, list[Run]]) -> list[dict[str, object]]:
         tokens = [parts(spans) for run in runs for spans in run.spans[1:]]
         for place, party in enumerate(zip(*tokens, strict=True)):
             row: dict[str, object] = {"stages": count, "party": f"stage {place - 1}" if place else "client"}
-            linked = place + 1 < len(tokens[0])  # the last stage has no link on: not 0 ms, but nothing to measure
+            linked = place + 1 < len(tokens[0])  # the last stage has no next link: there is nothing to measure
             for name, samples in zip(Part._fields, zip(*party, strict=True), strict=True):
                 row[f"{name}_ms"] = 1000 * percentile(samples, 0.50) if linked or name == "compute" else None
             rows.append(row)
@@ -162,7 +161,7 @@ def breakdown(results: dict[int, list[Run]]) -> list[dict[str, object]]:
 
 
 def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
-    """One row of figures for each configuration, in milliseconds; what the table shows."""
+    """One row of figures for each configuration, in milliseconds."""
     baseline = next(iter(results.values()))
     rows: list[dict[str, object]] = []
     for count, runs in results.items():
@@ -193,7 +192,7 @@ def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
 
 
 def figures(results: dict[int, list[Run]]) -> dict[str, object]:
-    """All that was measured, for JSON."""
+    """Everything measured, for JSON."""
     return {"summary": summarise(results), "breakdown": breakdown(results), "latencies": latencies(results)}
 
 

@@ -1,4 +1,4 @@
-"""What each command of the command line does. Options are those that `minigpt.__main__` declares."""
+"""What each command does. `minigpt.cli.parser` declares the options."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing a
 
 
 def say(line: str) -> None:
-    """A line for a person."""
+    """Prints a line for people, to standard error."""
     print(line, file=sys.stderr)
 
 
 def progress(line: str) -> None:
-    """What is being done, in one line that the next one replaces; only on a terminal."""
+    """Prints a line that the next one replaces; only on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def generate(options: argparse.Namespace) -> int:
-    """`minigpt generate`: text as it comes, then a summary; or all of it as one object."""
+    """`minigpt generate`: text as it arrives, then a summary; or all of it as one object."""
     prompt = _standard_input() if options.prompt == "-" else options.prompt
     with _pipeline(options) as pipeline:
         generation = pipeline.generate(
@@ -65,7 +65,7 @@ def generate(options: argparse.Namespace) -> int:
                     print(f"{token.id} " if token.text is None else token.text, end="", flush=True)
         finally:
             if tokens and not options.json:
-                print(flush=True)  # and what is said next, an error too, is on a line of its own
+                print(flush=True)  # so that what follows, an error too, is on a line of its own
         summary = _summary(pipeline, generation)
         if options.json:
             listed = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
@@ -85,7 +85,7 @@ def _standard_input() -> str:
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
-    """The pipeline that the options name: a running one, or one of our own child processes."""
+    """The pipeline that the options name: a running one, or child processes of our own."""
     if options.manifest is not None:
         for flag in ("stages", "split"):
             if getattr(options, flag) is not None:
@@ -121,7 +121,7 @@ def _split(options: argparse.Namespace) -> str | int:
 
 
 def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
-    """What is told of a generation: stages, evidence, times, bytes."""
+    """A summary of a generation: stages, evidence, times, bytes."""
     times, count = generation.times, len(generation.times)
     stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
     return {
@@ -175,13 +175,13 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _pins(options: argparse.Namespace) -> list[Pins]:
-    """Whose evidence `minigpt plan` pins: Nitro's of each stage's image, or the mock's of them all."""
+    """The pins of `minigpt plan`: a Nitro image for each stage, or the mock for all of them."""
     if options.pcrs:
         if options.root_key is not None or options.measurement:
             raise UsageError("--pcrs pins images instead of the mock: leave out --root-key and --measurement")
         return [NitroPins(_pcrs(path)) for path in options.pcrs]
     if options.root_key is None:
-        raise UsageError("give --root-key, the mock's; or --pcrs once for each stage, for images")
+        raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
     return [MockPins(_hex("--root-key", options.root_key, 32), frozenset(measurements))]
 
@@ -209,7 +209,7 @@ def _hex(flag: str, text: str, length: int) -> bytes:
 
 
 def status(options: argparse.Namespace) -> int:
-    """`minigpt status`: every stage as it says it is, and whether its evidence was accepted."""
+    """`minigpt status`: the state that every stage reports, and whether its evidence was accepted."""
     data = manifest.read(options.manifest)
     entries = manifest.Manifest.parse(data).stages
     reports: tuple[StageReport, ...]
@@ -229,7 +229,11 @@ def status(options: argparse.Namespace) -> int:
     missing = [StageReport(entry.index, "not asked: a stage before it failed", "failed") for entry in entries]
     reports += tuple(missing[len(reports) :])
     if options.save_evidence is not None:
-        _save_evidence(Path(options.save_evidence), reports)
+        folder = Path(options.save_evidence)
+        folder.mkdir(parents=True, exist_ok=True)
+        for report in reports:
+            if report.evidence:
+                (folder / f"stage-{report.stage}.json").write_text(report.evidence)
     stages = [_stage_state(entry, report) for entry, report in zip(entries, reports, strict=True)]
     if options.json:
         print(json.dumps({"stages": stages}))
@@ -243,7 +247,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
-    """A stage for --json: what the manifest says of it, and what was found."""
+    """A stage for --json: what the manifest says about it, and what was found."""
     verdict = "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted"
     return {
         "stage": entry.index,
@@ -274,13 +278,6 @@ def _load(report: StageReport) -> str:
     )
 
 
-def _save_evidence(folder: Path, reports: tuple[StageReport, ...]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for report in reports:
-        if report.evidence:
-            (folder / f"stage-{report.stage}.json").write_text(report.evidence)
-
-
 def bench(options: argparse.Namespace) -> int:
     """`minigpt bench`: tables, or every latency."""
     try:
@@ -306,16 +303,14 @@ def keygen(options: argparse.Namespace) -> int:
     try:
         write_private(options.output, private.hex() + "\n")
     except FileExistsError:
-        raise UsageError(f"{options.output} exists, and a key is never overwritten: choose another name") from None
+        raise UsageError(f"{options.output} exists, and a key file is never overwritten: choose another name") from None
     print(public.hex())
     say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
     return 0
 
 
 def relay(options: argparse.Namespace) -> int:
-    """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C. It logs who came and how much passed."""
-    if options.connections < 1:
-        raise UsageError(f"--connections {options.connections}: wanted at least 1")
+    """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C, and logs peers and bytes."""
     logging.basicConfig(level=logging.INFO, format="relay: %(levelname)s %(message)s")
     target = Address.parse(options.target)
     passing = Relay(Address.parse(options.listen), target, options.connections)
@@ -334,7 +329,7 @@ def _read_key(path: str | None) -> bytes | None:
     try:
         text = read_file(path, 128).decode("ascii").strip()
     except (OSError, ValueError):
-        raise UsageError(f"--client-key {path}: cannot be read") from None
+        raise UsageError(f"--client-key {path}: cannot be read, or is not text") from None
     if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise UsageError(f"--client-key {path}: is not a key that `minigpt keygen` wrote")
+        raise UsageError(f"--client-key {path}: not a private key as `minigpt keygen` writes it")
     return bytes.fromhex(text)

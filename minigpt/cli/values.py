@@ -1,4 +1,4 @@
-"""Values of command-line options: what is not one is refused in words, with exit code 2."""
+"""What the text of a command-line option means. A bad value ends with a message and exit code 2."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def counts(text: str) -> list[int]:
     """Different integers of at least 1, separated by commas."""
     values = [positive(part) for part in text.split(",")]
     if len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted each number once")
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted different numbers")
     return values
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """One of these words; unlike `choices`, for a value of the environment too."""
+    """One of these words. Unlike `choices`, this also checks a value from the environment."""
 
     def check(text: str) -> str:
         if text not in words:

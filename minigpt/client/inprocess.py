@@ -16,7 +16,7 @@ from minigpt.stage.schedule import Schedule
 
 
 class Model(TextModel):
-    """All layers of a checkpoint, without stages: what a pipeline's answers are compared with.
+    """All layers of a checkpoint, without stages: a pipeline's answers are compared with its.
 
     Attributes:
         config: the checkpoint's.

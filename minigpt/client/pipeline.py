@@ -1,8 +1,8 @@
 """The client's end of a pipeline: `Pipeline.connect`, `generate`, `logits`, `status`.
 
-The client is the driver and the only party that sees the prompt, the text and the seed. Its root of trust is the
-manifest, which is checked whole before anything is sent: every stage's evidence must be pinned, because the client
-itself meets only stage 0, and the other stages are met by measured code that enforces the same manifest.
+The client is the driver, and the only party that sees the text. Its root of trust is the manifest, which is checked
+whole before anything is sent: every stage's evidence must be pinned, because the client itself meets only stage 0; the
+other stages are met by measured code that enforces the same manifest.
 """
 
 from __future__ import annotations
@@ -29,20 +29,7 @@ from minigpt.protocol import links, messages
 from minigpt.protocol import manifest as manifests
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import (
-    Answer,
-    Cancel,
-    Done,
-    Generate,
-    Logits,
-    Reason,
-    Refusal,
-    Report,
-    StageReport,
-    Status,
-    Tokens,
-    Wanted,
-)
+from minigpt.protocol.messages import Answer, Done, Generate, Logits, Message, Reason, Refusal, StageReport, Tokens
 from minigpt.protocol.request import span, with_span
 from transport.channel import Deadlines
 
@@ -58,7 +45,7 @@ class Pipeline(TextModel):
     Attributes:
         manifest: what the pipeline is.
         config: the model's.
-        tokenizer: None where the client has none for this model: prompts are then token ids.
+        tokenizer: None where the client has none for this model; prompts are then token ids.
     """
 
     def __init__(
@@ -73,7 +60,7 @@ class Pipeline(TextModel):
     ) -> None:
         check(manifest, allow_mock=allow_mock, client_key=client_key)
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
-            raise ManifestError("the tokenizer is not the one that the manifest names: get the model's own")
+            raise ManifestError("the tokenizer is not the one that the manifest pins: use the model's own")
         self.manifest = manifest
         self.config = manifest.config
         self.tokenizer = tokenizer
@@ -101,18 +88,18 @@ class Pipeline(TextModel):
         """Connects to the pipeline that a manifest describes, and verifies stage 0.
 
         Args:
-            manifest: its file, or its bytes. It is what you trust: get it by a way that you trust, or
-            manifest_sha256: give its digest, in hex.
+            manifest: its file, or its bytes. It is your root of trust: get it over a channel that you trust, or
+            manifest_sha256: pin its digest, in hex.
             model: where to find the tokenizer: a folder, "tiny" or a hub id; by default what the manifest names, if it
                 is on this machine. Its digest must be the manifest's.
             text: False for token ids only: no tokenizer is looked for.
             allow_mock: accept mock evidence, where the manifest says so. It proves nothing about hardware.
             timeout: seconds to wait for an answer.
-            connect_timeout: seconds for the connection, and for its handshake.
-            client_key: a static private key (X25519, 32 bytes), where the manifest admits only some clients.
+            connect_timeout: seconds for the connection, and as many for its handshake.
+            client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
 
         Raises:
-            ManifestError: the manifest is malformed, expired, or not acceptable; nothing was connected then.
+            ManifestError: the manifest is malformed, expired, or not acceptable. Nothing was connected.
             UntrustedStage: the evidence of stage 0 was refused.
             StageError: stage 0 cannot be reached.
         """
@@ -147,7 +134,7 @@ class Pipeline(TextModel):
 
         Args:
             model: a folder, "tiny" or a hub id.
-            stages: how many, of as many layers each as can be.
+            stages: how many, of about as many layers each.
             split: or the layers of each, as "6+6".
             revision: of a hub id.
             threads: BLAS threads of each stage.
@@ -183,7 +170,7 @@ class Pipeline(TextModel):
         self._finish_running()
         values = [
             answer.values
-            for answer in self._answers(Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.LOGITS))
+            for answer in self._answers(Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS))
             if isinstance(answer, Logits)
         ]
         if len(values) != 1 or values[0].shape != (self.config.vocab_size,):
@@ -194,9 +181,9 @@ class Pipeline(TextModel):
         """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
         self._finish_running()
         link = self._open()
-        answer = self._guarded(link, Status())
-        indices = [report.stage for report in answer.stages] if isinstance(answer, Report) else []
-        if not isinstance(answer, Report) or indices not in _prefixes(len(self.manifest.stages)):
+        answer = self._guarded(link, messages.Status())
+        indices = [report.stage for report in answer.stages] if isinstance(answer, messages.Report) else []
+        if not isinstance(answer, messages.Report) or indices not in _prefixes(len(self.manifest.stages)):
             raise MessageError("stage 0 did not answer with a report of the stages in order", stage=0)
         evidence = dump_evidence(link.channel.peer_evidence, link.channel.peer_binding)
         return (replace(answer.stages[0], evidence=evidence), *answer.stages[1:])
@@ -225,7 +212,7 @@ class Pipeline(TextModel):
         self.close()
 
     def _open(self) -> StageLink:
-        """The link to stage 0, made anew if it has broken."""
+        """The link to stage 0, a new one if it has broken."""
         if self._closed:
             raise UsageError("this pipeline is closed: connect again")
         if self._link is not None and self._link.stale:
@@ -246,8 +233,8 @@ class Pipeline(TextModel):
             self._running.close()
             self._running = None
 
-    def _guarded(self, link: StageLink, message: messages.Message) -> messages.Message:
-        """Asks; whatever goes wrong but a refusal ends the link."""
+    def _guarded(self, link: StageLink, message: Message) -> Message:
+        """Asks. Any failure ends the link; a refusal does not."""
         try:
             return link.ask(message)
         except RequestRefused:
@@ -257,7 +244,7 @@ class Pipeline(TextModel):
             raise
 
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
-        """Yields what stage 0 answers, and returns why it ended. Closed early, it cancels the request."""
+        """Yields the answers of stage 0, and returns why they ended. Closing the generator cancels the request."""
         link = self._open()
         position = request.start + len(request.ids)
         whole = False
@@ -292,8 +279,8 @@ class Pipeline(TextModel):
                 self._drop(link)
 
     def _cancel(self, link: StageLink) -> bool:
-        """Cancels what is running, and reads to its end; whether there was one."""
-        link.send(Cancel())
+        """Cancels the running request and reads to its end; False if that did not come in time."""
+        link.send(messages.Cancel())
         until = time.monotonic() + self._timeout
         while time.monotonic() < until:
             message = link.receive()
@@ -303,12 +290,12 @@ class Pipeline(TextModel):
 
 
 def _prefixes(count: int) -> list[list[int]]:
-    """[0], [0, 1], …: the stages that a report may tell of."""
+    """[0], [0, 1], …: the stages that a report may cover."""
     return [list(range(end)) for end in range(1, count + 1)]
 
 
 def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:
-    """Is this manifest acceptable to this client? One unacceptable stage refuses the whole pipeline.
+    """Checks that a manifest is acceptable to this client. One unacceptable stage rules out the whole pipeline.
 
     Raises:
         ManifestError: it has expired, wants evidence that cannot be verified or mock evidence without `allow_mock`, or
@@ -322,7 +309,7 @@ def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = No
             "refused without --allow-mock (allow_mock=True)"
         )
     if manifest.clients is not None and client_key is None:
-        raise ManifestError("the manifest admits listed clients only: give the key of one, --client-key")
+        raise ManifestError("the manifest admits listed clients only: give the private key of one with --client-key")
 
 
 def _tokenizer(manifest: Manifest, model: str | None) -> Tokenizer | None:

@@ -1,7 +1,7 @@
-"""Text on the client's side: a prompt becomes a request, and answers become tokens with text.
+"""Text, on the client's side: a prompt becomes a request, and answers become tokens with text.
 
-Stages know ids only. What concerns text, stop strings and characters that are not whole yet, is decided here, by the
-program that holds the prompt anyway.
+Stages know ids only. Stop strings and incomplete characters are handled here, by the program that has the prompt
+anyway.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Token:
 
     Attributes:
         id: in the model's vocabulary.
-        text: what this token lets be shown: whole characters only, and nothing that may yet become part of a stop
-            string, so it may be empty or complete earlier tokens. None where the checkpoint has no tokenizer.
+        text: what can be shown now: whole characters, and nothing that may become part of a stop string. So it may be
+            empty, or complete earlier tokens. None where the checkpoint has no tokenizer.
         logprob: natural logarithm of the probability that the model gave it (before temperature, top-k and top-p),
-            None unless asked for.
+            None unless requested.
     """
 
     id: int
@@ -39,15 +39,15 @@ class Token:
 
 
 class Generation(Iterator[Token]):
-    """The tokens of one request as they come.
+    """The tokens of one request, as they arrive.
 
     Attributes:
-        reason: why it ended, None while it has not.
+        reason: why it ended; None while it runs.
         seed: of the random draws, None for greedy decoding.
         prompt_tokens: how many ids the prompt had.
-        times: seconds since the request, at each token; the same for those that came together.
-        spans: for each token, where its time went: in a pipeline first the client's own, then stage by stage. Tokens
-            that came together have equal parts of their step's.
+        times: seconds from the request to each token; the same for tokens that arrived together.
+        spans: for each token, where its time went: in a pipeline the client's span, then stage by stage. Tokens that
+            arrived together share their step's equally. Empty unless requested.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Generation(Iterator[Token]):
 
 
 class StopStrings:
-    """Cuts text before the stop string that is whole first, and holds back what may be the beginning of one.
+    """Cuts text before the stop string that is complete first, and holds back what may be the beginning of one.
 
     >>> stops = StopStrings(["\\n\\n"])
     >>> stops.push("one\\n"), stops.push("two\\n"), stops.push("\\nthree"), stops.found
@@ -126,7 +126,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """More text; returns what can be shown now."""
+        """Adds text; returns what can be shown now."""
         self._held += text
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
@@ -139,7 +139,7 @@ class StopStrings:
         return shown
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """What was held back, once nothing follows."""
         shown, self._held = self._held, ""
         return shown
 
@@ -150,10 +150,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -> tuple[int, ...]:
-    """The prompt's token ids. Raises UsageError for an empty one, or ids that are no ids of this vocabulary."""
+    """The prompt's token ids. Raises UsageError if it is empty, too long, or has an id outside the vocabulary."""
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise UsageError("there is no tokenizer of this model here: give the prompt as token ids")
+            raise UsageError("no tokenizer for this model was found: give the prompt as token ids")
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -171,7 +171,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -
 
 
 def ids_in(text: str) -> list[int]:
-    """The token ids written in `text`, where there is no tokenizer. Raises UsageError if it is anything else.
+    """The token ids written in `text`, for models without a tokenizer. Raises UsageError for anything else.
 
     >>> ids_in("464 3139")
     [464, 3139]
@@ -179,8 +179,8 @@ def ids_in(text: str) -> list[int]:
     words = text.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         raise UsageError(
-            'there is no tokenizer of this model here, so the prompt must be token ids, as "464 3139"; '
-            "or give --model, a folder or a hub id that has one"
+            'no tokenizer for this model was found, so the prompt must be token ids, such as "464 3139"; '
+            "or name a folder or hub id that has one, with --model"
         )
     return [int(word) for word in words]
 

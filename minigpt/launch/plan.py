@@ -113,7 +113,7 @@ def write(
 
 
 def split_layers(n_layer: int, split: str | int) -> list[range]:
-    """Layer ranges for a split such as "6+6", or for a number of stages as equal as can be.
+    """Layer ranges for a split such as "6+6", or for a number of stages of about equal size.
 
     >>> split_layers(12, "4+8")
     [range(0, 4), range(4, 12)]
@@ -121,7 +121,7 @@ def split_layers(n_layer: int, split: str | int) -> list[range]:
     [range(0, 3), range(3, 6), range(6, 8), range(8, 10), range(10, 12)]
 
     Raises:
-        UsageError: the parts are no positive numbers, or do not add up to n_layer.
+        UsageError: a part is not a positive number, or they do not add up to n_layer.
     """
     if isinstance(split, int):
         if not 1 <= split <= n_layer:
@@ -130,7 +130,7 @@ def split_layers(n_layer: int, split: str | int) -> list[range]:
     else:
         parts = split.split("+")
         if not all(part.isascii() and part.isdecimal() and len(part) < 7 and int(part) for part in parts):
-            raise UsageError(f"split {split!r}: wanted numbers of layers joined by +, as 6+6")
+            raise UsageError(f"split {split!r}: wanted numbers of layers joined by +, such as 6+6")
         sizes = [int(part) for part in parts]
         if sum(sizes) != n_layer:
             raise UsageError(f"split {split}: {sum(sizes)} layers in all, but the model has {n_layer}")

@@ -7,7 +7,6 @@ at either end; no flag weakens it.
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 from attest import AcceptUnattested, AttestationError, Attester, Binding, Evidence, Provider, Unattested
 from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
@@ -16,14 +15,11 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import (
     CHUNK,
     Answer,
-    Done,
     Failure,
     Hidden,
     Logits,
     Message,
-    Reason,
     Refusal,
-    Reset,
     Step,
     Tokens,
     Wanted,
@@ -206,10 +202,10 @@ class StageLink:
             return self.channel
         self._asker = None  # whoever asked may be gone, and that stage must forget all the same
         try:
-            answer: Any = self.ask(Reset())
+            forgotten = self.ask(messages.Reset()) == messages.Done(messages.Reason.RESET)
         except (StageError, RequestRefused):
-            answer = None
-        if answer == Done(Reason.RESET):
+            forgotten = False
+        if forgotten:
             return self.channel
         self.channel.close()
         return None

@@ -1,9 +1,9 @@
-"""The manifest: one JSON file that says what a pipeline is, and whom its ends trust.
+"""The manifest: one JSON file that says what a pipeline is and whom its ends trust.
 
-The SHA-256 of its exact bytes is mixed into every handshake, so two ends with different manifests cannot talk. For
-each stage it pins the layers, the address, the weights' digest, and the evidence that is acceptable. It comes to a
-client by a way that the client trusts; a stage need not trust whoever hands it over, because the stage's own evidence
-says which manifest it runs.
+The SHA-256 of its exact bytes is part of every handshake, so two ends with different manifests cannot talk. For each
+stage it pins the layers, the address, the weights' digest and the acceptable evidence. A client must get it over a
+channel that it trusts. A stage need not trust whoever hands it over, because the stage's own evidence says which
+manifest it runs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FORMAT = "minigpt-pipeline-1"
 MAX_MANIFEST = 2**20  # bytes; one of 256 stages is about 150 KB
 MAX_STAGES = 256
 MAX_PINS = 64  # measurements or clients in one list
-SUITES = (1, 2)  # of the link protocol, that this code speaks; 2 is 1 with forward secrecy against quantum computers
+SUITES = (1, 2)  # of the link protocol; 2 is 1 with forward secrecy against quantum computers
 
 
 @dataclass(frozen=True)
 class StageEntry:
-    """What the manifest says of one stage."""
+    """What the manifest says about one stage."""
 
     index: int
     layers: range
@@ -119,22 +119,21 @@ class Manifest:
             )
 
     def check_time(self, now: float) -> None:
-        """Raises ManifestError if the manifest has expired at `now`, in seconds since 1970. A clock behind `issued` is
-        taken to stand at `issued`."""
+        """Raises ManifestError if the manifest has expired at `now`, in seconds since 1970."""
         if now >= self.expires.timestamp():
             raise ManifestError(f"the manifest expired on {format_time(self.expires)}: ask its issuer for a new one")
 
     def check_verifiable(self) -> None:
-        """Raises ManifestError if some stage's evidence is of a kind that this version can pin, but not verify."""
+        """Raises ManifestError if this version can pin some stage's evidence, but not verify it."""
         for stage in self.stages:
             if stage.platform.verifier is None:
                 raise ManifestError(
                     f"stage {stage.index}: the manifest wants evidence of {stage.platform.name}, which this "
-                    "version cannot verify yet, and without it nobody knows what runs there: refused"
+                    "version cannot verify yet, so nobody would know what runs there: refused"
                 )
 
     def claims(self, index: int) -> bytes:
-        """What stage `index` must claim about itself: canonical msgpack of a map with fixed keys."""
+        """What stage `index` must claim about itself: canonical msgpack, a map with these keys in this order."""
         stage = self.stages[index]
         return codec.encode(
             {

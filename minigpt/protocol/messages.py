@@ -1,13 +1,13 @@
-"""What a client and the stages say to each other.
+"""The messages between a client and the stages.
 
-    client → stage 0     Generate, Cancel, Status        stage 0 → client     Tokens | Logits, Done, Report
+    client → stage 0     Generate, Cancel, Reset, Status stage 0 → client     Tokens | Logits, Done, Report
     stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Tokens | Logits, Done, Report
-    in either's answer   Refusal: this request is refused, in words; the channel lives
+    instead of an answer Refusal: this request is refused; the channel lives
                          Failure: a stage failed; the channel ends
 
-On the link a message is a map: its `type`, and exactly the fields declared here, each by its rule; anything else is a
-MessageError. Token ids and floats travel as packed arrays of fixed width, so that a message's length tells how many
-there are and nothing of their values.
+On the link a message is a map: its `type`, and exactly the fields declared here, each checked by its rule; anything
+else is a MessageError. Token ids and floats travel as packed arrays of fixed width, so the length of a message reveals
+how many there are, and nothing about their values. docs/protocol.md describes every message.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from minigpt.protocol import schema
 
 MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
 MAX_STAGES = 256
-# Rows of a prompt computed at once: what the token of another channel waits for at most, and the stages after this one
-# begin with. Each chunk costs a repacking of all matrices: chunks of 128 took a quarter longer for 1000 tokens.
+# Rows of a prompt computed at once. Another channel's token waits for at most one chunk, and the next stage starts
+# after the first. But BLAS repacks every matrix for each chunk: in chunks of 128, 1000 tokens took a quarter longer.
 CHUNK = 256
 MAX_DRAFT = 64  # ids guessed for one step; the logits of 65 rows are 13 MB for GPT-2
 
 
 class Wanted(enum.StrEnum):
-    """What a step shall answer."""
+    """What a step must answer."""
 
-    NOTHING = "nothing"  # a chunk of the prompt that is not the last: no answer at all, so that stages overlap
+    NOTHING = "nothing"  # a chunk of the prompt before the last: no answer at all, so that stages overlap
     TOKEN = "token"  # the token drawn after the last row
-    TOKENS = "tokens"  # the likeliest token after each row, up to the first that only a plain step can decide
+    TOKENS = "tokens"  # the most likely token after each row, up to the first that only a plain step can decide
     LOGITS = "logits"  # the logits of the last row
 
 
@@ -44,12 +44,12 @@ class Reason(enum.StrEnum):
     """Why a request ended."""
 
     LENGTH = "length"  # max_tokens reached
-    END = "end"  # a stop id, as the end-of-text token
-    STOP = "stop"  # a stop string: decided by the client, which alone knows text
+    END = "end"  # a stop id, such as the end-of-text token
+    STOP = "stop"  # a stop string: the client decides, because only it knows text
     CONTEXT = "context"  # the model's last position is used
     CANCELLED = "cancelled"
-    LOGITS = "logits"  # the logits that were asked for were sent
-    RESET = "reset"  # the sequence was forgotten, as asked
+    LOGITS = "logits"  # the requested logits were sent
+    RESET = "reset"  # the sequence is forgotten
 
 
 class Span(NamedTuple):
@@ -58,12 +58,12 @@ class Span(NamedTuple):
     compute: float
     seal: float
     open: float
-    wait: float  # for the next stage's answer: the spans of the stages after, and the wire
+    wait: float  # for the next stage's answer: its whole span, and the wire
     bytes: float  # of ciphertext, in both directions
 
 
 Flag = Annotated[bool, schema.boolean()]
-Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; FFFF on the link is the client
+Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; on the link, FFFF is the client
 Count = Annotated[int, schema.integer(0, 2**63 - 1)]
 Position = Annotated[int, schema.integer(0, MAX_IDS)]
 Seconds = Annotated[float, schema.number(0.0, 1e12)]
@@ -93,7 +93,7 @@ WantedField = Annotated[Wanted, schema.choice(Wanted)]
 class Generate:
     """Feed `ids` from position `start` on, then generate.
 
-    `start` 0 begins a sequence, one smaller than its length rewinds it, and a larger one is refused.
+    A `start` of 0 begins a sequence, one below its length rewinds it, and one beyond its length is refused.
     """
 
     start: Position
@@ -103,17 +103,17 @@ class Generate:
     sampling: SamplingField = GREEDY
     logprobs: Flag = False
     wanted: WantedField = Wanted.TOKEN
-    # Ids to guess ahead at most, where decoding is greedy; None where the first stage knows best.
+    # How many ids to guess ahead at most, for greedy decoding; None leaves it to the first stage.
     draft: Annotated[int | None, schema.optional(schema.integer(0, MAX_DRAFT))] = 0
     spans: Annotated[bool, schema.boolean(absent=True)] = False
 
     def __post_init__(self) -> None:
         if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
-            raise ValueError(f"{self.wanted} wanted: a generation is for a token at a time, or for logits")
+            raise ValueError(f"{self.wanted} wanted: a generation returns tokens one at a time, or logits")
 
     @property
     def most(self) -> int:
-        """Tokens that one answer may have."""
+        """How many tokens one answer may have."""
         if self.sampling.temperature > 0:
             return 1
         return 1 + (MAX_DRAFT if self.draft is None else self.draft)
@@ -132,12 +132,12 @@ class Step:
 
     def __post_init__(self) -> None:
         if self.wanted is Wanted.TOKENS and (self.sampling.temperature > 0 or len(self.hidden) > 1 + MAX_DRAFT):
-            raise ValueError(f"a token for each row is for greedy decoding, and for {1 + MAX_DRAFT} rows at most")
+            raise ValueError(f"a token for each row needs greedy decoding, and at most {1 + MAX_DRAFT} rows")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens drawn for `position` and those after it: one, or as many as a drafted step gave.
+    """The tokens drawn for `position` and the positions after it: one, or several from a drafted step.
 
     `logprobs` is empty unless asked for, and as long as `ids` then; so is `spans`, which begins with the sender's.
     """
@@ -154,7 +154,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """The logits (V,) after the last row of a step: what decides `position`."""
+    """The logits (V,) after the last row of a step, which decide `position`."""
 
     position: Position
     values: Annotated[NDArray[np.float32], schema.vector(MAX_IDS)]
@@ -170,7 +170,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request that `stage` refuses. `reason` is one word for programs, `text` a sentence for people."""
+    """`stage` refuses the request. `reason` is one word for programs, `text` a sentence for people."""
 
     stage: Index
     reason: Word
@@ -179,7 +179,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`stage` failed, and the channel ends with this. `reason` is "attestation" or "failed"."""
+    """`stage` failed, and this ends the channel. `reason` is "attestation" or "failed"."""
 
     stage: Index
     reason: Word
@@ -188,7 +188,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End the generation that is running; it is answered with its Done."""
+    """End the generation that is running; its Done answers this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +198,12 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Ask how the receiver and the stages after it are; answered with Report."""
+    """Report the state of the receiver and of the stages after it; answered with Report."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One stage's state, and its evidence as the stage before it verified it.
+    """One stage's state, and its evidence as verified by the stage before it.
 
     A stage that cannot be reached is reported by the one before it, with an `error`.
     """
@@ -216,7 +216,7 @@ class StageReport:
     channels: Count = 0
     sequences: Count = 0
     cache_bytes: Count = 0
-    steps: Count = 0  # computed since the start
+    steps: Count = 0  # computed since the process started
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
 
 
@@ -250,7 +250,7 @@ def encode(message: Message) -> dict[str, object]:
 
 
 def decode(value: object) -> Message:
-    """The message that a plain value is. Raises MessageError, and nothing else, for whatever is not one."""
+    """The message in a plain value. Raises MessageError, and nothing else, for anything that is not one."""
     if type(value) is not dict or type(value.get("type")) is not str:
         raise MessageError(f"got {type(value).__name__}, wanted a map with a type")
     kind = _KINDS.get(value["type"])
@@ -263,10 +263,10 @@ def decode(value: object) -> Message:
 
 
 def refused(refusal: Refusal) -> RequestRefused:
-    """The error that a Refusal tells of."""
+    """The error for a Refusal."""
     return RequestRefused(refusal.text, reason=refusal.reason, stage=refusal.stage)
 
 
 def refusal(error: RequestRefused) -> Refusal:
-    """The Refusal that tells of an error."""
+    """The Refusal for an error."""
     return Refusal(error.stage, error.reason, str(error))

@@ -1,7 +1,7 @@
 """The fields of messages: how a value becomes a plain one, and how a plain one is checked on its way back.
 
-Each function here makes a rule for one kind of field. What does not fit its rule is a MessageError that says what was
-got and wanted, and never shows a string or bytes, because they may be a prompt.
+Each function here makes the rule for one kind of field. A value that breaks its rule is a MessageError, which says what
+was received and what was expected, and never shows a string or bytes, because they may be a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minigpt.errors import MessageError
 
 
 class Field(NamedTuple):
-    """A rule: `encode` makes a plain value, `decode` checks one and makes it ours.
+    """A rule: `encode` makes a plain value, `decode` checks one and converts it.
 
     A field that may be `absent` is left out where it has a false value, its default.
     """
@@ -30,19 +30,19 @@ class Field(NamedTuple):
     absent: bool = False
 
 
-def _as_it_is(value: Any) -> object:
+def _same(value: Any) -> object:
     return value
 
 
 def integer(low: int, high: int) -> Field:
-    """An integer from low to high, and no bool."""
+    """An integer from low to high; a bool is not one."""
 
     def decode(value: object) -> int:
         if type(value) is not int or not low <= value <= high:
             raise _wrong(value, f"an integer from {low} to {high}")
         return value
 
-    return Field(_as_it_is, decode)
+    return Field(_same, decode)
 
 
 def number(low: float, high: float) -> Field:
@@ -75,7 +75,7 @@ def boolean(*, absent: bool = False) -> Field:
             raise _wrong(value, "true or false")
         return value
 
-    return Field(_as_it_is, decode, absent)
+    return Field(_same, decode, absent)
 
 
 def optional(rule: Field) -> Field:
@@ -88,7 +88,6 @@ def optional(rule: Field) -> Field:
 
 def choice(kind: type[enum.StrEnum]) -> Field:
     """One of an enumeration's strings."""
-
     choices: dict[object, enum.StrEnum] = {str(member): member for member in kind}
 
     def decode(value: object) -> enum.StrEnum:
@@ -100,7 +99,7 @@ def choice(kind: type[enum.StrEnum]) -> Field:
 
 
 def numbers(kind: str, limit: int) -> Field:
-    """A tuple of at most `limit` numbers, packed as `struct` has them, little-endian: "I" or "d"."""
+    """A tuple of at most `limit` numbers, packed little-endian: struct's "I" or "d"."""
     width = struct.calcsize("<" + kind)
 
     def decode(value: object) -> tuple[Any, ...]:
@@ -120,7 +119,7 @@ def vector(limit: int) -> Field:
 
 
 def matrix(limit: int) -> Field:
-    """A float32 array (T, C) that is not empty: [T, C, packed bytes], the three in agreement."""
+    """A float32 array (T, C) that is not empty: [T, C, packed bytes], where the three agree."""
     size = integer(1, limit)
 
     def encode(array: NDArray[np.float32]) -> object:
@@ -165,7 +164,7 @@ def listed(kind: type, limit: int) -> Field:
 
 
 def nested(kind: type, rules: dict[str, Field]) -> Field:
-    """A dataclass of another module, by rules given here."""
+    """A dataclass of another module, with the rules given here."""
     return Field(lambda item: write(item, rules), lambda value: read(value, kind, rules))
 
 
@@ -200,12 +199,12 @@ def read(value: object, kind: type, rules: dict[str, Field]) -> Any:
 
 
 def _complete(value: dict[Any, Any], rules: dict[str, Field]) -> bool:
-    """Whether nothing is missing but what may be absent, and nothing else is there."""
+    """Whether only fields that may be absent are missing, and no others are there."""
     return value.keys() <= rules.keys() and all(rules[name].absent for name in rules.keys() - value.keys())
 
 
 def _packed(value: object, limit: int) -> NDArray[np.float32]:
-    """The read-only array of at most `limit` finite numbers that these bytes are."""
+    """The read-only array of at most `limit` finite numbers in these bytes."""
     if type(value) is not bytes or len(value) % 4 or len(value) > 4 * limit:
         raise _wrong(value, f"the bytes of at most {limit} numbers of 4 bytes")
     array = np.frombuffer(value, "<f4")
@@ -215,5 +214,5 @@ def _packed(value: object, limit: int) -> NDArray[np.float32]:
 
 
 def _wrong(got: object, wanted: str) -> MessageError:
-    shown = repr(got) if type(got) in (int, float, bool) and abs(got) < 1e18 else type(got).__name__  # type: ignore[arg-type]
+    shown = repr(got) if isinstance(got, int | float) and abs(got) < 1e18 else type(got).__name__
     return MessageError(f"got {shown}, wanted {wanted}")

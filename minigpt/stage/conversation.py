@@ -32,10 +32,7 @@ from minigpt.protocol.messages import (
     Generate,
     Message,
     Reason,
-    Report,
-    Reset,
     StageReport,
-    Status,
     Step,
     Wanted,
 )
@@ -64,12 +61,10 @@ class _Cancelled(Exception):
 
 
 class Host(Protocol):
-    """Who accepts channels: what a conversation asks of it."""
+    """What a conversation asks of the server that accepted it."""
 
     def accept(self, sock: Any) -> Channel: ...
-
     def forget(self, number: int) -> None: ...
-
     def report(self) -> StageReport: ...
 
 
@@ -147,10 +142,10 @@ class Conversation:
                 self._generate(channel, message)
             case Step() if not first:
                 self._step(channel, message)
-            case Status():
+            case messages.Status():
                 self._forget_stale()
-                self._send(channel, Report((self._host.report(), *self._reports_from_below(channel))))
-            case Reset():
+                self._send(channel, messages.Report((self._host.report(), *self._reports_from_below(channel))))
+            case messages.Reset():
                 self._forget()
                 self._send(channel, Done(Reason.RESET))
             case Cancel():
@@ -257,8 +252,8 @@ class Conversation:
         own, link = self._link, None
         try:
             link = own or self._stage.take_link(channel)
-            report = link.ask(Status(), timeout=STATUS_TIMEOUT * following)
-            if not isinstance(report, Report) or not report.stages:
+            report = link.ask(messages.Status(), timeout=STATUS_TIMEOUT * following)
+            if not isinstance(report, messages.Report) or not report.stages:
                 raise MessageError(f"stage {link.stage} did not answer with a report", stage=link.stage)
         except (StageError, RequestRefused) as error:
             self._forget()  # and with it a link that has broken

@@ -1,4 +1,4 @@
-"""A stage's process at work: it accepts channels, one thread for each, and makes room for newcomers."""
+"""Accepts the channels of a stage, one thread for each, and makes room for newcomers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transport.channel import Channel, Listener
 log = logging.getLogger("minigpt.stage")
 
 YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
-HANDSHAKE_SHARE = 0.1  # of one core: what strangers can make a stage spend; at 5 ms a handshake, 20 a second
+HANDSHAKE_SHARE = 0.1  # of one core, spent on handshakes; at 5 ms each, 20 a second
 
 
 class Pace:
-    """Keeps what is spent on something to a share of the time, but for bursts of a second."""
+    """Limits what is spent on something to a share of the time, with bursts of up to a second."""
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._free = 0.0  # when all that was spent is made up for
+        self._free = 0.0  # when everything spent so far is made up for
         self._lock = threading.Lock()
 
     def spend(self, seconds: float) -> None:
@@ -54,7 +54,7 @@ class Server:
     def serve(self, listener: Listener) -> None:
         """Accepts channels until `stop` is called."""
         for number in itertools.count(1):
-            self.stage.stopping.wait(self._pace.delay())  # whoever comes meanwhile waits in the listener's queue
+            self.stage.stopping.wait(self._pace.delay())  # newcomers wait in the listener's queue meanwhile
             accepted = listener.accept()
             if accepted is None:
                 return
@@ -75,9 +75,10 @@ class Server:
             threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
 
     def _least_wanted(self) -> Conversation | None:
-        """Whom to end, so that those who hold places and do nothing keep no newcomer out; None if there is room.
+        """The conversation to end for a newcomer; None if there is room, or if all are busy.
 
-        Of the handshakes under way the oldest: an honest one takes milliseconds. Else who has been silent longest.
+        With too many handshakes under way, the oldest of them: an honest one takes milliseconds. With too many
+        channels, a handshake, else the channel that has been idle longest.
         """
         waiting = sorted(
             (one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)), key=lambda one: one.since

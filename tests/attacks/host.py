@@ -76,7 +76,7 @@ def other_code(arena: Arena) -> Seen:
     require(source.read_bytes() != text, "the kit found nothing to change")
     seen.append(started_with(arena, victim, home, arena.folder))
     source.write_bytes(text)
-    source = home / "minigpt" / "stage" / "__main__.py"
+    source = home / "minigpt" / "stage" / "process.py"
     check, without = b"if loaded.digest != entry.weights_sha256:", b"if False:"
     require(check in source.read_bytes(), f"the kit does not find the check in {source}")
     source.write_bytes(source.read_bytes().replace(check, without))

@@ -17,6 +17,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
+def test_a_stage_has_not_imported_numpy_when_its_options_are_read() -> None:
+    """--threads must be set before: BLAS counts its threads when NumPy is imported."""
+    code = "import sys, minigpt.stage.__main__; print('numpy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "False"
+    assert (ROOT / "minigpt" / "stage" / "__init__.py").read_text() == ""
+
+
 def test_importing_numpy_first_is_warned_of() -> None:
     code = "import numpy, warnings; warnings.simplefilter('error'); import minigpt; minigpt.load('tiny')"
     environment = {"PATH": "/usr/bin:/bin"}

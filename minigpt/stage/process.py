@@ -1,0 +1,128 @@
+"""From a stage's options to a stage that serves. Imported once the number of BLAS threads is set."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import time
+from typing import IO
+
+from attest import AttestationError, Attester, Binding
+from attest.document import read_file
+from minigpt.checkpoint import sources, weights
+from minigpt.engine import threads
+from minigpt.engine.model import GPT2
+from minigpt.errors import ManifestError, UsageError, WeightsMismatch
+from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
+from minigpt.stage.server import Server
+from minigpt.stage.stage import Limits, Stage
+from transport.channel import Address, Deadlines, Listener, receive_once
+
+log = logging.getLogger("minigpt.stage")
+
+MAX_KEY = 2**16  # bytes of a key's file; a mock key's has 500
+
+
+def run(options: argparse.Namespace) -> None:
+    """Loads what the options name, and serves until a signal comes."""
+    blas = threads.native()
+    manifest = Manifest.parse(_receive(options.manifest, MAX_MANIFEST))
+    entry = _entry(manifest, options)
+    if options.mock_key is None:
+        raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
+    attester = manifest.attester(entry.index, _receive(options.mock_key, MAX_KEY))
+    listener = _listener(options.listen, entry)
+    model = _model(manifest, entry, options.model)
+    _check_own_evidence(manifest, entry.index, attester)
+    cores = _shared(options.turns)
+    if cores is not None:
+        threads.spread(blas)
+    server = Server(Stage(manifest, entry.index, model, attester, _limits(options), cores))
+    layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
+    try:
+        print(f"stage {entry.index} ready: {layers}, {listener.address}", flush=True)
+        size, kind = model.nbytes / 1e6, entry.platform.name
+        log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
+        server.serve(listener)
+    finally:
+        listener.close()
+        server.stop()
+        log.info("ended")
+
+
+def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
+    """This stage's part of the manifest, if it may be served at all."""
+    manifest.check_time(time.time())
+    manifest.check_verifiable()
+    index: int = options.index
+    if index >= len(manifest.stages):
+        raise UsageError(f"--index {index}, but the manifest has {len(manifest.stages)} stages, from 0 on")
+    if manifest.simulated and not options.allow_mock:
+        raise ManifestError(
+            "the manifest accepts mock evidence, which proves nothing about hardware: refused without --allow-mock"
+        )
+    return manifest.stages[index]
+
+
+def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
+    """The stage's layers, if they are those that the manifest pins."""
+    folder = sources.local(model or manifest.model)
+    loaded = weights.load(folder, manifest.config, entry.layers)
+    if loaded.digest != entry.weights_sha256:
+        raise WeightsMismatch(
+            f"weights sha256 {loaded.digest.hex()}, the manifest wants {entry.weights_sha256.hex()}: "
+            f"{folder} is another checkpoint, or damaged"
+        )
+    return GPT2(manifest.config, entry.layers, loaded.tensors)
+
+
+def _check_own_evidence(manifest: Manifest, index: int, attester: Attester) -> None:
+    """Warns of a stage that no peer will accept: better here than at each of their attempts."""
+    binding = Binding("R", attester.provider, bytes(32), bytes(32), attester.claims)
+    try:
+        manifest.verifier(index).verify(attester.attest(binding), binding)
+    except AttestationError as error:
+        log.warning("peers will refuse this stage's evidence: %s", error)
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(
+        channels=options.max_channels,
+        sequences=options.max_sequences,
+        handshakes=options.max_handshakes,
+        answer=options.answer_timeout,
+        idle=options.idle_timeout,
+        deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
+    )
+
+
+def _shared(path: str | None) -> IO[bytes] | None:
+    """The file of --turns, open for locking."""
+    if path is None:
+        return None
+    try:
+        return open(path, "r+b", buffering=0)
+    except OSError as error:
+        raise UsageError(f"--turns {path}: {error.strerror}; wanted a file that can be read and written") from None
+
+
+def _listener(listen: str | None, entry: StageEntry) -> Listener:
+    if listen is None:
+        return Listener(entry.address)
+    if not listen.startswith("fd:"):
+        return Listener(Address.parse(listen))
+    if not listen[3:].isdecimal():
+        raise UsageError(f"--listen {listen}: wanted fd: and the number of an open, listening socket")
+    return Listener(int(listen[3:]))
+
+
+def _receive(source: str, limit: int) -> bytes:
+    """The bytes of a file; or of the first connection to an address: an enclave has no files at run time."""
+    if "://" in source:
+        return receive_once(Address.parse(source), limit)
+    try:
+        return read_file(source, limit)
+    except OSError as error:
+        raise UsageError(f"{source}: {error.strerror}") from None
