@@ -1,7 +1,8 @@
-"""Every command of the documents runs: what is documented works.
+"""Every command of the documents runs.
 
 A fenced block of `sh` or `python` is run as it stands, but for its ports, in an empty folder, with this Python first on
-the path. Blocks of `sh install` are run by continuous integration, in an empty environment. `text` is no command.
+the path. GPT-2 is served by a hub on loopback: a small random model under its id, which the real hub client downloads.
+Blocks of `sh install` are run by continuous integration, in an empty environment. `text` is not a command.
 """
 
 import os
@@ -13,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub import Hub
+from made import random_tensors, write
 from processes import ROOT
+
+from minigpt.engine.config import Config
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))  # docs/deployment.md has its own test, beside that of the images
 BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -51,13 +56,23 @@ def ports() -> Iterator[dict[str, str]]:
         each.close()
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    config = Config(vocab_size=2048, n_positions=256, n_embd=48, n_layer=12, n_head=4, n_inner=96, eos_token_id=())
+    folder = write(tmp_path_factory.mktemp("hub") / "gpt2", config, random_tensors(config))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = (ROOT / "minigpt" / "data" / "tokenizer.json").read_bytes()
+    with Hub("openai-community/gpt2", files | {"tokenizer.json": tokenizer}).serving() as hub:
+        yield hub
+
+
 def test_every_block_says_what_it_is() -> None:
     assert {name.split(":")[2] for name, _ in blocks()} <= {"sh", "sh install", "python", "text"}
     assert sum("sh install" in name for name, _ in blocks()) == 2
 
 
 @pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
-def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str]) -> None:
+def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str], hub: Hub) -> None:
     commands = tmp_path / "commands"
     commands.mkdir()
     for command, module in (("minigpt", " -m minigpt"), ("python", "")):
@@ -67,6 +82,8 @@ def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: 
     where.mkdir()
     text = PORTS.sub(lambda match: ports[match[0]], text)
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"NO_PROXY": "*"}
     run = ["bash", "-euo", "pipefail", "-c", text] if name.endswith(":sh") else [sys.executable, "-c", text]
     done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

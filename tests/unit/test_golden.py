@@ -1,4 +1,4 @@
-"""Logits against stored answers of transformers' GPT2LMHeadModel (scripts/reference_logits.py), without torch."""
+"""Logits against stored answers of transformers' GPT2LMHeadModel (scripts/train/reference_logits.py), without torch."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_logits_are_those_of_transformers(name: str) -> None:
         config, tensors = GOLDEN[name], random_tensors(GOLDEN[name])
         digest = expected_digest(b"F32", tensors)
     golden = np.load(DATA / f"golden_{name}.npz", allow_pickle=False)
-    assert digest == golden["weights_sha256"].tobytes(), "other weights: run scripts/reference_logits.py again"
+    assert digest == golden["weights_sha256"].tobytes(), "other weights: run scripts/train/reference_logits.py again"
     model = GPT2(config, range(config.n_layer), tensors)
     ids, rows, columns = golden["ids"], golden["rows"], golden["columns"]
 
