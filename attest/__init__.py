@@ -20,31 +20,9 @@ import enum
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
-from attest.document import DocumentError, parse_json
-
-__all__ = [
-    "MAX_CLAIMS",
-    "MAX_ENDORSEMENTS",
-    "MAX_EVIDENCE",
-    "MAX_TOTAL",
-    "NO_CLAIMS",
-    "AcceptUnattested",
-    "AttestationError",
-    "AttestationResult",
-    "Attester",
-    "Binding",
-    "Evidence",
-    "EvidenceError",
-    "PolicyError",
-    "Provider",
-    "Unattested",
-    "Verifier",
-    "dump_evidence",
-    "load_evidence",
-    "provider_name",
-]
+from attest.document import DocumentError, Place, load
 
 MAX_CLAIMS = 4096  # bytes; a stage's claims are about 120
 MAX_EVIDENCE = 64 * 1024  # bytes; a Nitro document is about 5 KB, a TDX quote about 8 KB
@@ -262,67 +240,43 @@ def dump_evidence(evidence: Evidence, binding: Binding) -> str:
 
 
 def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
-    """Read an evidence file. Nothing in it is verified by that.
+    """Reads an evidence file. That verifies nothing in it.
 
     Raises:
         EvidenceError: it is not an evidence file, or a field is missing, unknown, malformed or too long.
     """
-    fields = file_fields(text, _FILE_FORMAT, _FILE_FIELDS)
-    provider, role, items = fields["provider"], fields["role"], fields["endorsements"]
-    if type(provider) is not int or not 0 <= provider <= 255:  # type(), because a bool is an int too
-        _refuse("provider in an evidence file: wanted a code, 0..255")
-    if role not in ("I", "R"):
-        _refuse('role in an evidence file: wanted "I" or "R"')
-    if not isinstance(items, list) or len(items) > MAX_ENDORSEMENTS:
-        _refuse(f"endorsements in an evidence file: wanted a list of at most {MAX_ENDORSEMENTS}")
-    claims = hex_field("claims in an evidence file", fields["claims"], 0, MAX_CLAIMS)
-    evidence = hex_field("evidence in an evidence file", fields["evidence"], 0, MAX_EVIDENCE)
-    endorsements = tuple(hex_field("endorsement in an evidence file", item, 0, MAX_TOTAL) for item in items)
-    if len(claims) + len(evidence) + sum(map(len, endorsements)) > MAX_TOTAL:
-        _refuse(f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together")
-    handshake_hash = hex_field("handshake_hash in an evidence file", fields["handshake_hash"], 32, 32)
-    static_key = hex_field("static_key in an evidence file", fields["static_key"], 32, 32)
-    binding = Binding(role, provider, handshake_hash, static_key, claims)
+    try:
+        file = open_file(text, _FILE_FORMAT, _FILE_FIELDS)
+        provider, role = file.get("provider").integer(0, 255), file.get("role").text(1)
+        if role not in ("I", "R"):
+            file.get("role").refuse('"I" or "R"')
+        claims = file.get("claims").bytes(0, MAX_CLAIMS)
+        evidence = file.get("evidence").bytes(0, MAX_EVIDENCE)
+        endorsements = tuple(item.bytes(0, MAX_TOTAL) for item in file.get("endorsements").items(0, MAX_ENDORSEMENTS))
+        if len(claims) + len(evidence) + sum(map(len, endorsements)) > MAX_TOTAL:
+            _refuse(f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together")
+        binding = Binding(
+            role, provider, file.get("handshake_hash").bytes(32), file.get("static_key").bytes(32), claims
+        )
+    except DocumentError as error:
+        _refuse(str(error))
     return Evidence(provider, claims, evidence, endorsements), binding
 
 
-def file_fields(text: str | bytes, kind: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of one of this package's JSON files: "format" (`kind`), "version" 1, and exactly `names`.
+def open_file(text: str | bytes, kind: str, names: tuple[str, ...]) -> Place:
+    """One of this package's JSON files: "format" (`kind`), "version" 1, and exactly the fields `names`.
 
-    Their values are still to be checked. No message repeats what the file holds, because it may hold a private key.
-
-    Raises:
-        EvidenceError: it is not such a file.
+    It may hold a private key, so no error quotes its content. Raises DocumentError.
     """
-    if len(text) > MAX_FILE:
-        _refuse(f"{kind} file: more than {MAX_FILE} characters")
-    try:
-        fields = parse_json(text)
-    except DocumentError as error:
-        _refuse(f"{kind} file: not JSON: {error}")
-    if not isinstance(fields, dict) or fields.get("format") != kind:
-        _refuse(f'{kind} file: it is something else; wanted an object with "format": "{kind}"')
-    missing = [name for name in ("version", *names) if name not in fields]
-    unknown = len(fields) - len(("format", "version", *names)) + len(missing)
-    if missing or unknown:
-        _refuse(f"{kind} file: missing fields: {', '.join(missing) or 'none'}; fields too many: {unknown}")
-    if type(fields["version"]) is not int or fields["version"] != 1:
-        _refuse(f"{kind} file: wanted version 1; a newer program may have written it")
-    return fields
-
-
-def hex_field(name: str, value: object, shortest: int, longest: int) -> bytes:
-    """The bytes of a field in hex, exactly as `bytes.hex` writes it; else EvidenceError."""
-    wanted = f"{longest}" if shortest == longest else f"{shortest}..{longest}"
-    if not isinstance(value, str) or len(value) > 2 * longest:
-        _refuse(f"{name}: wanted {wanted} bytes in hex")
-    try:
-        data = bytes.fromhex(value)
-    except ValueError:
-        _refuse(f"{name}: not hex")
-    if data.hex() != value or len(data) < shortest:  # fromhex also takes blanks and capitals
-        _refuse(f"{name}: wanted {wanted} bytes in lower-case hex without blanks")
-    return data
+    file = load(f"{kind} file", text.encode(errors="replace") if isinstance(text, str) else text, MAX_FILE, quiet=True)
+    if file.get("format").value != kind:
+        file.get("format").refuse(f'"{kind}"')
+    if file.get("version").value != 1 or type(file.get("version").value) is not int:
+        file.get("version").refuse("1: a newer program may have written this file")
+    for name in names:
+        file.get(name)
+    file.only("format", "version", *names)
+    return file
 
 
 def _refuse(message: str) -> NoReturn:

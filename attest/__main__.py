@@ -1,7 +1,7 @@
 """The command line of evidence: `python -m attest keygen | measure | show | verify`.
 
-Results go to stdout, advice and errors to stderr. Exit codes: 0 done (`verify`: accepted), 1 failed, 2 usage, 3 refused
-or malformed evidence, 130 interrupted.
+Results go to standard output, advice and errors to standard error. Exit codes: 0 done (`verify`: accepted), 1 failed,
+2 usage, 3 refused or malformed evidence, 130 interrupted.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ ROLES = {"I": "initiator", "R": "responder"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. Only usage errors leave by SystemExit (argparse)."""
+    """Runs one command; returns its exit code. Only usage errors leave by SystemExit (argparse)."""
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    """Print and flush. A reader that has gone has seen enough: no error, and the command's exit code stands."""
+    """Prints and flushes. A reader that has gone has seen enough: that is no error, and the exit code stands."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -65,72 +65,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attest {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    keygen = commands.add_parser(
-        "keygen",
-        allow_abbrev=False,
-        help="make a mock root key, or a stage's key",
-        description="Without --root, make a root key; with --root and --stage, a stage's key. "
-        "The new public key is printed, as 64 hex digits.",
-    )
-    keygen.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="where the private key goes: a new file, readable by you alone",
-    )
-    keygen.add_argument("--root", type=Path, metavar="FILE", help="the root key that endorses")
+    def command(name: str, run: Callable[..., Any], summary: str, description: str = "") -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, allow_abbrev=False, help=summary, description=description or None
+        )
+        made.set_defaults(run=run)
+        return made
+
+    keygen = command("keygen", _keygen, "make a mock root key, or a stage's key",
+                     "Without --root, make a root key; with --root and --stage, a stage's key. The new public key is "
+                     "printed, as 64 hex digits.")  # fmt: skip
+    keygen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
+                        help="where the private key goes: a new file, readable by you alone")  # fmt: skip
+    keygen.add_argument("--root", metavar="FILE", help="the root key that endorses")
     keygen.add_argument("--stage", type=_stage, metavar="I", help="index of the stage that the key is for")
     keygen.add_argument("--days", type=_days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
-    keygen.set_defaults(run=_keygen)
 
-    measure_ = commands.add_parser(
-        "measure",
-        allow_abbrev=False,
-        help="print the measurement of the code",
-        description="SHA-384 over names and contents of the *.py of attest, minigpt and "
-        "transport. Dependencies and the interpreter are not measured.",
-    )
-    measure_.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        metavar="DIR",
-        help="the folder that holds the packages (default: the one this program runs from)",
-    )
-    measure_.set_defaults(run=_measure)
+    measuring = command("measure", _measure, "print the measurement of the code",
+                        "SHA-384 over names and contents of the *.py of attest, minigpt and transport. Dependencies "
+                        "and the interpreter are not measured.")  # fmt: skip
+    measuring.add_argument("folder", nargs="?", type=Path, metavar="DIR",
+                           help="the folder of the packages (default: the one this program runs from)")  # fmt: skip
 
-    show = commands.add_parser("show", allow_abbrev=False, help="print what an evidence file says, unverified")
-    show.set_defaults(run=_show)
-    verify = commands.add_parser(
-        "verify",
-        allow_abbrev=False,
-        help="check an evidence file against pins",
-        description="Check signatures, binding, times, measurement and the debug flag of mock "
-        "evidence. The claims are printed, not compared.",
-    )
-    verify.set_defaults(run=_verify)
-    for command in (show, verify):
-        command.add_argument("file", metavar="FILE", help="as `minigpt status --save-evidence` writes it; - is stdin")
-        command.add_argument("--json", action="store_true", help="print one JSON object")
+    show = command("show", _show, "print what an evidence file says, unverified")
+    verify = command("verify", _verify, "check an evidence file against pins",
+                     "Check signatures, binding, times, measurement and the debug flag of mock evidence. The claims "
+                     "are printed, not compared.")  # fmt: skip
+    for reading in (show, verify):
+        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
+        reading.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument("--root", type=_hex(32), required=True, metavar="HEX", help="the root's public key, 64 digits")
-    verify.add_argument(
-        "--measurement",
-        type=_hex(48),
-        required=True,
-        action="append",
-        metavar="HEX",
-        help="an acceptable measurement, 96 digits; may be given several times",
-    )
+    verify.add_argument("--measurement", type=_hex(48), required=True, action="append", metavar="HEX",
+                        help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
     verify.add_argument("--stage", type=_stage, metavar="I", help="refuse a key endorsed for another stage")
-    verify.add_argument(
-        "--at",
-        type=_time,
-        metavar="TIME",
-        help="judge as a verifier would have at this time: now, or like 2027-01-31T12:00:00Z "
-        "(default: the evidence's own time, because a kept file is always old)",
-    )
+    verify.add_argument("--at", type=_time, metavar="TIME",
+                        help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
+                        "time, because a kept file is always old)")  # fmt: skip
     return parser
 
 
@@ -148,7 +118,7 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
             file=sys.stderr,
         )
         return 0, root.public.hex() + "\n"
-    root = MockRoot.from_json(_read(str(options.root)))
+    root = MockRoot.from_json(_read(options.root))
     not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
     key = MockKey.generate(root, options.stage, not_after_ms)
     write_private(options.output, key.to_json())
@@ -202,26 +172,21 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[in
 
 
 def _fields(evidence: Evidence, binding: Binding) -> dict[str, Any]:
-    """What a file says, for people and for JSON. Raises EvidenceError where mock evidence in it is malformed."""
+    """What a file says, for people and for JSON. Raises EvidenceError where its evidence is malformed."""
     fields: dict[str, Any] = {"provider": provider_name(evidence.provider), "role": ROLES[binding.role]}
-    describe = _describers().get(evidence.provider)
+    describe = next((each.describe for each in PLATFORMS.values() if each.provider == evidence.provider), None)
     if describe is not None:
         fields |= describe(evidence)
-    elif evidence.evidence or evidence.endorsements:  # a layout that is not known here
+    elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
         fields |= {"evidence": evidence.evidence.hex(), "endorsed": [item.hex() for item in evidence.endorsements]}
-    claims = decode_claims(evidence.claims)
+    claims: Any = decode_claims(evidence.claims)
+    if claims is not None:
+        claims = {name: value.hex() if isinstance(value, bytes) else value for name, value in claims.items()}
     return fields | {
         "handshake_hash": binding.handshake_hash.hex(),
         "static_key": binding.static_key.hex(),
-        "claims": evidence.claims.hex()
-        if claims is None
-        else {name: value.hex() if isinstance(value, bytes) else value for name, value in claims.items()},
+        "claims": evidence.claims.hex() if claims is None else claims,
     }
-
-
-def _describers() -> dict[int, Any]:
-    """By provider, who can say what its evidence says."""
-    return {platform.provider: platform.describe for platform in PLATFORMS.values() if platform.describe}
 
 
 def _warnings(evidence: Evidence) -> list[str]:
@@ -233,7 +198,7 @@ def _warnings(evidence: Evidence) -> list[str]:
 
 
 def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
-    """Fields as aligned lines; what came from outside is escaped, so that a file cannot drive a terminal."""
+    """Fields as aligned lines. What came from outside is escaped, so that a file cannot drive a terminal."""
     lines = []
     for name, value in fields.items():
         label = f"{indent}{ascii(name)[1:-1].replace('_', ' '):<{16 - len(indent)}}  "
@@ -251,10 +216,8 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _read(name: str) -> bytes:
-    """The bytes of a file ("-": stdin), but no more than the parser needs to see that it is too long."""
-    if name == "-":
-        return sys.stdin.buffer.read(MAX_FILE + 1)
-    return read_file(name, MAX_FILE)
+    """The bytes of a file ("-": standard input), but no more than the parser needs to see that it is too long."""
+    return sys.stdin.buffer.read(MAX_FILE + 1) if name == "-" else read_file(name, MAX_FILE)
 
 
 def _json(fields: dict[str, Any]) -> str:
@@ -268,20 +231,19 @@ def _version() -> str:
         return "(run from a checkout that is not installed)"
 
 
-class _hex:
+def _hex(size: int) -> Callable[[str], bytes]:
     """The type of an option that takes exactly `size` bytes in hex, not all zero."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, text: str) -> bytes:
+    def read(text: str) -> bytes:
         try:
             data = bytes.fromhex(text)
         except ValueError:
             data = b""
-        if len(data) != self.size or not any(data):
-            raise argparse.ArgumentTypeError(f"wanted {2 * self.size} hex digits, not all zero")
+        if len(data) != size or not any(data):
+            raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
         return data
+
+    return read
 
 
 def _stage(text: str) -> int:
@@ -304,7 +266,7 @@ def _time(text: str) -> int:
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None or moment.year < 1971:
-        raise argparse.ArgumentTypeError("wanted now, or a time with its zone, like 2027-01-31T12:00:00Z")
+        raise argparse.ArgumentTypeError("wanted now, or a time with its zone, such as 2027-01-31T12:00:00Z")
     return int(moment.timestamp() * 1000)
 
 

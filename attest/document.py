@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+_HEX = set("0123456789abcdef")
+
 
 class DocumentError(ValueError):
     """A document is too long, not JSON, or a value in it is not what its place wants."""
@@ -49,43 +51,50 @@ def parse_json(data: bytes | str) -> Any:
         raise DocumentError("a number has too many digits") from None
 
 
-def load(name: str, data: bytes, limit: int) -> "Place":
+def load(name: str, data: bytes, limit: int, *, quiet: bool = False) -> "Place":
     """The whole of a document of at most `limit` bytes. Raises DocumentError."""
     if len(data) > limit:
         raise DocumentError(f"{name}: more than {limit} bytes, wanted at most {limit}")
     try:
-        return Place(name, parse_json(data))
+        return Place(name, parse_json(data), quiet)
     except DocumentError as error:
         raise DocumentError(f"{name}: not JSON: {error}") from None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A value in a document, and the path to it for messages. Its methods read it, or raise DocumentError."""
+    """A value in a document, and the path to it for messages. Its methods read it, or raise DocumentError.
+
+    A quiet one never quotes a value: the document may hold a private key.
+    """
 
     name: str
     value: Any
+    quiet: bool = False
 
     def refuse(self, wanted: str) -> NoReturn:
-        got = repr(self.value)[:100] if not isinstance(self.value, dict | list) else type(self.value).__name__
-        raise DocumentError(f"{self.name}: got {got}, wanted {wanted}")
+        shown = isinstance(self.value, dict | list) or self.quiet
+        raise DocumentError(
+            f"{self.name}: got {type(self.value).__name__ if shown else repr(self.value)[:100]}, wanted {wanted}"
+        )
 
     def get(self, key: str) -> "Place":
         if type(self.value) is not dict:
             self.refuse("an object")
         if key not in self.value:
             raise DocumentError(f"{self.name}: {key} is missing")
-        return Place(f"{self.name}.{key}", self.value[key])
+        return Place(f"{self.name}.{key}", self.value[key], self.quiet)
 
     def only(self, *keys: str) -> None:
         unknown = [key for key in self.value if key not in keys]
         if unknown:
-            raise DocumentError(f"{self.name}: got an unknown field {unknown[0][:60]!r}, wanted {', '.join(keys)}")
+            shown = f"{len(unknown)} unknown fields" if self.quiet else f"an unknown field {unknown[0][:60]!r}"
+            raise DocumentError(f"{self.name}: got {shown}, wanted {', '.join(keys)}")
 
-    def items(self, limit: int) -> "list[Place]":
-        if type(self.value) is not list or not 1 <= len(self.value) <= limit:
-            self.refuse(f"a list of 1 to {limit}")
-        return [Place(f"{self.name}[{i}]", item) for i, item in enumerate(self.value)]
+    def items(self, least: int, most: int) -> "list[Place]":
+        if type(self.value) is not list or not least <= len(self.value) <= most:
+            self.refuse(f"a list of {least} to {most}")
+        return [Place(f"{self.name}[{i}]", item, self.quiet) for i, item in enumerate(self.value)]
 
     def integer(self, low: int, high: int) -> int:
         if type(self.value) is not int or not low <= self.value <= high:
@@ -97,19 +106,24 @@ class Place:
             self.refuse(f"a string of 1 to {limit} characters")
         return str(self.value)
 
-    def bytes(self, length: int) -> bytes:
-        text = self.value
-        if type(text) is not str or len(text) != 2 * length or set(text) - set("0123456789abcdef"):
-            self.refuse(f"{2 * length} lower-case hex digits")
-        if text == "0" * (2 * length):
+    def pin(self, length: int) -> bytes:
+        """As `bytes`, and not all zeros."""
+        value = self.bytes(length)
+        if not any(value):
             self.refuse("a value that is not all zeros: zeros pin nothing")
+        return value
+
+    def bytes(self, least: int, most: int | None = None) -> bytes:
+        """Lower-case hex of `least` to `most` bytes; of exactly `least` if `most` is None."""
+        text, most = self.value, least if most is None else most
+        if type(text) is not str or len(text) % 2 or not 2 * least <= len(text) <= 2 * most or set(text) - _HEX:
+            self.refuse(f"{2 * least}{f' to {2 * most}' if most > least else ''} lower-case hex digits")
         return bytes.fromhex(text)
 
     def time(self) -> datetime.datetime:
+        text = self.text(20)
         try:
-            return datetime.datetime.strptime(self.text(20), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
-        except DocumentError:
-            raise
+            return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
         except ValueError:
             self.refuse("a time in UTC, such as 2026-01-31T12:00:00Z")
 

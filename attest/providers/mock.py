@@ -1,8 +1,7 @@
-"""Evidence without hardware: signed for real and verified for real, by keys that the operator makes.
+"""Evidence without hardware: signed for real and verified for real, with keys that the operator makes.
 
-It stands in for a TEE where there is none, and goes through the very path that a platform's evidence goes through. What
-it proves: the holder of a stage's key said this about this handshake. It proves *nothing about hardware*: whoever has
-the key can claim any measurement.
+It stands in for a TEE and takes the same path as a platform's evidence. It proves that the holder of a stage's key said
+this about this handshake. It proves *nothing about hardware*: whoever has the key can claim any measurement.
 
     root ──endorses──► stage's key ──signs──► measurement, debug, binding of this handshake
 
@@ -11,8 +10,8 @@ the key can claim any measurement.
     endorsement  117   "MGPTMOCKCA" | u8 1 | stage's key[32] | u16 stage index | u64 not after, ms since epoch
                        | root's signature[64] over everything before it                      (big-endian, RFC 8032)
 
-The layout of bytes, the checking of signatures, and policy are three things: `parse_evidence` and `parse_endorsement`,
-`authenticate`, and `attest.policy`.
+Layout, signatures and policy are three separate things: `parse_evidence` and `parse_endorsement`, `authenticate`, and
+`attest.policy`.
 """
 
 import hmac
@@ -27,14 +26,14 @@ from typing import Any
 from Crypto.PublicKey.ECC import EccKey
 from Crypto.Signature import eddsa
 
-from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, file_fields, hex_field, provider_name
+from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, open_file, provider_name
 from attest.document import DocumentError, Place
 from attest.measure import measure
 from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
 from attest.providers import Platform
 
-# Freshness comes from the handshake hash alone. The window only keeps a stage whose clock is wrong (or was set back, so
-# that an expired key works again) from going unnoticed. Five minutes is what Kerberos allows between clocks (RFC 4120).
+# Freshness comes from the handshake hash alone. This window only makes a wrong clock visible, or one that was set back
+# so that an expired key works again. Kerberos allows five minutes between clocks (RFC 4120).
 MAX_SKEW = 300  # seconds, to either side
 
 _EVIDENCE = struct.Struct(">8sBQ48s64sB32s64s")
@@ -48,7 +47,7 @@ _SIGNATURE_SIZE = 64
 
 @dataclass(frozen=True)
 class MockEvidence:
-    """The fields of mock evidence, as found: nothing of them is verified."""
+    """The fields of mock evidence, unverified."""
 
     timestamp_ms: int
     measurement: bytes
@@ -61,7 +60,7 @@ class MockEvidence:
 
 @dataclass(frozen=True)
 class MockEndorsement:
-    """The fields of a mock endorsement, as found: nothing of them is verified."""
+    """The fields of a mock endorsement, unverified."""
 
     key: bytes
     stage: int
@@ -71,54 +70,40 @@ class MockEndorsement:
 
 
 def parse_evidence(data: bytes) -> MockEvidence:
-    """Take mock evidence apart.
-
-    Raises:
-        EvidenceError: length, magic, version or flags are not those of the format.
-    """
-    _require_length("mock evidence", data, _EVIDENCE)
-    magic, version, timestamp_ms, measurement, digest, flags, key, signature = _EVIDENCE.unpack(data)
-    _require_magic("mock evidence", magic, version, _EVIDENCE_MAGIC)
+    """The fields of mock evidence. Raises EvidenceError for a wrong length, magic, version or flags."""
+    timestamp_ms, measurement, digest, flags, key, signature = _unpack("evidence", _EVIDENCE, _EVIDENCE_MAGIC, data)
     if flags & ~_DEBUG:
         raise EvidenceError(f"mock evidence: got flags {flags:#04x}, wanted none but {_DEBUG:#04x} (debug)")
     return MockEvidence(timestamp_ms, measurement, digest, bool(flags), key, data[:-_SIGNATURE_SIZE], signature)
 
 
 def parse_endorsement(data: bytes) -> MockEndorsement:
-    """Take a mock endorsement apart.
-
-    Raises:
-        EvidenceError: length, magic, version or stage index are not those of the format.
-    """
-    _require_length("mock endorsement", data, _ENDORSEMENT)
-    magic, version, key, stage, not_after_ms, signature = _ENDORSEMENT.unpack(data)
-    _require_magic("mock endorsement", magic, version, _ENDORSEMENT_MAGIC)
+    """The fields of a mock endorsement. Raises EvidenceError for a wrong length, magic, version or stage index."""
+    key, stage, not_after_ms, signature = _unpack("endorsement", _ENDORSEMENT, _ENDORSEMENT_MAGIC, data)
     if stage == CLIENT_ID:
         raise EvidenceError(f"mock endorsement: got stage index {stage}, which is the id of clients")
     return MockEndorsement(key, stage, not_after_ms, data[:-_SIGNATURE_SIZE], signature)
 
 
-def _require_length(what: str, data: bytes, layout: struct.Struct) -> None:
+def _unpack(what: str, layout: struct.Struct, wanted: bytes, data: bytes) -> tuple[Any, ...]:
     if len(data) != layout.size:
-        raise EvidenceError(f"{what}: got {len(data)} bytes, wanted exactly {layout.size}")
-
-
-def _require_magic(what: str, magic: bytes, version: int, wanted: bytes) -> None:
+        raise EvidenceError(f"mock {what}: got {len(data)} bytes, wanted exactly {layout.size}")
+    magic, version, *fields = layout.unpack(data)
     if magic != wanted or version != _VERSION:
-        raise EvidenceError(
-            f"{what}: got magic {magic.hex()} version {version}, wanted {wanted.hex()} ({wanted!r}) version {_VERSION}"
-        )
+        got = f"got magic {magic.hex()} version {version}"
+        raise EvidenceError(f"mock {what}: {got}, wanted {wanted.hex()} ({wanted!r}) version {_VERSION}")
+    return tuple(fields)
 
 
 def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int) -> AttestationResult:
-    """What `evidence` says, if `root` endorsed its key, that key signed it for `binding`, and it is of now.
+    """What `evidence` says, if `root` endorsed its key, that key signed it for `binding`, and it was made now.
 
-    Whether it is acceptable is not asked here. All checks of well-formed evidence are made even after one has failed:
-    then the time of a refusal does not tell a peer which it was, and an operator reads all of them at once.
+    Whether it is acceptable is another question. Every check of well-formed evidence runs even after one has failed: so
+    the time of a refusal does not tell a peer which check it was, and an operator reads all failures at once.
 
     Args:
         evidence: as received.
-        binding: what it has to be sealed to: the peer's role and static key, this handshake.
+        binding: what it must be sealed to: the peer's role and static key, and this handshake.
         root: the pinned Ed25519 public key, 32 bytes.
         now_ms: the verifier's time, milliseconds since the epoch.
 
@@ -141,13 +126,20 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
     if not _is_signed(statement.key, statement.signed, statement.signature):
         failures.append(f"evidence: got a signature that is not by its own key, {statement.key.hex()}")
     if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
-        failures.append("evidence: got another provider or other claims than are in the binding, wanted the same")
+        failures.append("evidence: got a provider or claims other than those of the binding, wanted the same")
     if not hmac.compare_digest(statement.binding_digest, binding.digest):
         failures.append(
             f"evidence: got binding {statement.binding_digest.hex()}, wanted {binding.digest.hex()}; "
             "it was made for another handshake, role, static key or claims"
         )
-    failures += _untimely(statement, endorsement, now_ms)
+    age_ms = now_ms - statement.timestamp_ms
+    if abs(age_ms) > MAX_SKEW * 1000:
+        when = f"{age_ms / 1000:.0f} s ago" if age_ms > 0 else f"{-age_ms / 1000:.0f} s in the future"
+        failures.append(f"evidence: made {when}, wanted within {MAX_SKEW} s of the verifier's time; compare the clocks")
+    if now_ms > endorsement.not_after_ms:
+        late = (now_ms - endorsement.not_after_ms) / 1000
+        remedy = "make a new key with `python -m attest keygen`"
+        failures.append(f"endorsement: expired {late:.0f} s ago, wanted one that is valid; {remedy}")
     if failures:
         raise EvidenceError("; ".join(failures))
     return AttestationResult(
@@ -160,26 +152,11 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
     )
 
 
-def _untimely(statement: MockEvidence, endorsement: MockEndorsement, now_ms: int) -> list[str]:
-    failures = []
-    age_ms = now_ms - statement.timestamp_ms
-    if abs(age_ms) > MAX_SKEW * 1000:
-        when = f"{age_ms / 1000:.0f} s ago" if age_ms > 0 else f"{-age_ms / 1000:.0f} s in the future"
-        failures.append(f"evidence: made {when}, wanted within {MAX_SKEW} s of the verifier's time; compare the clocks")
-    if now_ms > endorsement.not_after_ms:
-        late = (now_ms - endorsement.not_after_ms) / 1000
-        failures.append(
-            f"endorsement: expired {late:.0f} s ago, wanted one that is valid; "
-            "make a new key with `python -m attest keygen`"
-        )
-    return failures
-
-
 def _public_key(data: bytes) -> EccKey:
     """An Ed25519 public key from 32 bytes.
 
     A point of small order is refused. With such a "key" (32 zero bytes are one), the signature 01 00* verifies for
-    every message: pycryptodome, as RFC 8032 permits, accepts that, and so an all-zero pin would accept anybody.
+    every message: pycryptodome accepts that, as RFC 8032 permits, and so an all-zero pin would accept anybody.
 
     Raises:
         ValueError: it is not a point of the curve, or one of small order.
@@ -202,13 +179,19 @@ def _sign(private: bytes, message: bytes) -> bytes:
     return eddsa.new(eddsa.import_private_key(private), "rfc8032").sign(message)
 
 
+def _signed(private: bytes, layout: struct.Struct, *fields: Any) -> bytes:
+    """The packed fields, with their signature as the last."""
+    unsigned = layout.pack(*fields, b"")[:-_SIGNATURE_SIZE]
+    return unsigned + _sign(private, unsigned)
+
+
 def _public(private: bytes) -> bytes:
     return bytes(eddsa.import_private_key(private).public_key().export_key(format="raw"))
 
 
 @dataclass(frozen=True)
 class MockRoot:
-    """The operator's key, which endorses the stages' keys. Its public half is what manifests pin."""
+    """The operator's key, which endorses the stages' keys. Manifests pin its public half."""
 
     private: bytes = field(repr=False)  # bytes, because the repr of pycryptodome's key object prints the private seed
 
@@ -225,30 +208,26 @@ class MockRoot:
         """An endorsement: the key `stage_public` (32 bytes) may speak for `stage` until `not_after_ms`.
 
         Raises:
-            ValueError: it is no public key, or a number is out of range.
+            ValueError: it is not a public key, or a number is out of range.
         """
         _public_key(stage_public)
         if not 0 <= stage < CLIENT_ID:
             raise ValueError(f"stage index: got {stage}, wanted 0..{CLIENT_ID - 1}")
         if not 0 <= not_after_ms < 2**64:
             raise ValueError(f"not after: got {not_after_ms}, wanted milliseconds since the epoch")
-        unsigned = _ENDORSEMENT.pack(_ENDORSEMENT_MAGIC, _VERSION, stage_public, stage, not_after_ms, b"")[
-            :-_SIGNATURE_SIZE
-        ]
-        return unsigned + _sign(self.private, unsigned)
+        return _signed(self.private, _ENDORSEMENT, _ENDORSEMENT_MAGIC, _VERSION, stage_public, stage, not_after_ms)
 
     def to_json(self) -> str:
-        """The text of a root key's file: it holds the private key."""
-        return _key_file("minigpt-mock-root", {"private": self.private.hex(), "public": self.public.hex()})
+        """The text of a root key's file. It holds the private key."""
+        return _key_file("minigpt-mock-root", private=self.private, public=self.public)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockRoot":
-        """Read a root key's file; EvidenceError if it is not one."""
-        fields = file_fields(text, "minigpt-mock-root", ("private", "public"))
-        root = cls(hex_field("private key of a mock root", fields["private"], 32, 32))
-        if hex_field("public key of a mock root", fields["public"], 32, 32) != root.public:
-            raise EvidenceError("mock root file: its public key is not that of its private key; it is damaged")
-        return root
+        """Reads a root key's file; EvidenceError if it is not one."""
+        private, public = _read_key_file(text, "minigpt-mock-root", private=32, public=32)
+        if public != _public(private):
+            raise EvidenceError("mock root file: its public key does not belong to its private key; it is damaged")
+        return cls(private)
 
 
 @dataclass(frozen=True)
@@ -279,24 +258,30 @@ class MockKey:
 
     @property
     def stage(self) -> int:
-        """The index it is endorsed for."""
+        """The index that it is endorsed for."""
         return parse_endorsement(self.endorsement).stage
 
     def to_json(self) -> str:
-        """The text of a stage key's file: it holds the private key."""
-        return _key_file("minigpt-mock-key", {"private": self.private.hex(), "endorsement": self.endorsement.hex()})
+        """The text of a stage key's file. It holds the private key."""
+        return _key_file("minigpt-mock-key", private=self.private, endorsement=self.endorsement)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockKey":
-        """Read a stage key's file; EvidenceError if it is not one. Who endorsed it, verifiers find out."""
-        fields = file_fields(text, "minigpt-mock-key", ("private", "endorsement"))
-        private = hex_field("private key of a mock key", fields["private"], 32, 32)
-        size = _ENDORSEMENT.size
-        return cls(private, hex_field("endorsement of a mock key", fields["endorsement"], size, size))
+        """Reads a stage key's file; EvidenceError if it is not one. Verifiers find out who endorsed it."""
+        return cls(*_read_key_file(text, "minigpt-mock-key", private=32, endorsement=_ENDORSEMENT.size))
 
 
-def _key_file(kind: str, fields: dict[str, str]) -> str:
-    return json.dumps({"format": kind, "version": 1, **fields}, indent=2) + "\n"
+def _key_file(kind: str, **fields: bytes) -> str:
+    plain = {"format": kind, "version": 1} | {name: value.hex() for name, value in fields.items()}
+    return json.dumps(plain, indent=2) + "\n"
+
+
+def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:
+    try:
+        file = open_file(text, kind, tuple(sizes))
+        return [file.get(name).bytes(size) for name, size in sizes.items()]
+    except DocumentError as error:
+        raise EvidenceError(str(error)) from None
 
 
 class MockAttester:
@@ -307,7 +292,7 @@ class MockAttester:
     Args:
         key: the stage's own.
         claims: what the stage claims about itself; never a peer's choice.
-        measurement: 48 bytes; by default of the code that lies on the disk.
+        measurement: 48 bytes; by default of the code on the disk.
         debug: set the debug flag, which verifiers refuse.
         clock: seconds since the epoch.
     """
@@ -335,17 +320,10 @@ class MockAttester:
         """Evidence for `binding`; ValueError if its provider or claims are not the attester's own."""
         if (binding.provider, binding.claims) != (self.provider, self.claims):
             raise ValueError("binding: its provider or claims are not this attester's own")
-        unsigned = _EVIDENCE.pack(
-            _EVIDENCE_MAGIC,
-            _VERSION,
-            int(self._clock() * 1000),
-            self._measurement,
-            binding.digest,
-            _DEBUG if self._debug else 0,
-            self._key.public,
-            b"",
-        )[:-_SIGNATURE_SIZE]
-        signed = unsigned + _sign(self._key.private, unsigned)
+        signed = _signed(
+            self._key.private, _EVIDENCE, _EVIDENCE_MAGIC, _VERSION, int(self._clock() * 1000), self._measurement,
+            binding.digest, _DEBUG if self._debug else 0, self._key.public,
+        )  # fmt: skip
         return Evidence(self.provider, self.claims, signed, (self._key.endorsement,))
 
 
@@ -353,7 +331,7 @@ class MockVerifier:
     """Judges mock evidence: authentic under `root` at the time of `clock` (seconds since the epoch), then by `policy`.
 
     Raises:
-        ValueError: `root` is no public key that could be pinned: not 32 bytes, not on the curve, or of small order.
+        ValueError: `root` cannot be pinned: it is not 32 bytes, not on the curve, or of small order.
     """
 
     def __init__(self, root: bytes, policy: Policy, *, clock: Callable[[], float] = time.time) -> None:
@@ -384,13 +362,15 @@ class MockPins:
     @classmethod
     def read(cls, place: Place) -> "MockPins":
         place.only("provider", "root_key", "measurements")
-        measurements = [pin.bytes(MEASUREMENT_SIZE) for pin in place.get("measurements").items(MAX_MEASUREMENTS)]
         root = place.get("root_key")
         try:
-            _public_key(root.bytes(32))
+            _public_key(root.pin(32))
+        except DocumentError:
+            raise
         except ValueError as error:
             raise DocumentError(f"{root.name}: {error}") from None
-        return cls(root.bytes(32), frozenset(measurements))
+        measurements = place.get("measurements").items(1, MAX_MEASUREMENTS)
+        return cls(root.pin(32), frozenset(pin.pin(MEASUREMENT_SIZE) for pin in measurements))
 
     def to_json(self) -> dict[str, Any]:
         measurements = sorted(pin.hex() for pin in self.measurements)
@@ -407,15 +387,13 @@ def _attester(key: bytes, claims: bytes) -> MockAttester:
 
 def _describe(evidence: Evidence) -> dict[str, Any]:
     statement = parse_evidence(evidence.evidence)
+    endorsed = [parse_endorsement(endorsement) for endorsement in evidence.endorsements]
     return {
         "made": date(statement.timestamp_ms),
         "measurement": statement.measurement.hex(),
         "debug": statement.debug,
         "key": statement.key.hex(),
-        "endorsed": [
-            {"key": endorsement.key.hex(), "stage": endorsement.stage, "until": date(endorsement.not_after_ms)}
-            for endorsement in map(parse_endorsement, evidence.endorsements)
-        ],
+        "endorsed": [{"key": e.key.hex(), "stage": e.stage, "until": date(e.not_after_ms)} for e in endorsed],
     }
 
 

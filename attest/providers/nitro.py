@@ -20,7 +20,7 @@ class NitroPins:
     @classmethod
     def read(cls, place: Place) -> "NitroPins":
         place.only("provider", *REGISTERS)
-        return cls(tuple(place.get(name).bytes(SIZE) for name in REGISTERS))
+        return cls(tuple(place.get(name).pin(SIZE) for name in REGISTERS))
 
     def to_json(self) -> dict[str, Any]:
         return {"provider": "nitro"} | {name: value.hex() for name, value in zip(REGISTERS, self.pcrs, strict=True)}

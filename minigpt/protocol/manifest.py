@@ -77,7 +77,7 @@ class Manifest:
         tokenizer = model.get("tokenizer_sha256")
         revision = model.get("revision")
         model.only("id", "revision", "tokenizer_sha256", "config")
-        suites = top.get("suites").items(len(SUITES))
+        suites = top.get("suites").items(1, len(SUITES))
         clients = top.get("clients")
         manifest = cls(
             digest=hashlib.sha256(data).digest(),
@@ -85,13 +85,13 @@ class Manifest:
             expires=top.get("expires").time(),
             model=model.get("id").text(256),
             revision=None if revision.value is None else revision.text(256),
-            tokenizer_sha256=None if tokenizer.value is None else tokenizer.bytes(32),
+            tokenizer_sha256=None if tokenizer.value is None else tokenizer.pin(32),
             config=config,
             suites=tuple(suite.integer(1, 255) for suite in suites),
             clients=None
             if clients.value == "any"
-            else frozenset(client.bytes(32) for client in clients.items(MAX_PINS)),
-            stages=tuple(_stage(i, place) for i, place in enumerate(top.get("stages").items(MAX_STAGES))),
+            else frozenset(client.pin(32) for client in clients.items(1, MAX_PINS)),
+            stages=tuple(_stage(i, place) for i, place in enumerate(top.get("stages").items(1, MAX_STAGES))),
         )
         top.only("format", "issued", "expires", "model", "suites", "clients", "stages")
         manifest._check()
@@ -190,7 +190,7 @@ def _config(place: Place) -> Config:
 
 
 def _stage(index: int, place: Place) -> StageEntry:
-    layers = place.get("layers").items(2)
+    layers = place.get("layers").items(1, 2)
     if len(layers) != 2:
         place.get("layers").refuse("[first, end]")
     first = layers[0].integer(0, 2**16 - 1)
@@ -207,7 +207,7 @@ def _stage(index: int, place: Place) -> StageEntry:
         index=index,
         layers=range(first, layers[1].integer(first + 1, 2**16)),
         address=address,
-        weights_sha256=place.get("weights_sha256").bytes(32),
+        weights_sha256=place.get("weights_sha256").pin(32),
         platform=platform,
         pins=platform.read_pins(evidence),
     )
