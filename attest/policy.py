@@ -7,7 +7,7 @@ Claims are compared as exact bytes. Only to say *which* field differs are they d
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from attest import MAX_CLAIMS, AttestationResult, PolicyError, Provider, provider_name
 

@@ -3,6 +3,7 @@
 import hashlib
 import socket
 import threading
+from typing import Any
 
 from attest import (
     NO_CLAIMS,
@@ -54,12 +55,12 @@ class Refuses:
 
 
 def client(**changes):
-    usual = {"attester": Unattested(), "verifier": Bound(), "own_id": CLIENT, "peer_id": 0}
+    usual: dict[str, Any] = {"attester": Unattested(), "verifier": Bound(), "own_id": CLIENT, "peer_id": 0}
     return End(**{"manifest_sha256": MANIFEST} | usual | changes)
 
 
 def stage(**changes):
-    usual = {"attester": Sealed(), "verifier": AcceptUnattested(), "own_id": 0, "peer_id": CLIENT}
+    usual: dict[str, Any] = {"attester": Sealed(), "verifier": AcceptUnattested(), "own_id": 0, "peer_id": CLIENT}
     return End(**{"manifest_sha256": MANIFEST} | usual | changes)
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from minigpt.engine.model import GPT2
 SMALL = Config(vocab_size=97, n_positions=320, n_embd=48, n_layer=4, n_head=4, n_inner=192, eos_token_id=(96,))
 
 # Each turns on something that the plain model does not use.
-ODD = {
+ODD: dict[str, dict[str, Any]] = {
     "plain": {},
     "gelu": {"activation_function": "gelu"},
     "gelu_pytorch_tanh": {"activation_function": "gelu_pytorch_tanh"},

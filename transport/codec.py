@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from transport.errors import DecodeError
 

@@ -329,7 +329,7 @@ class Country:
 def countries() -> list[Country]:
     table = [row.split("|") for row in COUNTRIES.splitlines()]
     return [
-        Country(names.split(";"), capitals.split(";"), *facts, near.split(", "), place, n < UN_MEMBERS)
+        Country(names.split(";"), capitals.split(";"), *facts, near.split(", "), place, n < UN_MEMBERS)  # type: ignore
         for n, (names, capitals, *facts, near, place) in enumerate(table)
     ]
 

@@ -81,7 +81,7 @@ def train_tokenizer(seed: int, samples: int = 12000) -> Tokenizer:
 
 def batches(tokenizer: Tokenizer, seed: int) -> Iterator[torch.Tensor]:
     """Batches (B, T) of packed documents, without end. A row begins where a document does, as a prompt will."""
-    end = tokenizer.token_to_id(END)
+    end: int = tokenizer.token_to_id(END)  # type: ignore[assignment]
     documents = corpus.documents(seed, lambda text: len(tokenizer.encode(text).ids))
     for n in itertools.count(1):
         size, positions = LONG if n % 5 == 0 else SHORT
@@ -148,7 +148,7 @@ def main() -> None:
 
     write_capitals(args.capitals)
     tokenizer = train_tokenizer(args.seed)
-    end = tokenizer.token_to_id(END)
+    end: int = tokenizer.token_to_id(END)  # type: ignore[assignment]
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,

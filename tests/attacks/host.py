@@ -98,6 +98,11 @@ def started_with(arena: Arena, index: int, home: Path, weights: Path) -> Seen:
     return Seen(f"{answer['error'][0]} (exit 3)", "started, and was refused")
 
 
+def begun(pipes: Pipes) -> bool:
+    """Whether some tokens have passed the client's proxy."""
+    return sum(len(tap.sent("R", "record")) for tap in pipes.proxies[0].taps[:1]) > 2
+
+
 @attack(46, "kill -9 of each stage in the midst of a request", "an error within a second; no zombie, no orphan")
 def killed(arena: Arena) -> Seen:
     pipes: Pipes = arena.start()
@@ -109,8 +114,7 @@ def killed(arena: Arena) -> Seen:
             arena.control(pipes)
             arena.begin(count=count, stages=pipes)
             taps = pipes.proxies[0].taps
-            require(eventually(lambda: pipes.proxies[0].taps and len(pipes.proxies[0].taps[0].sent("R", "record")) > 2,
-                               PATIENCE), "the request did not begin")  # fmt: skip
+            require(eventually(lambda: begun(pipes), PATIENCE), "the request did not begin")
             began = time.monotonic()
             pipes.kill(victim)
             answer = arena.client.answer()

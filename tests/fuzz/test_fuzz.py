@@ -63,8 +63,8 @@ def accepted(name: str, data: bytes) -> bool:
 
 def test_a_finding_is_told_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a parser that lets another error out is found."""
-    careless = fuzz.TARGETS["address"].__class__(lambda data: data.decode("ascii"), (), lambda: [b"abc"])
-    monkeypatch.setitem(fuzz.TARGETS, "address", careless)
+    careless = TARGETS["address"].__class__(lambda data: data.decode("ascii"), (), lambda: [b"abc"])
+    monkeypatch.setitem(TARGETS, "address", careless)
     findings = fuzz.Findings("address", tmp_path / "findings")
     fuzz.blind("address", 5.0, tmp_path, findings, most=200)
     (seen,) = findings.seen

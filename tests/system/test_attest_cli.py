@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -31,7 +32,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "attest", *map(str, arguments)]
 
 
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run it; a traceback is never what a user should see."""
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=60, env=ASCII_ONLY, check=False, **options
@@ -71,7 +72,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return Keys(folder, root.stdout.strip(), measurement.hex(), save, evidence)
 
 
-def verify(keys: Keys, path: object, *more: object, **options: object) -> subprocess.CompletedProcess[str]:
+def verify(keys: Keys, path: object, *more: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return run("verify", path, "--root", keys.root, "--measurement", keys.measurement, *more, **options)
 
 

@@ -91,7 +91,7 @@ def test_what_the_hub_refuses_is_said_without_the_token(hub: Hub, tmp_path: Path
 
 def test_a_hub_that_is_not_there_is_said(hub: Hub, tmp_path: Path) -> None:
     said = find_in_child(hub, tmp_path, NAME, HF_ENDPOINT="http://127.0.0.1:9")
-    assert re.search("cannot be reached|cannot be downloaded", said)
+    assert re.search("cannot be reached|cannot be downloaded", str(said))
 
 
 # Folders

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made import SMALL, random_tensors, write
@@ -20,7 +21,7 @@ from attest.providers.mock import MockRoot
 PROMPT = "The capital of France is"
 
 
-def run(*arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
     """Runs minigpt; its exit code must be this one, and nothing in it a traceback."""
     command = [sys.executable, "-m", "minigpt", *arguments]
     environment = {**os.environ, **more}
@@ -95,7 +96,8 @@ def test_a_flag_beats_the_environment_of_its_alternative() -> None:
 def test_an_option_comes_from_its_flag_else_the_environment_else_its_default(tiny: Stages) -> None:
     def count(*flags: str, **environment: str) -> int:
         arguments = ("generate", PROMPT, "--manifest", str(tiny.path), "--allow-mock", "--json", *flags)
-        return len(json.loads(run(*arguments, **environment).stdout)["tokens"])
+        more: dict[str, Any] = dict(environment)
+        return len(json.loads(run(*arguments, **more).stdout)["tokens"])
 
     assert count() == 20
     assert count(MINIGPT_MAX_TOKENS="3") == 3

@@ -367,7 +367,7 @@ def test_a_message_that_makes_no_sense_is_refused(example: messages.Message, cha
 
 def test_an_answer_must_fit_its_step() -> None:
     logits = Logits(9, np.zeros(3, np.float32))
-    fitting = {
+    fitting: dict[Wanted, list[Answer]] = {
         Wanted.TOKEN: [Tokens(9, (1,))],
         Wanted.TOKENS: [Tokens(7, ()), Tokens(7, (1,)), Tokens(7, (1, 2, 3))],
         Wanted.LOGITS: [logits],

@@ -10,6 +10,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,7 +85,7 @@ def test_registers_are_what_a_second_computation_says() -> None:
 
 
 def test_each_register_measures_its_own_parts_and_metadata_none() -> None:
-    def changed(**parts: object) -> set[int]:
+    def changed(**parts: Any) -> set[int]:
         other = replace(SIGNED, **parts).pcrs()
         return {index for index, value in SIGNED.pcrs().items() if other[index] != value}
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def ids(generation: minigpt.Generation) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 9, "seed": 1}])
 @pytest.mark.parametrize("length", [1, 30, CHUNK + 9])
 def test_its_tokens_and_log_probabilities_are_those_of_one_process(
-    pipeline: Pipeline, model: minigpt.Model, length: int, options: dict[str, float]
+    pipeline: Pipeline, model: minigpt.Model, length: int, options: dict[str, Any]
 ) -> None:
     def run(source: Pipeline | minigpt.Model) -> list[tuple[int, float | None]]:
         made = source.generate(IDS[:length], max_tokens=15, logprobs=True, **options)
@@ -515,6 +516,7 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
         def __init__(self) -> None:
             self.sealer = Sealer(CipherState(bytes(32)))
             self.lengths: list[int] = []
+            self.end = 0
 
         def poll(self) -> bool:
             return False
@@ -623,9 +625,9 @@ def test_a_stage_keeps_idle_links_and_never_one_with_an_answer_due(stages: Stage
         made.send(Generate(0, IDS[: CHUNK + 20], 5))
         made.channel.abort()  # with chunks of the prompt under way
     assert eventually(lambda: sequences(stages) == [0, 0, 0])
-    made = stages.log(0).count("link to stage 1: evidence accepted")
+    before = stages.log(0).count("link to stage 1: evidence accepted")
     for _ in range(3):
         with Pipeline.connect(stages.bytes, allow_mock=True) as good:
             assert ids(good.generate(IDS[:7], max_tokens=5)) == ids(model.generate(IDS[:7], max_tokens=5))
         assert eventually(lambda: sequences(stages) == [0, 0, 0])
-    assert stages.log(0).count("link to stage 1: evidence accepted") <= made + 1
+    assert stages.log(0).count("link to stage 1: evidence accepted") <= before + 1

@@ -23,7 +23,7 @@ from processes import ROOT, Stages, eventually
 import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.protocol import messages
-from transport import channel, relay
+from transport import codec, relay
 from transport.address import Address
 from transport.errors import Unreachable
 from transport.relay import Relay
@@ -370,14 +370,14 @@ def test_a_pipeline_does_not_notice_and_the_relay_sees_ciphertext_only(
     monkeypatch.setattr(relay, "Wire", Recording)
     monkeypatch.setattr(Recording, "seen", seen := bytearray())
     plain = bytearray()
-    encode = channel.codec.encode
+    encode = codec.encode
 
     def keep(message: dict[str, object]) -> bytes:
         data = encode(message)
         plain.extend(data)
         return data
 
-    monkeypatch.setattr(channel.codec, "encode", keep)
+    monkeypatch.setattr(codec, "encode", keep)
     model = minigpt.load(str(relayed.folder))
     with Pipeline.connect(relayed.bytes, allow_mock=True) as pipeline:
         found = [token.id for token in pipeline.generate(IDS, max_tokens=12)]

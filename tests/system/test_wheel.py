@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, where / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, where / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", where, where / "source"]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(where), str(where / "source")]
     subprocess.run(command, check=True, timeout=300)
     (built,) = where.glob("*.whl")
     return built
@@ -41,7 +41,7 @@ def test_it_holds_every_file_of_the_packages(wheel: Path) -> None:
 def test_it_does_the_main_job_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, timeout=300)
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = [sys.executable, "-c", "import minigpt; print(minigpt.__file__)"]

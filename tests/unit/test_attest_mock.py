@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from Crypto.PublicKey import ECC
@@ -144,7 +145,7 @@ def test_exactly_one_endorsement_is_wanted(count: int) -> None:
         ("static_key", bytes(32)),
     ],
 )
-def test_evidence_of_another_session_or_end_is_refused(field: str, value: object) -> None:
+def test_evidence_of_another_session_or_end_is_refused(field: str, value: Any) -> None:
     assert "binding" in refused(EVIDENCE, replace(BINDING, **{field: value}))
 
 

@@ -17,7 +17,7 @@ from ends import Side
 from noise.connection import Keypair, NoiseConnection
 from processes import ROOT
 
-from attest import AcceptUnattested, Binding, Unattested
+from attest import AcceptUnattested, Binding, Provider, Unattested
 from attest.policy import Policy
 from attest.providers.mock import MockAttester, MockKey, MockVerifier
 from minigpt.protocol import messages
@@ -68,11 +68,11 @@ class Links:
         fresh = iter(ephemeral)
         monkeypatch.setattr(KeyPair, "generate", classmethod(lambda _cls: next(fresh)))
         pinned, at = manifest(), known_answers.MADE_MS / 1000
-        policy = Policy(1, frozenset([known_answers.MEASUREMENT]), pinned.claims(0), 0)
+        policy = Policy(Provider.MOCK, frozenset([known_answers.MEASUREMENT]), pinned.claims(0), 0)
         root = of("ed25519", "root", "public")
         key = MockKey(of("ed25519", "stage_0", "private"), of("suite_1", "endorsement"))
         attester = MockAttester(key, pinned.claims(0), measurement=known_answers.MEASUREMENT, clock=lambda: at)
-        common = {"manifest_sha256": pinned.digest, "suites": (suite,)}
+        common: dict[str, Any] = {"manifest_sha256": pinned.digest, "suites": (suite,)}
         client = End(Unattested(), MockVerifier(root, policy, clock=lambda: at), own_id=CLIENT, peer_id=0,
                      static_private=of("x25519", "client_static", "private"), **common)  # fmt: skip
         stage = End(attester, AcceptUnattested(), own_id=0, peer_id=CLIENT,
@@ -231,11 +231,11 @@ def test_the_evidence_is_signed_and_sealed_to_the_handshake_by_arithmetic_of_its
     statement, endorsement = of("suite_1", "evidence"), of("suite_1", "endorsement")
     assert statement[65:129] == of("suite_1", "binding_r")
     for signed, key in ((statement, "stage_0"), (endorsement, "root")):
-        public = eddsa.import_public_key(of("ed25519", key, "public"))
-        eddsa.new(public, "rfc8032").verify(signed[:-64], signed[-64:])
+        signer = eddsa.import_public_key(of("ed25519", key, "public"))
+        eddsa.new(signer, "rfc8032").verify(signed[:-64], signed[-64:])
     evidence = load_attest(of("suite_1", "attest_r"))
     binding = Binding("R", 1, of("suite_1", "h"), of("x25519", "stage_static", "public"), evidence.claims)
-    policy = Policy(1, frozenset([known_answers.MEASUREMENT]), manifest().claims(0), 0)
+    policy = Policy(Provider.MOCK, frozenset([known_answers.MEASUREMENT]), manifest().claims(0), 0)
     root = of("ed25519", "root", "public")
     result = MockVerifier(root, policy, clock=lambda: known_answers.MADE_MS / 1000).verify(evidence, binding)
     assert result.measurement == known_answers.MEASUREMENT
@@ -281,6 +281,7 @@ def test_the_example_of_a_generate_is_the_map_beside_it() -> None:
     }
 
     request = messages.decode(fields)
+    assert isinstance(request, messages.Generate)
     assert not request.spans
     assert codec.encode(messages.encode(request)) == data
 

@@ -113,7 +113,7 @@ HEADERS: dict[str, Callable[[Header], None]] = {
     "an object for a dtype": given(LAST, "dtype", "O"),
     "no dtype": given(LAST, "dtype", None),
     "metadata that are none": lambda entries: entries.update(__metadata__={"a": {"b": 1}}),
-    "a tensor that is a list": lambda entries: entries.update({LAST: []}),
+    "a tensor that is a list": lambda entries: entries.update({LAST: []}),  # type: ignore[dict-item]
     "no tensors": lambda entries: entries.clear(),
 }
 

@@ -61,7 +61,7 @@ def test_what_is_written_is_read() -> None:
     assert [str(stage.address) for stage in read.stages] == ["tcp://127.0.0.1:5001", "vsock://16:5001"]
     assert [stage.weights_sha256 for stage in read.stages] == [b"\x01" * 32, b"\x02" * 32]
     assert read.stages[1].pins.measurements == {b"\x03" * 48}
-    assert read.clients == {b"\x09" * 32}
+    assert read.clients == frozenset([b"\x09" * 32])
     assert Manifest.parse(written()).clients is None
 
 

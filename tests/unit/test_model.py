@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +264,6 @@ def test_any_value_in_a_config_gives_a_config_or_a_config_error(field: str, valu
 
 
 @pytest.mark.parametrize("data", [[], None, 3, "gpt2", {}, {"model_type": None}])
-def test_what_is_no_config_is_refused(data: object) -> None:
+def test_what_is_no_config_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError):
         Config.from_json(data)

@@ -5,6 +5,7 @@ test_golden.py holds the same comparisons with stored answers, for where torch i
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from made import ODD, SMALL, odd, random_tensors, write
 from minigpt.checkpoint import sources, weights
 from minigpt.engine.config import Config
 from minigpt.engine.model import GPT2
+from minigpt.errors import CheckpointError
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install the extra `reference`")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,7 +30,7 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
-def oracle_of(folder: Path) -> "transformers.GPT2LMHeadModel":
+def oracle_of(folder: Path) -> Any:
     """The oracle's own reading of a checkpoint's folder."""
     return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
@@ -39,7 +41,7 @@ def ours_of(folder: Path) -> GPT2:
     return GPT2(config, layers, weights.load(folder, config, layers).tensors)
 
 
-def expected(oracle: "transformers.GPT2LMHeadModel", ids: list[int], chunks: list[int] | None = None) -> np.ndarray:
+def expected(oracle: Any, ids: list[int], chunks: list[int] | None = None) -> np.ndarray:
     """The oracle's logits after every id, fed in chunks of these sizes with its own cache."""
     rows, start, cache = [], 0, transformers.DynamicCache(config=oracle.config)
     with torch.inference_mode():
@@ -83,7 +85,7 @@ def test_odd_configurations_at_every_position(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", ["30KB", "1GB"])
-def test_checkpoints_that_transformers_saves(tmp_path: Path, dtype: "torch.dtype", size: str) -> None:
+def test_checkpoints_that_transformers_saves(tmp_path: Path, dtype: Any, size: str) -> None:
     torch.manual_seed(0)
     shape = {name: SMALL.to_json()[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     settings = transformers.GPT2Config(**shape, initializer_range=0.2)
@@ -106,7 +108,7 @@ def test_a_head_of_its_own_that_transformers_saves(tmp_path: Path) -> None:
 def test_the_embedded_model() -> None:
     try:
         folder = sources.local("tiny")
-    except sources.CheckpointError as error:
+    except CheckpointError as error:
         pytest.skip(str(error))
     oracle, model = oracle_of(folder), ours_of(folder)
     config = model.config

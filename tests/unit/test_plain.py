@@ -102,7 +102,7 @@ def test_a_difference_is_noticed(changed: str, monkeypatch: pytest.MonkeyPatch) 
         other[0] *= 2
         tensors = tensors | {"h.1.mlp.c_fc.weight": other}
     elif changed == "the causal mask":
-        monkeypatch.setattr(plain.np, "triu", lambda ones, _above: np.zeros_like(ones))
+        monkeypatch.setattr(np, "triu", lambda ones, _above: np.zeros_like(ones))
     else:
         ids = ids[::-1]
     assert furthest(ours, plain.logits(tensors, SMALL, ids)) > TOLERANCE

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -75,9 +76,15 @@ def test_any_tokens_decode_as_the_package_decodes_them(loaded: tokenizer.Tokeniz
     assert "".join(streamed(loaded, ids)) == expected
 
 
+def letter_ids() -> dict[int, Any]:
+    return {byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()}
+
+
 @given(st.text(min_size=1).map(str.encode))
 def test_a_stream_gives_each_character_whole_and_as_soon_as_it_is(loaded: tokenizer.Tokenizer, text: bytes) -> None:
-    letters = {byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()}
+    letters: dict[int, Any] = {
+        byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()
+    }
     stream, so_far = loaded.stream(), b""
     for byte in text:
         pushed = stream.push(letters[byte])
@@ -88,7 +95,9 @@ def test_a_stream_gives_each_character_whole_and_as_soon_as_it_is(loaded: tokeni
 
 
 def test_a_character_cut_off_at_the_end_is_shown_as_such(loaded: tokenizer.Tokenizer) -> None:
-    letters = {byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()}
+    letters: dict[int, Any] = {
+        byte: ENCODER.token_to_id(letter) for letter, byte in tokenizer._byte_characters().items()
+    }
     assert streamed(loaded, [letters[byte] for byte in "é🙂".encode()[:-1]]) == ["", "é", "", "", "", "\ufffd"]
 
 

@@ -13,7 +13,7 @@ from places import pair as connected
 from processes import eventually
 
 from attest import EvidenceError, Unattested
-from transport import channel, sockets
+from transport import channel, codec, sockets
 from transport.channel import Budget, Channel
 from transport.errors import (
     Alert,
@@ -149,7 +149,7 @@ def test_a_message_in_pieces_survives_timeouts_between_them():
     one, two = socket.socketpair()
     a, b = make((one, two))
     one.settimeout(60)  # from here on it is the test that writes
-    data = a._session.seal(channel.codec.encode({"rows": bytes(100_000)}))
+    data = a._session.seal(codec.encode({"rows": bytes(100_000)}))
     for at in range(0, len(data), 30_000):
         with pytest.raises(TimedOut, match="no message"):
             b.receive(0)

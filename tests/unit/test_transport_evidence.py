@@ -253,10 +253,12 @@ def test_what_a_stranger_made_us_hold_goes_with_him(how):
     stranger = noise.handshake(suite.protocol_name, suite.pattern, initiator=True, prologue=prologue, s=s)
     victim = Side(respond(stage(), budget=budget))
     first = next(stranger)
+    assert first is not None
     victim.inbox += preamble + len(first).to_bytes(2, "big") + first
     second = victim.run()
     stranger.send(None)
     third = stranger.send(second[2:])
+    assert third is not None
     with pytest.raises(StopIteration) as finished:
         stranger.send(None)
     part = finished.value.value.sending.encrypt_with_ad(b"", struct.pack(">BBH", Type.ATTEST, 0, 0) + bytes(50_000))

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from Crypto.PublicKey import MLKEM
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -168,11 +169,11 @@ def test_known_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Fixed(kem.KemKey):
         def __init__(self) -> None:
-            self._key = kem.MLKEM.construct(param_set=kem.MLKEM.ML_KEM_768, seed=answers["e1_seed"])
+            self._key = MLKEM.construct(param_set=MLKEM.ML_KEM_768, seed=answers["e1_seed"])
             self.public = bytes(self._key.ek)
 
     def encapsulate(public: bytes) -> tuple[bytes, bytes]:
-        shared, ciphertext = kem.MLKEM.construct(param_set=kem.MLKEM.ML_KEM_768, ek=public)._encaps(answers["coins"])
+        shared, ciphertext = MLKEM.construct(param_set=MLKEM.ML_KEM_768, ek=public)._encaps(answers["coins"])
         return bytes(ciphertext), bytes(shared)
 
     monkeypatch.setattr(noise, "KemKey", Fixed)

@@ -13,7 +13,7 @@ from transport.noise import CipherState
 from transport.records import FIN, Budget, Message, Opener, Sealer, Type, padded_size
 
 KEY = bytes(range(32))
-LIMITS = {Type.MESSAGE: records.MAX_MESSAGE, Type.ATTEST: 1000, Type.PING: 0}
+LIMITS: dict[int, int] = {Type.MESSAGE: records.MAX_MESSAGE, Type.ATTEST: 1000, Type.PING: 0}
 
 
 def sealer(n=0):
