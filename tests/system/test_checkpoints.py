@@ -107,7 +107,10 @@ def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "a/b/c", "", "../x", "a b", "x\n", "~/model"])
-def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(model: str) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         sources.find(model)
     with pytest.raises(CheckpointError, match="no such folder"):

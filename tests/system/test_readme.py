@@ -83,7 +83,7 @@ def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: 
     text = PORTS.sub(lambda match: ports[match[0]], text)
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"NO_PROXY": "*"}
+    environment |= {"NO_PROXY": "*", "HF_HUB_OFFLINE": "0"}
     run = ["bash", "-euo", "pipefail", "-c", text] if name.endswith(":sh") else [sys.executable, "-c", text]
     done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from minigpt.engine.model import GPT2
 from minigpt.errors import CheckpointError
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install the extra `reference`")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip(
     "transformers", reason="the oracle needs transformers: pip install the extra `reference`"
 )
