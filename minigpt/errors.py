@@ -1,12 +1,12 @@
 """What can go wrong in minigpt, grouped by what the caller does about it.
 
     MiniGPTError                 the root; `exit_code` is what the command line ends with
-    ├── UsageError          2    the call itself is wrong: change the arguments
+    ├── UsageError          2    the call is wrong: change the arguments
     ├── CheckpointError     1    the checkpoint is missing, damaged or not a GPT-2: get another
-    │   ├── ConfigError     1    its config.json asks for what is not supported
-    │   └── WeightsMismatch 5    its tensors are not those the manifest names
+    │   ├── ConfigError     1    its config.json is malformed or not supported
+    │   └── WeightsMismatch 5    its tensors are not those that the manifest pins
     ├── ManifestError       3    the manifest is malformed, expired or not acceptable: do not use it
-    ├── RequestRefused      1    a stage refused this request, in words; the pipeline still serves
+    ├── RequestRefused      1    a stage refused this request, and says why; the pipeline still serves
     └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
         ├── MessageError    4    what it sent is not a message of this protocol
         └── UntrustedStage  3    its evidence was refused: compare what runs there with the manifest
@@ -32,11 +32,11 @@ class CheckpointError(MiniGPTError):
 
 
 class ConfigError(CheckpointError):
-    """A checkpoint's config.json is malformed or asks for what is not supported."""
+    """A checkpoint's config.json is malformed or not supported."""
 
 
 class WeightsMismatch(CheckpointError):
-    """The tensors' digest is not the one the manifest names."""
+    """The tensors' digest is not the one that the manifest pins."""
 
     exit_code = 5
 
@@ -48,7 +48,7 @@ class ManifestError(MiniGPTError):
 
 
 class RequestRefused(MiniGPTError):
-    """A stage refused the request in words; the channel lives on.
+    """A stage refused the request and says why; the channel lives on.
 
     Attributes:
         reason: a short machine-readable word: "busy", "too-long", "bad-token", "gap", "bad-request".

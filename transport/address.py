@@ -25,7 +25,7 @@ class Address:
     Args:
         scheme: "tcp" or "vsock".
         host: a name, an IPv4 or IPv6 address; for vsock the context id (32 bits) in decimal.
-        port: 0..65535 for tcp, 32 bits for vsock. Port 0 lets a listener choose; nobody can connect to it.
+        port: 0..65535 for tcp, 32 bits for vsock. Port 0 lets the system choose when listening.
     """
 
     scheme: str
@@ -34,10 +34,10 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """The address that `text` is, exactly: no blanks, no defaults, no leading zeros.
+        """Parses an address exactly: no blanks, no defaults, no leading zeros.
 
         Raises:
-            AddressError: it is none.
+            AddressError: it is not one.
         """
         shape = _SHAPE.match(text) if len(text) <= MAX_TEXT else None
         if shape is None:
@@ -62,11 +62,11 @@ def _number(text: str, what: str, digits: str, largest: int) -> int:
 
 
 def _host(text: str, host: str | None, six: str | None) -> str:
-    """A host as it is written into an address again."""
+    """A host in its canonical spelling."""
     try:
         if host is None:
             return str(ipaddress.IPv6Address(six))
-        if host.rpartition(".")[2].isdecimal():  # then it is meant as IPv4, and a resolver may take 127.1 or 010.0.0.1
+        if host.rpartition(".")[2].isdecimal():  # meant as IPv4; a resolver might accept 127.1 or 010.0.0.1
             return str(ipaddress.IPv4Address(host))
     except ValueError:
         raise AddressError(f"address {text!r}: {six or host} is not an IP address") from None

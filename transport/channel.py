@@ -1,7 +1,7 @@
 """A link over a connection: messages in, messages out, with deadlines.
 
-One thread reads a channel; any thread may send on it, close it or abort it meanwhile. Deadlines are for the whole
-handshake and for a whole message, so a peer that sends one byte each second is no better off than one that sends none.
+One thread reads a channel; any thread may meanwhile send on it, close it or abort it. A deadline covers the whole
+handshake, or a whole message: a peer that drips one byte a second gains nothing over one that is silent.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Deadlines:
 
     Args:
         connect: for the connection.
-        handshake: for the whole handshake, evidence included.
-        message: for the rest of a message once it has begun, either way.
-        idle: between two messages, either way; None for any time.
+        handshake: for the whole handshake, including evidence.
+        message: for a whole message once it has begun, in either direction.
+        idle: between two messages, in either direction; None for no limit.
     """
 
     connect: float = 10.0
@@ -59,12 +59,12 @@ DEFAULT_DEADLINES = Deadlines()
 class Channel:
     """An established link: sends and receives messages, which are dicts of `codec`.
 
-    Whatever goes wrong in `receive` ends the channel, except a `timeout` of the caller's own. When `send` fails because
-    the peer is gone, what it said before can still be received.
+    Any failure in `receive` ends the channel, except the caller's own `timeout`. When `send` fails because the peer is
+    gone, what it said before can still be received.
 
     Attributes:
         made: time.monotonic() when it was established.
-        bytes_sent, bytes_received: on the wire, handshake included.
+        bytes_sent, bytes_received: on the wire, including the handshake.
         seal_seconds, open_seconds: spent on encryption and decryption of messages, so far.
     """
 
@@ -93,7 +93,7 @@ class Channel:
         """Connects to `address` and establishes a link.
 
         Args:
-            budget: for what has arrived of messages that are not whole yet.
+            budget: for the received parts of incomplete messages.
 
         Raises:
             TransportError: Unreachable, TimedOut, or the handshake failed.
@@ -117,7 +117,7 @@ class Channel:
 
     @classmethod
     def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines) -> Self:
-        """Runs a handshake. The socket is the channel's from here on, and closed if there is none."""
+        """Runs a handshake. The channel owns the socket, which is closed if the handshake fails."""
         wire = Wire(sock)
         deadline = time.monotonic() + deadlines.handshake
         try:
@@ -136,7 +136,7 @@ class Channel:
         except StopIteration as finished:
             return cls(wire, finished.value, deadlines)
         except BaseException:
-            wire.close()  # and not abort: an ALERT may be on its way
+            wire.close()  # not abort: an ALERT may be on its way
             raise
 
     @property
@@ -158,7 +158,7 @@ class Channel:
 
     @property
     def expired(self) -> bool:
-        """Whether the link is too old to begin anything on: make a new one."""
+        """Whether the link is too old to begin anything new on it."""
         return self._session.expired
 
     @property
@@ -181,8 +181,8 @@ class Channel:
         """Sends `message` whole, and returns how many bytes it has.
 
         Args:
-            message: as `codec` has it.
-            least: pad it as if it had so many bytes.
+            message: plain values, as `codec` takes them.
+            least: pad it as if it had at least this many bytes.
 
         Raises:
             TypeError, ValueError: it cannot be encoded.
@@ -201,7 +201,7 @@ class Channel:
         try:
             self._wire.write(records, time.monotonic() + self._deadlines.message)
         except BaseException as error:
-            self._session.stop_sending()  # half a record may have left: nothing can follow it
+            self._session.stop_sending()  # half a record may have been sent: nothing can follow it
             if self._ended and isinstance(error, TransportError):
                 raise _closed() from None
             raise
@@ -210,13 +210,13 @@ class Channel:
         """The next message.
 
         Args:
-            timeout: seconds; TimedOut if no message is whole by then. The channel lives on, and so does a message that
-                has begun. 0 takes what is there.
+            timeout: seconds; TimedOut if no message is complete by then. The channel lives on, and so does a message
+                that has begun. 0 takes only what has arrived.
             asker: the channel of whoever wants the message. If that peer leaves first, the wait ends with Abandoned;
                 this channel lives on.
 
         Raises:
-            Closed: the peer has closed its direction, and all that it sent has been received; or this end is closed.
+            Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
@@ -233,7 +233,7 @@ class Channel:
             if isinstance(error, ProtocolError | LimitError):
                 alert = error.alert
                 self._part(lambda: self._session.alert(alert))
-            elif not isinstance(error, Closed):  # then this end may still have something to say
+            elif not isinstance(error, Closed):  # after a CLOSE this end may still have something to say
                 self.abort()
             raise
         self._active = time.monotonic()
@@ -272,23 +272,23 @@ class Channel:
         return self._begun + self._deadlines.message
 
     def poll(self) -> bool:
-        """Whether bytes wait to be read, or the peer is gone. Never blocks. They need not be a whole message."""
+        """Whether there are unread bytes, perhaps less than a message, or the peer is gone. Never blocks."""
         return self._session.buffered > 0 or self._wire.readable()
 
     def gone(self) -> bool:
-        """Whether the peer has shut down its direction or the connection is dead, even where unread bytes wait."""
+        """Whether the peer has shut down its direction or the connection is dead, even if there are unread bytes."""
         return self._wire.gone()
 
     def deafen(self) -> None:
-        """Called by another thread: hears no more of the peer, and wakes whoever waits for it or on its behalf."""
+        """Stops receiving, and wakes the thread that waits for this peer or for its sake."""
         self._wire.deafen()
 
     def close(self) -> None:
-        """Says CLOSE, and closes the connection. It is no error if the peer is gone, or if this has been done."""
+        """Sends CLOSE and closes the connection. It is not an error if the peer is gone, or to call this twice."""
         self._part(self._session.close)
 
     def abort(self) -> None:
-        """Closes the connection without a word: the peer gets Truncated."""
+        """Closes the connection without a CLOSE: the peer gets Truncated."""
         self._end(self._wire.abort)
 
     def fileno(self) -> int:
@@ -302,9 +302,9 @@ class Channel:
         self.close()
 
     def _part(self, last: Callable[[], bytes]) -> None:
-        """Sends one last record if that can be done soon, and ends the channel."""
+        """Sends one last record if that is possible soon, and ends the channel."""
         finish = self._wire.abort
-        if self._sending.acquire(timeout=_PARTING):  # a sender whom the peer keeps waiting must not keep us
+        if self._sending.acquire(timeout=_PARTING):  # a blocked sender must not block us
             try:
                 with contextlib.suppress(TransportError):
                     self._wire.write(last(), time.monotonic() + _PARTING)
@@ -315,7 +315,7 @@ class Channel:
 
     def _end(self, finish: Callable[[], None]) -> None:
         self._ended = True
-        self._wire.shut()  # wakes whoever waits in `send` or `receive`, so that the locks come free
+        self._wire.shut()  # wakes threads in `send` or `receive`, so that they release the locks
         with self._sending, self._receiving:
             finish()
             self._session.discard()

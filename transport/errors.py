@@ -2,20 +2,20 @@
 
     TransportError              the root; `exit_code` is what the command line ends with
     ├── AddressError            not an address: correct it (a ValueError too)
-    ├── SettingError            an environment variable asks for what is not there: correct it
+    ├── SettingError            an environment variable has a bad value: correct it
     ├── Unreachable             nobody answers there, or it cannot be bound: start the peer, correct the address
     ├── TimedOut                a deadline passed: try again, or allow more time
-    ├── Abandoned               whoever asked for what is waited for has left: stop, nobody wants it
-    ├── Closed                  the peer ended its direction properly: there is no more to read
-    ├── Truncated               the connection ended without that: what came before is true, but not all
+    ├── Abandoned               the peer that asked for this has left: stop, nobody wants the answer
+    ├── Closed                  the peer ended its direction properly: nothing more will come
+    ├── Truncated               the connection ended without a CLOSE: what came before is authentic, but not complete
     ├── ProtocolError           the bytes are not this protocol's, or were altered: the link is dead
     │   ├── HandshakeError      … before there were keys
     │   ├── RecordError         … inside a session
     │   └── DecodeError         … in a message that was authentic
-    ├── LimitError              more than one end is willing to hold, or a link too old: the link is dead
+    ├── LimitError              more than this end will hold, or a link that is too old: the link is dead
     └── PeerAlert               the peer gives a reason (`code`) and ends the link
 
-Of outside bytes, whatever they are, nothing but these comes out, and the verifier's own `attest.AttestationError`.
+Bytes from outside raise these errors and the verifier's `attest.AttestationError`, and no others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AddressError(TransportError, ValueError):
 
 
 class SettingError(TransportError):
-    """An environment variable's value is none that it can have, or asks for a package that is not installed."""
+    """An environment variable has a value that is not allowed, or names a package that is not installed."""
 
     exit_code = 2
 
@@ -61,7 +61,7 @@ class TimedOut(TransportError):
 
 
 class Abandoned(TransportError):
-    """The peer that asked for what is waited for has left."""
+    """The peer that asked for the awaited message has left."""
 
 
 class Closed(TransportError):
@@ -114,7 +114,7 @@ class PeerAlert(TransportError):
 
     @classmethod
     def from_body(cls, body: bytes) -> PeerAlert:
-        """What an ALERT says. Raises RecordError if it says nothing."""
+        """The reason in an ALERT. Raises RecordError if its body is not one byte."""
         if len(body) != 1:
             raise RecordError(f"an ALERT of {len(body)} bytes, wanted 1")
         return cls(body[0])

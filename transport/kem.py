@@ -1,7 +1,7 @@
-"""ML-KEM-768 (FIPS 203) by pycryptodome: keys that a quantum computer does not break, for suite 2.
+"""ML-KEM-768 (FIPS 203) from pycryptodome, for suite 2: a key exchange that a quantum computer does not break.
 
-Encapsulation of a bare shared secret is not in pycryptodome's public interface (HPKE is), so its two private methods
-are called here, and nowhere else; the tests hold them against another library.
+pycryptodome's public interface has HPKE, and no bare encapsulation. So its two private methods are called here, and
+nowhere else; the tests compare them with another library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class KemKey:
         self.public = bytes(self._key.ek)
 
     def decapsulate(self, ciphertext: bytes) -> bytes:
-        """The shared secret, 32 bytes. A ciphertext that was altered gives another one (implicit rejection)."""
+        """The shared secret, 32 bytes. An altered ciphertext gives a different one (implicit rejection)."""
         return bytes(self._key._decaps(ciphertext))
 
 
@@ -28,7 +28,7 @@ def encapsulate(public: bytes) -> tuple[bytes, bytes]:
     """A ciphertext for the owner of `public`, and the shared secret, 32 bytes.
 
     Raises:
-        ValueError: it is no encapsulation key: its length, or FIPS 203's modulus check (section 7.2).
+        ValueError: it is not an encapsulation key, by its length or by FIPS 203's modulus check (section 7.2).
     """
     shared, ciphertext = MLKEM.construct(param_set=MLKEM.ML_KEM_768, ek=public)._encaps()
     return bytes(ciphertext), bytes(shared)

@@ -7,9 +7,9 @@
     I → R   ATTEST, sealed to h            after I has verified R's; messages may follow at once
             MESSAGE, PING, CLOSE, ALERT    either way, once the peer's evidence is accepted
 
-`initiate` and `respond` are this page in code. They yield bytes to send, or the number of bytes that they must be sent
-next, and return the `Session`; there is no session before evidence was accepted. Until there are keys an end that
-refuses says nothing; afterwards it sends at most one ALERT, whose length is the same whatever the reason.
+`initiate` and `respond` are this page in code. They yield bytes to send, or the number of bytes they need next, and
+return the `Session`: there is none before evidence was accepted. Before there are keys, an end that refuses says
+nothing; afterwards it sends at most one ALERT, whose length does not depend on the reason.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LENGTH = struct.Struct(">H")
 _ATTEST = struct.Struct(">BBH")
 _U32 = struct.Struct(">I")
 
-# The types that may come before the peer's evidence is accepted, with the bytes of the largest body.
+# The types that are allowed before the peer's evidence is accepted, with the largest body of each in bytes.
 _FIRST: dict[int, int] = {Type.ATTEST: MAX_TOTAL, Type.ALERT: 1}
 
 
@@ -75,16 +75,16 @@ SUITES = {
 
 @dataclass(frozen=True)
 class End:
-    """What one end is, and what it wants of the other.
+    """What one end is, and what it requires of the other.
 
     Args:
         attester: makes this end's evidence.
         verifier: judges the peer's.
         manifest_sha256: 32 bytes; a peer with another manifest cannot complete the handshake.
         own_id, peer_id: index of the stage at either end, or CLIENT.
-        static_private: 32 bytes, where the peer knows this end by its static key; a fresh one if None.
+        static_private: 32 bytes, if the peer knows this end by its static key; None for a fresh one.
         admit: static public keys of the initiators that a responder serves; None leaves that to the verifier.
-        suites: those acceptable. An initiator proposes the first.
+        suites: the acceptable ones. An initiator proposes the first.
 
     Raises:
         ValueError: a field is not of that form.
@@ -119,7 +119,7 @@ def initiate(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCE
 
     Raises:
         TransportError: the handshake failed, or the peer refused.
-        attest.AttestationError: the peer's evidence is refused, or one's own attester has none to give.
+        attest.AttestationError: the peer's evidence is refused, or our own attester cannot make any.
     """
     preamble = _PREAMBLE.pack(_MAGIC, VERSION, end.suites[0])
     yield preamble
@@ -183,7 +183,7 @@ def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[by
 
 
 class _Stranger:
-    """The other end of a finished handshake: keys are shared, but nobody has shown what it is."""
+    """The other end of a finished handshake: keys are shared, but it has not shown what it is."""
 
     def __init__(self, split: Split, own_static: bytes, role: str, budget: Budget) -> None:
         self.split = split
@@ -193,11 +193,11 @@ class _Stranger:
         self.opener = Opener(split.receiving, _FIRST, budget)
 
     def attest(self, attester: Attester) -> Generator[bytes | int, bytes | None, None]:
-        """Sends one's own evidence."""
+        """Sends our own evidence."""
         try:
             binding = Binding(self.role, attester.provider, self.split.h, self.own_static, attester.claims)
             body = dump_attest(attester.attest(binding))
-        except Exception as error:  # a platform's, whatever it is: the peer is told that there is nothing to wait for
+        except Exception as error:  # any error of a platform: the peer learns that there is nothing to wait for
             yield from self.refuse(Alert.INTERNAL, error)
         yield self.sealer.seal(Type.ATTEST, body)
 

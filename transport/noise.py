@@ -10,8 +10,8 @@ keys, e1 an ephemeral key of a KEM, ck the chaining key, h the hash of everythin
 and nonce. A pattern is data: the tokens of each message. `handshake` interprets it.
 https://noiseprotocol.org/noise.html, https://github.com/noiseprotocol/noise_hfs_spec
 
-With XXhfs the session's keys depend on ML-KEM-768 as well as on X25519: who records the traffic today and has a quantum
-computer later still cannot read it. X25519 alone authenticates.
+With XXhfs the keys depend on ML-KEM-768 as well as on X25519: somebody who records the traffic today and has a quantum
+computer later still cannot read it. Only X25519 authenticates.
 
 Primitives: X25519 of pycryptodome, `aead` and `kem`; SHA-256 and HMAC of the standard library.
 """
@@ -67,7 +67,7 @@ class KeyPair:
         return cls.from_private(get_random_bytes(DHLEN))
 
     def dh(self, public: bytes) -> bytes:
-        """DH(self, public). Raises HandshakeError for the points of low order, whose result everybody knows."""
+        """DH(self, public). Raises HandshakeError for points of low order, whose result anybody can know."""
         try:
             theirs = import_x25519_public_key(public)  # refuses the known encodings of those points
             mine = import_x25519_private_key(self.private)
@@ -79,7 +79,7 @@ class KeyPair:
         return shared
 
     def owns(self, public: bytes) -> bool:
-        """Whether `public` is this pair's own, whatever its unused highest bit (RFC 7748, section 5) says."""
+        """Whether `public` is this pair's own key, ignoring its unused highest bit (RFC 7748, section 5)."""
         return len(public) == DHLEN and public[:-1] == self.public[:-1] and (public[-1] ^ self.public[-1]) & 0x7F == 0
 
 
@@ -114,7 +114,7 @@ class CipherState:
         try:
             plaintext = self._cipher.decrypt(self._nonce(), ad, ciphertext)
         except ValueError:
-            raise RecordError(f"record {self.n}: it was altered, moved, or made with another key") from None
+            raise RecordError(f"record {self.n}: it was altered or moved, or sealed with another key") from None
         self.n += 1
         return plaintext
 
@@ -126,12 +126,12 @@ class CipherState:
 
     def _nonce(self) -> int:
         if self.n >= MAX_NONCE:
-            raise LimitError("this key has encrypted all it may: make a new link")
+            raise LimitError("this key has sealed as many records as it may: make a new link")
         return self.n
 
 
 class SymmetricState:
-    """What both ends have said and agreed on so far (section 5.2)."""
+    """Everything that both ends have said and agreed on so far (section 5.2)."""
 
     def __init__(self, protocol_name: bytes) -> None:
         long = len(protocol_name) > 32
@@ -167,10 +167,10 @@ class SymmetricState:
 
 @dataclass(frozen=True)
 class Split:
-    """What a finished handshake leaves.
+    """The result of a handshake.
 
     Args:
-        sending, receiving: one's own directions.
+        sending, receiving: our own directions.
         h: the final handshake hash, 32 bytes; the same at both ends, and nowhere else.
         rs: the peer's static public key, 32 bytes.
         payloads: those that were received, in order.
@@ -197,7 +197,7 @@ def handshake(
 ) -> Handshake:
     """One end of a handshake: yields a message to send, or None and is then sent the message received.
 
-    The ephemeral key is always fresh. `payloads` are one's own messages' in order; those left out are empty.
+    The ephemeral key is always fresh. `payloads` are for our own messages, in order; missing ones are empty.
 
     Raises:
         HandshakeError: a message is too short or too long, not authentic, or its keys are our own or of low order.
@@ -214,7 +214,7 @@ def handshake(
             message = yield None
             if message is None:
                 raise TypeError("the handshake waits for a message")
-            if not least[number] <= len(message) <= MAX_MESSAGE:  # before any of it goes into any cryptography
+            if not least[number] <= len(message) <= MAX_MESSAGE:  # before any cryptography touches it
                 raise HandshakeError(f"handshake message {number + 1}: {len(message)} bytes, wanted {least[number]}")
             for token in tokens:
                 message = state.read(token, message)
@@ -250,7 +250,7 @@ class _State:
                 try:
                     ciphertext, shared = encapsulate(self.public["re1"])
                 except ValueError:
-                    raise HandshakeError("the peer's ML-KEM key is none") from None
+                    raise HandshakeError("the peer's ML-KEM key is invalid") from None
                 written = symmetric.encrypt_and_hash(ciphertext)
                 symmetric.mix_key(shared)
                 return written
@@ -259,7 +259,7 @@ class _State:
                 return b""
 
     def read(self, token: str, message: bytes) -> bytes:
-        """What `message` holds after `token`."""
+        """The rest of `message` after `token`."""
         if token not in _PUBLIC:
             self._mix_dh(token)
             return message
@@ -277,7 +277,7 @@ class _State:
             self.e1 = None
         else:
             if any(pair.owns(public) for pair in self.own.values()):
-                raise HandshakeError("the peer showed our own public key: it is ourselves, or an echo")
+                raise HandshakeError("the peer sent our own public key: it is ourselves, or an echo")
             self.public["r" + token] = public
         return message[end:]
 
@@ -300,5 +300,5 @@ def message_lengths(pattern: Pattern) -> tuple[int, ...]:
 
 
 def _length(token: str, *, keyed: bool) -> int:
-    """The bytes that a token takes; `keyed` says whether there is a key before it."""
+    """How many bytes a token takes; `keyed` says whether a key exists before it."""
     return _PUBLIC.get(token, 0) + (TAGLEN if keyed and token in _PUBLIC and token != "e" else 0)

@@ -5,9 +5,9 @@
     message     one or more records of one type, contiguous, FIN on the last
 
 A record's number is implicit: it is the nonce, and both ends count. So a record that was deleted, replayed, moved or
-inserted fails authentication, and there is nothing to compare. Before number n, where n is a multiple of 1024 and not
-0, the key is replaced by a one-way function of itself. Padding is computed on the whole message and then cut up with
-it: what an observer sees of a message is one of few lengths.
+inserted fails authentication, without any comparison. Before each record whose number is a multiple of 1024, except 0,
+the key is replaced by a one-way function of itself. Padding is computed for the whole message and cut up with it: an
+observer sees one of few lengths.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transport.errors import Closed, LimitError, RecordError, TransportError
 from transport.noise import CipherState
 
 REKEY_INTERVAL = 1024  # records
-MAX_RECORDS = 2**32  # in one direction; then a link must be made anew, with fresh evidence
+MAX_RECORDS = 2**32  # in one direction; then a new link is needed, with fresh evidence
 MAX_PLAINTEXT = 65535 - TAGLEN  # bytes of a record, so that its ciphertext fits a Noise message and a u16
 MAX_MESSAGE = 16 * 2**20  # bytes; a prefill of 1024 tokens of GPT-2 XL in float32 is 6.25 MiB
-MIN_PADDED = 256  # bytes; the smallest size that is ever seen
+MIN_PADDED = 256  # bytes; the smallest size that an observer sees
 
 FIN = 0x01
 _HEADER = struct.Struct(">BBH")
@@ -51,10 +51,10 @@ class Message(NamedTuple):
 
 
 def padded_size(length: int) -> int:
-    """The size that `length` bytes are sent as: Padmé, and at least 256.
+    """The padded size of `length` bytes: Padmé, and at least 256.
 
     Padmé (Nikitin et al., "Reducing Metadata Leakage from Encrypted Files and Communication with PURBs", PETS 2019)
-    rounds up to a number with few significant bits: at most 12 % more, and O(log log) bits of the length to be seen.
+    rounds up to a number with few significant bits: it adds at most 12 %, and leaks O(log log) bits of the length.
     """
     if length <= MIN_PADDED:
         return MIN_PADDED
@@ -65,7 +65,7 @@ def padded_size(length: int) -> int:
 
 
 class Budget:
-    """Bytes that all links of a process together may hold of messages that are not whole yet."""
+    """How many bytes of incomplete messages all links of a process may hold together."""
 
     def __init__(self, total: int) -> None:
         if total < MAX_PLAINTEXT:
@@ -78,7 +78,7 @@ class Budget:
         return self._total - self._left
 
     def reserve(self, count: int) -> None:
-        """Raises LimitError if so many bytes are not free."""
+        """Raises LimitError if that many bytes are not free."""
         with self._lock:
             if count > self._left:
                 raise LimitError(f"{count} more bytes of an incoming message: the budget of {self._total} is used up")
@@ -93,10 +93,10 @@ PROCESS_BUDGET = Budget(256 * 2**20)  # 16 of the largest messages at once
 
 
 class Sealer:
-    """One's own direction: messages to records.
+    """Our own direction: messages to records.
 
     Attributes:
-        messages: records of type MESSAGE so far, which is what CLOSE carries.
+        messages: records of type MESSAGE so far, the number that CLOSE carries.
         records: of any type.
     """
 
@@ -114,7 +114,7 @@ class Sealer:
 
         Raises:
             Closed: the direction has ended.
-            LimitError: the link is used up. Nothing was sealed.
+            LimitError: the link has carried as many records as it may. Nothing was sealed.
         """
         size = padded_size(max(len(body), least))
         count = -(-size // _ROOM)
@@ -126,7 +126,7 @@ class Sealer:
         self.records += count
         if kind == Type.MESSAGE:
             self.messages += count
-        if count == 1:  # a token: the common case, and worth a line of its own
+        if count == 1:  # a token: the common case
             return b"".join(_record(cipher, kind, FIN, body, size - len(body)))
         view = memoryview(body)
         parts: list[bytes] = []
@@ -147,15 +147,15 @@ def _record(cipher: CipherState, kind: Type, flags: int, body: bytes | memoryvie
 
 
 class Opener:
-    """The peer's direction: bytes, in whatever pieces, to messages.
+    """The peer's direction: bytes, in pieces of any size, to messages.
 
-    `feed` keeps bytes, `next` opens one record after another until a message is whole; so what comes out before an
-    error does not depend on how the bytes were cut. After an error there is nothing more to be had.
+    `feed` stores bytes, and `next` opens records until a message is complete. So what comes out before an error does
+    not depend on how the bytes were cut. After an error nothing more comes out.
 
     Args:
-        limits: the types that may come, with the largest body of each. The owner replaces it when the order of things
-            allows other types.
-        budget: what the fragments of a message are held under.
+        limits: the types that are allowed now, with the largest body of each. The owner replaces it as the order
+            advances.
+        budget: for the fragments of incomplete messages.
 
     Attributes:
         messages: records of type MESSAGE so far.
@@ -169,12 +169,12 @@ class Opener:
         self._budget = budget
         self._buffer = bytearray()
         self._kind = 0  # of the message under way; 0 is none
-        self._body = bytearray()  # of it; one buffer, so that a flood of tiny fragments costs no more than their bytes
+        self._body = bytearray()  # one buffer, so that a flood of tiny fragments costs no more than their bytes
         self._padded = 0  # bytes of body and padding so far
 
     @property
     def buffered(self) -> int:
-        """Bytes that were fed and not opened yet."""
+        """How many bytes were fed and not opened yet."""
         return len(self._buffer)
 
     @property
@@ -186,7 +186,7 @@ class Opener:
         self._buffer += data
 
     def next(self) -> Message | None:
-        """The next message, or None if more bytes are needed for it.
+        """The next message, or None if it needs more bytes.
 
         Raises:
             RecordError: a record is not authentic or breaks a rule.
@@ -203,7 +203,7 @@ class Opener:
         return None
 
     def discard(self) -> None:
-        """Forgets the key and whatever was kept."""
+        """Forgets the key and everything buffered."""
         self._cipher = None
         self._buffer.clear()
         self._forget()
@@ -230,7 +230,7 @@ class Opener:
         return plaintext
 
     def _accept(self, plaintext: bytes) -> Message | None:
-        """Takes an authentic record into its message; the message, if that was its last."""
+        """Adds an authentic record to its message; returns the message if that was its last record."""
         kind, flags, padding = _HEADER.unpack_from(plaintext)
         end = len(plaintext) - padding
         if self._kind not in (0, kind):
@@ -253,7 +253,7 @@ class Opener:
         if flags & FIN:
             return self._finish(plaintext[_HEADER.size : end])
         if len(plaintext) == _HEADER.size:
-            raise self._error("nothing in it, and more to come")
+            raise self._error("nothing in it, though it is not the last record of its message")
         self._budget.reserve(end - _HEADER.size)
         self._body += memoryview(plaintext)[_HEADER.size : end]
         return None
@@ -264,7 +264,7 @@ class Opener:
         return message
 
     def _forget(self) -> None:
-        """Ends the message under way; its memory is the caller's now, or nobody's."""
+        """Ends the current message, and releases its budget."""
         if self._body:
             self._budget.release(len(self._body))
             self._body = bytearray()

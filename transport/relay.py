@@ -1,11 +1,11 @@
-"""A blind relay: whoever connects to one address is connected to another, and bytes pass both ways.
+"""A blind relay: it connects each connection at one address to another address, and passes bytes both ways.
 
-An enclave reaches nothing but its parent's vsock, so on such a host what passes between stages, or between a client and
-a stage, passes a relay. It has no keys and needs no trust: it sees ciphertext, its lengths and its times, and can stop
-it; the ends notice whatever else it does (they take an end without a CLOSE for what it is, too).
+An enclave can reach only its parent's vsock, so on such a host everything between stages, or between a client and a
+stage, passes a relay. It has no keys and needs no trust: it sees ciphertext, its lengths and its times, and can stop
+it. The ends notice anything else it does, including an end without a CLOSE.
 
-Two threads carry a connection, one each way: read a piece, write it, again. So no more than a piece each way is held,
-and a slow reader slows its sender down. The end of one direction is passed on, and the other goes on.
+Two threads carry a connection, one in each direction: read a piece, write it, repeat. So at most one piece each way is
+held, and a slow reader slows its sender down. The end of one direction is passed on, and the other continues.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Relay:
     Args:
         listen: where to accept connections.
         target: where to take them.
-        connections: how many at once; more are turned away.
+        connections: how many at once; any more are closed at once.
 
     Attributes:
-        address: where it listens; the port is the one that the system chose, if it was to choose.
+        address: where it listens, with the port that the system chose if it was 0.
 
     Raises:
         Unreachable: `listen` cannot be bound.
@@ -74,11 +74,11 @@ class Relay:
             threading.Thread(target=self._carry, args=(number, connection), name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Stops accepting; may be called by a signal's handler. The connections go on until `stop`."""
+        """Stops accepting. A signal handler may call this. Connections continue until `stop`."""
         self._listener.close()
 
     def stop(self, patience: float = 2.0) -> None:
-        """Ends every connection, and waits `patience` seconds at most until that is done."""
+        """Ends every connection, and waits at most `patience` seconds until they have ended."""
         self.close()
         with self._lock:
             connections = list(self._open.values())
@@ -100,7 +100,7 @@ class Relay:
 
 
 class _Connection:
-    """One connection through the relay: a wire to whoever came, and one to the target."""
+    """One connection through the relay: a wire to the peer, and one to the target."""
 
     def __init__(self, sock: socket) -> None:
         self._near = Wire(sock)
@@ -109,7 +109,7 @@ class _Connection:
 
     @property
     def carried(self) -> tuple[int, int]:
-        """Bytes that were passed on, to the target and back."""
+        """How many bytes were passed on, to the target and back."""
         return self._far.bytes_sent if self._far else 0, self._near.bytes_sent
 
     def run(self, target: Address) -> None:
@@ -136,14 +136,14 @@ class _Connection:
                 wire.close()
 
     def cut(self) -> None:
-        """Ends both directions, and wakes who waits for either."""
+        """Ends both directions, and wakes any thread that waits for either."""
         self._cut.set()
         for wire in (self._near, self._far):
             if wire is not None:
                 wire.shut()
 
     def _pass(self, source: Wire, sink: Wire) -> None:
-        """Carries one direction to its end; if it breaks, so does the other."""
+        """Carries one direction to its end. If it breaks, so does the other."""
         try:
             while True:
                 source.wait(math.inf)

@@ -1,7 +1,7 @@
 """A session: what a link is once both ends have accepted each other's evidence. Bytes in, bytes out; no I/O.
 
-Only MESSAGE carries what applications say; PING, CLOSE and ALERT are dealt with here. A PING, by which a peer may keep
-a way open, is taken and never sent.
+Only MESSAGE carries application data; PING, CLOSE and ALERT are handled here. A PING, with which a peer may keep a
+connection open, is accepted and never sent.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from attest import AttestationResult, Binding, Evidence
 from transport.errors import Alert, Closed, LimitError, PeerAlert, RecordError, TransportError, Truncated
 from transport.records import MAX_MESSAGE, MAX_RECORDS, Message, Opener, Sealer, Type
 
-MAX_AGE = 24 * 3600.0  # seconds; then a link must be made anew, with fresh evidence
-PING_INTERVAL = 10.0  # seconds between two PINGs of a peer, at least
+MAX_AGE = 24 * 3600.0  # seconds; then a new link is needed, with fresh evidence
+PING_INTERVAL = 10.0  # seconds, at least, between two PINGs from a peer
 
 _COUNT = struct.Struct(">Q")
 
@@ -28,7 +28,7 @@ class Session:
 
     Attributes:
         peer: what the peer's evidence established.
-        peer_evidence, peer_binding: that evidence, and what it was bound to.
+        peer_evidence, peer_binding: that evidence, and what it is bound to.
         peer_static_key: 32 bytes.
         handshake_hash: 32 bytes, h.
     """
@@ -104,20 +104,20 @@ class Session:
         return self._end(Type.CLOSE, _COUNT.pack(self._sealer.messages))
 
     def stop_sending(self) -> None:
-        """Ends this direction without a word: something of it was lost, or its last word said."""
+        """Ends this direction, because something of it was lost or its last record was sent."""
         self._sealer.discard()
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes bytes from the peer, in whatever pieces; `next_message` opens them."""
+        """Takes bytes from the peer, in pieces of any size; `next_message` opens them."""
         self._opener.feed(data)
 
     def next_message(self) -> bytes | None:
-        """The next MESSAGE, or None if more bytes are needed for it.
+        """The next MESSAGE, or None if it needs more bytes.
 
         Raises:
-            Closed: the peer ended its direction properly, and all that it sent has been returned.
+            Closed: the peer ended its direction properly, and everything it sent has been returned.
             PeerAlert: it gave a reason instead.
-            RecordError, LimitError: what came is not authentic, or not allowed. Nothing more can be had.
+            RecordError, LimitError: a record is not authentic, or not allowed. Nothing more comes.
         """
         while not self._peer_closed:
             message = self._opener.next()
@@ -135,27 +135,28 @@ class Session:
         raise Closed("the peer has closed the link")
 
     def eof(self) -> NoReturn:
-        """What the end of the connection means, once all that was fed has been opened: Closed or Truncated."""
+        """Raises what the end of the connection means, once everything fed has been opened: Closed or Truncated."""
         if self._peer_closed and not self._opener.buffered:
             raise Closed("the peer has closed the link")
         where = "inside a message" if self.partial else "between messages"
         raise Truncated(f"the connection ended {where}, without a CLOSE")
 
     def discard(self) -> None:
-        """Forgets the keys and whatever was kept of messages that are not whole."""
+        """Forgets the keys and all incomplete messages."""
         self.stop_sending()
         self._opener.discard()
 
     def _control(self, message: Message) -> None:
         if message.type == Type.PING:
             self._pings += 1
-            if self._pings > 1 + (self._clock() - self._made) / PING_INTERVAL:  # counted, for a stall may bunch them up
-                raise RecordError(f"PING number {self._pings} came too soon: at most one in {PING_INTERVAL:.0f} s")
+            # Counted since the link was made, because a stall may bunch them up.
+            if self._pings > 1 + (self._clock() - self._made) / PING_INTERVAL:
+                raise RecordError(f"PING {self._pings} came too soon, wanted at most one in {PING_INTERVAL:.0f} s")
         elif message.type == Type.ALERT:
             raise PeerAlert.from_body(message.body)
         else:
             if message.body != _COUNT.pack(self._opener.messages):
-                raise RecordError("a CLOSE whose count is not that of the records that came")
+                raise RecordError("a CLOSE whose count differs from the number of records received")
             self._peer_closed = True
 
     def _end(self, kind: Type, body: bytes) -> bytes:

@@ -1,6 +1,6 @@
-"""Sockets: the only file that opens, waits for and closes them, and maps the system's errors to this package's.
+"""Sockets: the only file that opens, closes and waits for them, and that maps the system's errors to this package's.
 
-They are non-blocking underneath. Every wait is a poll with a deadline: a time of `time.monotonic`, or `math.inf`.
+They are non-blocking underneath. Every wait is a poll with a deadline, in terms of `time.monotonic`, or `math.inf`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Wire:
     """A connected stream socket. One thread may read while another writes."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """The socket is the wire's from here on."""
+        """The wire owns the socket from here on."""
         self._sock = sock
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -41,7 +41,7 @@ class Wire:
         if sock.family in _INTERNET:
             with contextlib.suppress(OSError):  # if it is dead already, the first read will say so
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # in the end it notices that a host is gone
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # eventually notices that a host is gone
         self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
 
     def fileno(self) -> int:
@@ -67,26 +67,29 @@ class Wire:
                     raise TimedOut("the peer did not take what was sent to it in time")
 
     def wait(self, deadline: float, asker: Wire | None = None) -> bool:
-        """Whether there is something to read, the end of the connection included, before the deadline.
+        """Waits until there is something to read, or the connection ends; False if the deadline passes first.
 
         Raises:
-            Abandoned: the peer of `asker` left before that.
+            Abandoned: the peer of `asker` left first.
         """
         if asker is None:
             return _wait(self._readable, deadline)
-        while not self.readable():
-            if asker.gone():
+        poller, own = _poller(self._sock, select.POLLIN), self._sock.fileno()
+        if asker.fileno() < 0:
+            raise Abandoned("the channel that asked for this is closed")
+        poller.register(asker.fileno(), _RDHUP)
+        while True:
+            left = min(deadline - time.monotonic(), _LONGEST_POLL if _RDHUP else _LOOK)
+            events = poller.poll(math.ceil(1000 * max(left, 0.0)))
+            if any(fd == own for fd, _ in events):
+                return True
+            if events or asker.gone():
                 raise Abandoned("the peer that asked for this has left")
             if time.monotonic() > deadline:
                 return False
-            poller = _poller(self._sock, select.POLLIN)
-            if asker.fileno() >= 0:
-                poller.register(asker.fileno(), _RDHUP)
-            _wait(poller, deadline if _RDHUP else min(deadline, time.monotonic() + _LOOK))
-        return True
 
     def read(self, count: int) -> bytes | None:
-        """What is there, at most `count` bytes: b"" at the end of the connection, None if nothing is.
+        """What has arrived, at most `count` bytes: b"" at the end of the connection, None if there is nothing.
 
         Raises:
             Truncated: the connection is dead.
@@ -117,34 +120,34 @@ class Wire:
         return self._events(select.POLLIN | _RDHUP) != 0
 
     def gone(self) -> bool:
-        """Whether the peer has shut down its side or the connection is dead, unread bytes or not. Never blocks."""
+        """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
         events = self._events(select.POLLIN | _RDHUP)
         if events & _GONE or not events:
             return events != 0
         return not _RDHUP and self._at_end()
 
     def deafen(self) -> None:
-        """Ends the other direction: whoever waits for the peer wakes up. What is written still reaches the peer."""
+        """Stops receiving, which wakes any thread that waits for the peer. Writing still works."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
 
     def finish(self) -> None:
-        """Ends this direction: the peer gets what was written, and then the end. The other direction goes on."""
+        """Stops sending: the peer gets what was written, and then the end. Receiving still works."""
         with contextlib.suppress(OSError):  # if it is dead already, the next read will say so
             self._sock.shutdown(socket.SHUT_WR)
 
     def shut(self) -> None:
-        """Ends both directions, and wakes whoever waits for either."""
+        """Ends both directions, and wakes any thread that waits for either."""
         hang_up(self._sock)
 
     def close(self) -> None:
-        """Sends what is left, and closes. Nobody may be waiting."""
+        """Sends what is left, and closes. No thread may be waiting."""
         with contextlib.suppress(OSError):
             self._sock.close()
 
     def abort(self) -> None:
-        """Closes at once. Nobody may be waiting."""
-        if self._sock.family in _INTERNET:  # vsock cannot drop what is left; Python's setsockopt of it takes no bytes
+        """Closes at once. No thread may be waiting."""
+        if self._sock.family in _INTERNET:  # vsock cannot discard unsent data
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self.close()
@@ -153,7 +156,7 @@ class Wire:
         if self._sock.fileno() < 0:
             return select.POLLNVAL
         try:
-            found = _poller(self._sock, mask).poll(0)  # of its own: two threads cannot share one
+            found = _poller(self._sock, mask).poll(0)  # a new one: two threads cannot share it
         except (OSError, ValueError):  # closed meanwhile
             return select.POLLNVAL
         return found[0][1] if found else 0
@@ -171,12 +174,12 @@ class Listener:
     """A listening socket.
 
     Args:
-        place: an address to bind, or the descriptor of a socket that listens already, handed down by a parent.
-        backlog: connections that the system keeps waiting.
+        place: an address to bind, or the descriptor of a listening socket handed down by a parent.
+        backlog: connections that the system queues.
 
     Raises:
         Unreachable: the address cannot be bound.
-        AddressError: the descriptor is no listening stream socket of a kind that has an `Address`.
+        AddressError: the descriptor is not a listening stream socket of tcp or vsock.
     """
 
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
@@ -187,7 +190,7 @@ class Listener:
         self.address = _address(self._sock.family, self._sock.getsockname())
 
     def accept(self) -> tuple[socket.socket, str] | None:
-        """The next connection and the peer's address, for a log; None once the listener is closed."""
+        """The next connection and the peer's address, for logging; None once the listener is closed."""
         with self._accepting:
             poller = None if self._closed else _poller(self._sock, select.POLLIN)
             while poller is not None and not self._closed:
@@ -195,9 +198,9 @@ class Listener:
                     continue
                 try:
                     sock, peer = self._sock.accept()
-                except OSError as error:  # mostly a connection that is gone already
+                except OSError as error:  # usually a connection that is gone already
                     if error.errno in _NO_ROOM:
-                        time.sleep(0.05)  # it stays readable: do not spin until somebody closes something
+                        time.sleep(0.05)  # it stays readable: do not spin until something is closed
                     elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
                         raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
                     continue
@@ -205,7 +208,7 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Stops listening, and wakes the thread that waits in `accept`."""
+        """Stops listening, and wakes a thread in `accept`."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -220,13 +223,13 @@ class Listener:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Ends a connection that another thread uses, and wakes that thread. The socket is still its own to close."""
+    """Ends a connection that another thread uses, and wakes that thread, which must still close the socket."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def connect(address: Address, timeout: float) -> socket.socket:
-    """A connected socket. Raises Unreachable, TimedOut; the deadline does not bound the resolver of host names."""
+    """A connected socket. Raises Unreachable, TimedOut; the deadline does not cover the resolution of host names."""
     deadline = time.monotonic() + timeout
     last: OSError | None = None
     for family, sockaddr in _places(address):
@@ -241,7 +244,7 @@ def connect(address: Address, timeout: float) -> socket.socket:
             except BaseException:
                 sock.close()
                 raise
-        except OSError as error:  # a kernel without vsock and a process without descriptors fail at the first line
+        except OSError as error:  # without vsock in the kernel, or without free descriptors, the first line fails
             last = error
         else:
             return sock
@@ -251,7 +254,7 @@ def connect(address: Address, timeout: float) -> socket.socket:
 
 
 def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
-    """What the first connection to `address` sends, up to its end. It is not authenticated: verify what it is.
+    """What the first connection to `address` sends, up to its end. It is not authenticated: verify it.
 
     Args:
         limit: bytes.
@@ -286,7 +289,7 @@ def _poller(sock: socket.socket, events: int) -> select.poll:
 
 
 def _wait(poller: select.poll, deadline: float) -> bool:
-    """Whether something happened before the deadline."""
+    """False if the deadline passes before an event."""
     while True:
         left = deadline - time.monotonic()
         if poller.poll(None if left == math.inf else math.ceil(1000 * min(max(left, 0.0), _LONGEST_POLL))):
@@ -296,11 +299,11 @@ def _wait(poller: select.poll, deadline: float) -> bool:
 
 
 def _places(address: Address) -> Iterator[tuple[int, Any]]:
-    """Family and socket address of each place that `address` names."""
+    """Family and socket address of each place that `address` resolves to."""
     if address.scheme == "vsock":
         if not hasattr(socket, "AF_VSOCK"):
             raise Unreachable(f"{address}: this system has no vsock")
-        port = address.port or socket.VMADDR_PORT_ANY  # of vsock, 0 is a port like any other
+        port = address.port or socket.VMADDR_PORT_ANY  # in vsock, 0 is a port like any other
         yield socket.AF_VSOCK, (int(address.host), port)
         return
     try:
@@ -337,7 +340,7 @@ def _adopt(fd: int) -> socket.socket:
     kinds = (*_INTERNET, getattr(socket, "AF_VSOCK", None))
     if sock.family in kinds and sock.type == socket.SOCK_STREAM and _listens(sock):
         return sock
-    sock.detach()  # it is not ours to close
+    sock.detach()  # not ours to close
     raise AddressError(f"descriptor {fd}: {wanted}")
 
 

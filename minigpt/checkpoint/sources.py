@@ -1,7 +1,7 @@
 """Where checkpoints come from: a folder, the embedded one, or the Hugging Face hub.
 
-The hub client is imported only when it is needed. It honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and
-shows a progress bar on a terminal.
+The hub client is imported only when needed. It honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and shows a
+progress bar on a terminal.
 """
 
 import importlib.resources
@@ -17,7 +17,7 @@ from minigpt.errors import CheckpointError, ConfigError
 TINY = "tiny"  # the embedded checkpoint's name
 MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
 
-# What a pipeline needs of a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
+# What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [
     "config.json",
     "model.safetensors",
@@ -27,7 +27,7 @@ FILES = [
     "vocab.json",
     "merges.txt",
 ]
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs of it
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
 
 
@@ -47,15 +47,15 @@ class Checkpoint:
 
 
 def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:
-    """The checkpoint that `model` names: a folder, else "tiny", else a hub id, which is downloaded if need be.
+    """The checkpoint that `model` names: a folder, else "tiny", else a hub id, which is downloaded if necessary.
 
     Args:
         revision: of a hub id: a branch, a tag or a commit; the main branch by default.
-        files: patterns of what is needed of a hub's repository.
-        download: False to make do with what was downloaded before, without asking the hub.
+        files: patterns of the files to fetch from a hub's repository.
+        download: False to use only what was downloaded before, without asking the hub.
 
     Raises:
-        CheckpointError: there is none, or the hub cannot be reached or refuses; says which.
+        CheckpointError: it does not exist, or the hub cannot be reached, or refuses; the message says which.
     """
     if os.path.isdir(model) or model == TINY:
         if revision is not None:
@@ -79,7 +79,7 @@ def local(model: str) -> Path:
         raise CheckpointError(f"model {model!r}: there is no such folder")
     folder = _embedded()
     if folder is None or not (folder / "config.json").is_file():
-        raise CheckpointError("the embedded checkpoint is missing: install the package anew, unzipped")
+        raise CheckpointError("the embedded checkpoint is missing: reinstall the package, unzipped")
     return folder
 
 
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> Config:
         ConfigError: it is missing, malformed, or asks for what is not supported.
     """
     path = folder / "config.json"
-    if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
         raise ConfigError(f"{path}: not a file")
     try:
         text = read_file(path, MAX_CONFIG)
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> Config:
 
 
 def _download(model: str, revision: str | None, files: list[str], download: bool) -> Checkpoint:
-    """Fetch what is not in the hub's cache yet; without a network, what is in the cache must do."""
+    """Fetches what is not in the hub's cache yet. Without a network, the cache must have it."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -130,7 +130,7 @@ def _download(model: str, revision: str | None, files: list[str], download: bool
         reason = "there is no such folder here, it was not downloaded before, and the hub cannot be reached"
     except hub.HFValidationError as error:
         reason = f"not a hub id: {error}"
-    except (OSError, ValueError) as error:  # what the hub answers, the network, the disk; their root is OSError
+    except (OSError, ValueError) as error:  # the hub, the network or the disk; their root is OSError
         reason = f"cannot be downloaded: {type(error).__name__}: {error}"
     else:
         return Checkpoint(folder, model, folder.name)  # the cache names a snapshot by its commit

@@ -1,7 +1,7 @@
 """Text to token ids and back, with GPT-2's byte-level BPE from the `tokenizers` package.
 
-A token is a string of bytes, not of characters: "é" may be split between two tokens, and an emoji among four. So a
-stream of tokens decodes to bytes first, and holds back what does not yet make a character.
+A token is a string of bytes, not of characters: "é" may be split over two tokens, and an emoji over four. So a stream
+of tokens is decoded to bytes first, and incomplete characters are held back.
 
 The package is imported on first use: stages never need it.
 """
@@ -44,7 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes) -> None:
-        encoder.no_truncation()  # a tokenizer.json may ask for either, and would shorten or lengthen a prompt silently
+        encoder.no_truncation()  # a tokenizer.json may ask for either, which would silently change a prompt
         encoder.no_padding()
         self.digest = digest
         self._encoder = encoder
@@ -54,22 +54,22 @@ class Tokenizer:
         """The text's token ids; names of special tokens in the text, such as <|endoftext|>, become those tokens.
 
         Raises:
-            CheckpointError: the tokenizer is damaged in a way that only shows now. Nothing of the text is in it.
+            CheckpointError: the tokenizer is damaged in a way that shows only now. The message never quotes the text.
         """
         with _refused("the checkpoint's tokenizer fails on this text", quote=False):
             ids: list[int] = self._encoder.encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD, special tokens nothing."""
+        """The text of tokens. Bytes that are not UTF-8 become U+FFFD, and special tokens nothing."""
         return b"".join(map(self.bytes, ids)).decode(errors="replace")
 
     def stream(self) -> "Stream":
-        """A decoder for tokens as they come."""
+        """A decoder for tokens as they arrive."""
         return Stream(self)
 
     def bytes(self, token: int) -> bytes:
-        """What a token stands for; nothing for a special one, or for an id that the vocabulary does not have."""
+        """The bytes of a token; none for a special one, or for an id outside the vocabulary."""
         if token in self._added:
             return b"" if self._added[token].special else self._added[token].content.encode()
         characters = self._encoder.id_to_token(token) or ""
@@ -79,7 +79,7 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes token by token. What `push` and `flush` return, put together, is `decode` of all the tokens."""
+    """Decodes token by token. All that `push` and `flush` return, joined, is `decode` of the tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -90,7 +90,7 @@ class Stream:
         return self._decoder.decode(self._tokenizer.bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character was not completed."""
+        """What is left at the end: U+FFFD if the last character is incomplete."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -116,8 +116,8 @@ def load(folder: Path) -> Tokenizer | None:
 
 @contextlib.contextmanager
 def _refused(what: str, *, quote: bool = True) -> Iterator[None]:
-    """Whatever the package raises, as a CheckpointError: plain Exception, or where its Rust panics a PanicException,
-    which is a BaseException and cannot be imported."""
+    """Turns any error of the package into a CheckpointError. It raises plain Exception, and where its Rust panics a
+    PanicException, which is a BaseException and cannot be imported."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):

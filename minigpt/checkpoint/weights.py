@@ -1,16 +1,16 @@
-"""A checkpoint's tensors for a range of layers: read into memory, and digested on the way.
+"""A checkpoint's tensors for a range of layers, read into memory and digested on the way.
 
     model.safetensors                                       one file, or
     model.safetensors.index.json + model-*-of-*.safetensors   several, and which tensor is in which
 
 The `safetensors` package opens each file and checks its header; the bytes are then read directly, because its NumPy
-interface knows no bfloat16 and takes twice the memory. A stage reads only its own tensors, each once, in blocks: a
-block is digested as it arrived and then copied to its place as float32, so that the digest is over the very bytes that
-are computed with, whatever happens to the file meanwhile, and the memory needed beside the tensors is a few blocks.
+interface knows no bfloat16 and takes twice the memory. A stage reads only its own tensors, each once, in blocks. A
+block is digested as it arrived and then copied to its place as float32. So the digest covers the very bytes that are
+used, whatever happens to the file meanwhile, and loading needs only a few blocks of memory beside the tensors.
 
-All tensors lie in one allocation, which Linux then backs with huge pages but for its ends: a token reads every weight,
-and of 4 KiB pages each read costs a walk through the page tables. That took 4 % off a token's matrices on two threads,
-and 5 to 10 % on one. What rows are multiplied with lies as `linalg` wants it.
+All tensors are in one allocation, which Linux backs with huge pages: a token reads every weight, and with 4 KiB pages
+that costs many walks through the page tables. This took 4 % off a token's matrices on two threads, and 5 to 10 % on
+one. Matrices lie in memory as `linalg.by_columns` says.
 
 The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
 
@@ -20,7 +20,7 @@ The digest is SHA-256 over, for each tensor in the order of its name (bytewise, 
     SHA-256 of the stored bytes
 
 with big-endian integers, after the 19 bytes of "minigpt-weights-v1" and a zero. It does not depend on how the
-checkpoint is split into files, nor on what else is in them.
+checkpoint is split into files, or on what else they hold.
 """
 
 import hashlib
@@ -44,14 +44,16 @@ from minigpt.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 4 * 2**20  # bytes of a file's header, or of an index; GPT-2 XL's are 60 KB, with 1024 layers 1.5 MB
-BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: they are still in the cache when they are hashed
+BLOCK = (
+    2 * 2**20
+)  # bytes read, digested and widened at a time, so that they are still in the cache when they are hashed
 READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
 
 _ALIGN = 16  # numbers: a tensor begins with a cache line
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _DOMAIN = b"minigpt-weights-v1\0"
 _PREFIX = "transformer."
-# Bits of an element, by safetensors' names: a tensor we pass over must still be measured to find the next.
+# Bits of an element, by safetensors' names: the size of every tensor is needed to find the next one.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -61,7 +63,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a stage computes with.
+    """The weights of a stage.
 
     Attributes:
         tensors: by name without prefix, float32.
@@ -76,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor's bytes lie."""
+    """Where a tensor's bytes are in a file."""
 
     path: Path
     offset: int  # bytes from the file's start
@@ -94,7 +96,7 @@ def tensor_names(config: Config, layers: range) -> list[str]:
 
 
 def load(folder: Path, config: Config, layers: range) -> Weights:
-    """Read the tensors of `layers` from the checkpoint in `folder`.
+    """Reads the tensors of `layers` from the checkpoint in `folder`.
 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or of another shape or type than the config says.
@@ -107,7 +109,9 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
         if places[name].dtype not in ("F32", "F16", "BF16"):
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
     tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
-    names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)  # the largest first: an even finish
+    names = sorted(
+        shapes, key=lambda name: places[name].nbytes, reverse=True
+    )  # the largest first, so that the readers finish together
     with ThreadPoolExecutor(READERS, "weights") as readers:
         digests = dict(
             zip(names, readers.map(lambda name: _read(name, places[name], tensors[name]), names), strict=True)
@@ -121,12 +125,12 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
 
 
 def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
-    """Arrays to be filled, one after another in one allocation; `head` names the one that is multiplied transposed."""
+    """Empty arrays in one allocation, one after another; `head` names the one that is multiplied transposed."""
     sizes = {name: -(-math.prod(shape) // _ALIGN) * _ALIGN for name, shape in shapes.items()}
     try:
         room = np.empty(sum(sizes.values()), np.float32)
     except (MemoryError, ValueError):  # the latter beyond the address space
-        raise CheckpointError(f"there is no memory for the weights, {4 * sum(sizes.values())} bytes") from None
+        raise CheckpointError(f"not enough memory for the weights, {4 * sum(sizes.values())} bytes") from None
     tensors, start = {}, 0
     for name, shape in shapes.items():
         flat = room[start : start + math.prod(shape)]
@@ -141,7 +145,7 @@ def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
 
 
 def _record(name: str, place: _Stored) -> bytes:
-    """What the digest holds of a tensor before the digest of its bytes."""
+    """The part of the digest's input for a tensor that comes before the digest of its bytes."""
     label, dtype = name.encode(), place.dtype.encode()
     sizes = b"".join(size.to_bytes(8, "big") for size in place.shape)
     return len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype + bytes([len(place.shape)]) + sizes
@@ -171,7 +175,7 @@ def _read(name: str, place: _Stored, tensor: Array) -> bytes:
 
 
 def _check_tied(folder: Path, embedding: bytes) -> None:
-    """Refuse a stored head that differs from the embedding it shall be tied to: config and checkpoint disagree."""
+    """Refuses a stored head that differs from the embedding that the config ties it to."""
     stored = _stored_names(folder)
     if "lm_head.weight" not in stored:
         return
@@ -189,12 +193,12 @@ def _check_tied(folder: Path, embedding: bytes) -> None:
     if digest.digest() != embedding:
         raise CheckpointError(
             f"tensor lm_head.weight in {folder} is not wte.weight, though config.json ties them: "
-            "set tie_word_embeddings to false there if the head is meant to be its own"
+            "set tie_word_embeddings to false there if the model has a head of its own"
         )
 
 
 def _fill(file: int, target: memoryview, offset: int) -> None:
-    """Read exactly as many bytes as `target` has."""
+    """Reads exactly as many bytes as `target` has."""
     while target:
         count = os.preadv(file, [target], offset)
         if not count:
@@ -207,7 +211,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Stored]:
-    """Where every wanted tensor lies, by its name without prefix."""
+    """Where every wanted tensor is, by its name without prefix."""
     stored = _stored_names(folder)
     files: dict[str, dict[str, str]] = {}  # file -> name as stored -> name wanted
     for name in wanted:
@@ -278,5 +282,5 @@ def _header(path: Path) -> dict[str, _Stored]:
                 places[name] = _Stored(path, offset, dtype, shape)
                 offset += _nbytes(dtype, shape)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {str(error)!r:.200}") from None
+        raise CheckpointError(f"{path}: not a valid safetensors file: {str(error)!r:.200}") from None
     return places

@@ -1,4 +1,4 @@
-"""GPT-2's config.json: the fields that results depend on, each checked, and the tensors that follow from them."""
+"""GPT-2's config.json: the fields that results depend on, each checked, and the tensors that they imply."""
 
 import re
 import reprlib
@@ -19,8 +19,8 @@ ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 class Config:
     """The fields of GPT-2's config.json that its results depend on, with transformers' defaults.
 
-    Dropout, initialisation and what else matters only in training are left out. `reorder_and_upcast_attn` asks for
-    scores in float32, which they always are here.
+    Dropout, initialisation and other fields that matter only in training are left out. `reorder_and_upcast_attn` asks
+    for scores in float32, which they always are here.
     """
 
     vocab_size: int = 50257
@@ -39,12 +39,12 @@ class Config:
 
     @property
     def head(self) -> str:
-        """The name of the tensor (V, C) that scores the tokens."""
+        """The name of the tensor (V, C) that scores tokens."""
         return "wte.weight" if self.tie_word_embeddings else "lm_head.weight"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Config":
-        """Read a parsed config.json; ConfigError names the field that is malformed or asks for what is not supported.
+        """Reads a parsed config.json. ConfigError names the field that is malformed or not supported.
 
         Fields that GPT-2 in transformers does not look at are ignored here too, unless they announce another
         architecture.
@@ -59,7 +59,7 @@ class Config:
                 if _checked(name, given.setdefault(name, value), int) != value:
                     raise ConfigError(f"config: {alias} is {value}, {name} is {given[name]}: they are one field")
         n_ctx = _checked("n_ctx", given.get("n_ctx", cls.n_positions), int)
-        given.setdefault("n_positions", n_ctx)  # n_ctx is its old name; transformers goes by n_positions
+        given.setdefault("n_positions", n_ctx)  # n_ctx is the old name; transformers uses n_positions
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in given and field.name != "eos_token_id":
@@ -88,7 +88,7 @@ _ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-# Words in the names of fields with which variants of GPT-2 announce that they compute something else.
+# Parts of field names by which variants of GPT-2 say that they compute something else.
 _FOREIGN = re.compile(
     r"auto_map|cross_attention|encoder_decoder|pruned_heads|quantization|rope|rotary|alibi|expert|moe|multi_?query"
     r"|attention_head_type|key_value_heads|kv_head|sliding|parallel_residual|adapter|softcap|position_embedding_type"
@@ -99,10 +99,12 @@ _ABSENT: tuple[object, ...] = (None, False, "absolute", 0)
 
 
 def _refuse_other_models(data: Mapping[str, Any]) -> None:
-    """ConfigError where the config says it is something else than a plain GPT-2."""
+    """Raises ConfigError if the config describes anything but a plain GPT-2."""
     architectures = data.get("architectures") or []
     model_type = data.get("model_type")
-    if model_type != "gpt2" and not (model_type is None and "n_embd" in data):  # the first checkpoints had none
+    if model_type != "gpt2" and not (
+        model_type is None and "n_embd" in data
+    ):  # the first checkpoints had no model_type
         got = _short(model_type)
         raise ConfigError(f"config: model_type is {got}, wanted 'gpt2', the only one this engine computes")
     known = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
@@ -116,7 +118,7 @@ def _refuse_other_models(data: Mapping[str, Any]) -> None:
 
 
 def _checked(name: str, value: object, wanted: type) -> object:
-    """One field's value, if it is of the wanted type and in range."""
+    """One field's value, checked for type and range."""
     if wanted is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
             return float(value)
@@ -170,6 +172,6 @@ def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
 
 
 def check_layers(config: Config, layers: range) -> None:
-    """ValueError unless layers is a contiguous, non-empty range within the model."""
+    """Raises ValueError unless layers is a contiguous, non-empty range within the model."""
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layer:
         raise ValueError(f"layers {layers.start}..{layers.stop}: wanted a range within 0..{config.n_layer}")

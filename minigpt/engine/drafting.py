@@ -1,7 +1,7 @@
-"""Drafted greedy decoding: several guessed tokens verified in one step, and the text of plain decoding to the letter.
+"""Drafted greedy decoding: several guessed tokens are verified in one step, and the text is exactly the plain one.
 
-    Lookup      guesses: what followed the end of the sequence where it stood before
-    settled     whether a token stays the likeliest, however its row was computed
+    Lookup      guesses what follows, from where the end of the sequence occurred before
+    settled     whether a token stays the most likely one, however its row was computed
     Decoding    the steps: guess, verify, keep what is right; and go back to plain steps where they must decide
 
 Guesses looked up in the sequence itself take no second model (prompt lookup decoding, Saxena, 2023). The stages compute
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from minigpt.engine.linalg import BLOCKED
 
-# By so much of the largest logit, at most, does a logit depend on how its row was computed: 128 roundings of float32.
+# Upper bound on how far a logit moves when its row is computed in another batch, relative to the largest logit: 128
+# roundings of float32.
 # The most seen was a sixth of it, 2.7e-6 (the embedded model; GPT-2 small and ten other shapes with random weights stay
 # below 1.1e-6). A larger bound costs time, since each tie that it sees leads to plain steps.
 ROUNDING = 2.0**-16

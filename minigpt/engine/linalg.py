@@ -18,7 +18,7 @@ from minigpt.engine.threads import THREADS, in_parts
 Array: TypeAlias = NDArray[np.float32]
 
 # Elementwise work runs over pieces of this many numbers, so that its temporaries stay in the second-level cache and
-# take no memory worth naming, however long the prompt. From so many pieces on they are shared out to threads.
+# take little memory however long the prompt is. From FEW_PIECES on, the pieces are shared among threads.
 PIECE = 32 * 1024
 FEW_PIECES = 8
 
@@ -31,23 +31,23 @@ def _small_blocks_pay() -> bool:
     return "openblas" in blas and not {"X86_V4", "AVX512_SKX"}.isdisjoint(simd)
 
 
-# A rule of the machine, and FEW_ROWS one of the shape: never of load, or a text would depend on who else is served.
+# Chosen once per machine and by shape, never by load: a text must not depend on who else is served.
 BLOCKED = _small_blocks_pay()
-FEW_ROWS = 32 if BLOCKED else 3  # more are multiplied as BLAS does it
-EVEN_ROWS = 1 if BLOCKED else 4 * THREADS  # and then a multiple of so many
+FEW_ROWS = 32 if BLOCKED else 3  # more rows are left to BLAS
+EVEN_ROWS = 1 if BLOCKED else 4 * THREADS  # and are then filled up to a multiple of this
 
-# What OpenBLAS takes as small: numbers of a block's result, and multiplications for it.
+# What OpenBLAS treats as small: numbers in a block's result, and multiplications for it.
 _BLOCK_RESULT = 1200
 _BLOCK_WORK = 1_000_000
-_LARGE = 2**20  # numbers of a matrix: a smaller one is read before another thread has begun
+_LARGE = 2**20  # numbers in a matrix: a smaller one has been read before another thread starts
 
 
 def by_columns(inputs: int, outputs: int) -> bool:
     """Whether a matrix (inputs, outputs) should lie column by column in memory, or else row by row.
 
-    With AVX-512 always, for the sake of a few rows: `product` says why. Otherwise its longer side lies in one piece,
-    because BLAS reads runs of 3072 numbers at 31 GB/s, and runs of 768 at 25. Of the matrices that a checkpoint stores
-    the other way, the MLP's second took 3.7 ms a token instead of 4.7, and the head 5.0 instead of 6.1.
+    With AVX-512 always, because of products of a few rows: see `product`. Otherwise the longer side is contiguous: BLAS
+    reads runs of 3072 numbers at 31 GB/s, and runs of 768 at 25. Of the matrices that a checkpoint stores the other
+    way, the MLP's second then takes 3.7 ms per token instead of 4.7, and the head 5.0 instead of 6.1.
     """
     return BLOCKED or inputs > outputs
 
@@ -56,16 +56,16 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
     """x @ matrix.
 
     One row is a matrix-vector product (sgemv), which OpenBLAS splits over its threads and runs at the speed of memory.
-    From two rows on OpenBLAS repacks the matrix first, at 2 to 2.9 times the cost of one row. So a few rows (drafted
-    tokens, a short prompt) are multiplied in another way:
+    With two or more rows OpenBLAS first repacks the matrix, at 2 to 2.9 times the cost of one row. So a few rows
+    (drafted tokens, a short prompt) take another way:
 
-    - with AVX-512, block by block of the matrix's columns, which are small enough not to be repacked: 2, 4 and 8 rows
-      take 1.1, 1.2 and 1.5 times one row. That wants each column in one piece, which costs one row nothing on two
-      threads, and 16 % on one.
-    - otherwise row by row: 2 and 3 rows take 1.7 and 2.1 times one, since all but the first find the matrix in the
-      third-level cache. More are filled up with zeros, to four for each thread: OpenBLAS shares rows out to its threads
-      and is slow where one gets another number. On two threads 5, 6 and 7 rows take 2.1 times one, as 8 do, which by
-      themselves take 3.2, 3.8 and 3.0.
+    - with AVX-512, block by block of the matrix's columns. The blocks are small enough not to be repacked: 2, 4 and 8
+      rows take 1.1, 1.2 and 1.5 times as long as one. This needs contiguous columns, which cost a single row nothing on
+      two threads, and 16 % on one.
+    - otherwise row by row: 2 and 3 rows take 1.7 and 2.1 times as long as one, because all but the first find the
+      matrix in the third-level cache. More rows are filled up with zeros, to four per thread: OpenBLAS shares rows
+      among its threads and is slow where one gets another number. On two threads, 5, 6 and 7 rows then take 2.1 times
+      as long as one, like 8 rows; by themselves they take 3.2, 3.8 and 3.0 times as long.
     """
     rows, width = x.shape
     if rows == 1:
@@ -79,7 +79,7 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
 
 
 def _block_by_block(x: Array, columns: Array) -> Array:  # (R, N), (M, N) -> (R, M)
-    """x @ columns.T, in blocks of B columns that differ in size by the last one only."""
+    """x @ columns.T, in blocks of B columns; only the last block may be smaller."""
     rows, width = x.shape
     outputs = len(columns)
     most = min(_BLOCK_RESULT // rows, _BLOCK_WORK // (rows * width))
@@ -114,7 +114,7 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:  # (R, N), (N, M), (M
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  # (R, C), (C,), (C,) -> (R, C)
     """Layer normalisation over the last axis, variance without Bessel's correction (arXiv:1607.06450).
 
-    The sums are a ufunc's and a dot product: 9 µs a row, against 26 with `mean` and `var`, which are Python inside.
+    A ufunc and a dot product make the sums: 9 µs per row, against 26 with `mean` and `var`, which are Python inside.
     """
     inverse = np.float32(1 / x.shape[-1])
     mean: Array = np.add.reduce(x, axis=-1, keepdims=True) * inverse
@@ -128,15 +128,15 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  
     return y
 
 
-# sqrt(2 / π) (x + 0.044715 x³) is x (_LINEAR + _CUBIC x²). Made once: of a single row each ufunc takes 1 to 2 µs, and a
-# new number or function beside it a good part of that.
+# sqrt(2 / π) (x + 0.044715 x³) is x (_LINEAR + _CUBIC x²). Made once: for a single row each ufunc takes 1 to 2 µs, and
+# making a number takes a good part of that.
 _LINEAR = np.float32(math.sqrt(2 / math.pi))
 _CUBIC = np.float32(0.044715 * math.sqrt(2 / math.pi))
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 
 
 def softmax_numerators(scores: Array) -> Array:  # (H, T, S) -> the same array, overwritten
-    """exp(scores - their maximum). Dividing by the sum is left for after the product with the values: it is smaller."""
+    """exp(scores - their maximum). Dividing by the sum comes after the product with the values, which is smaller."""
     in_pieces(_softmax_numerators, scores)
     return scores
 
@@ -147,9 +147,9 @@ def _softmax_numerators(part: Array) -> None:
 
 
 def gelu_tanh(x: Array) -> Array:  # (R, N) -> the same array, overwritten
-    """GELU by its tanh approximation (arXiv:1606.08415, section 2); "gelu_new" and "gelu_pytorch_tanh" are both this.
+    """GELU in its tanh approximation (arXiv:1606.08415, section 2): "gelu_new" and "gelu_pytorch_tanh".
 
-    x³ is a product: `x**3` calls pow for each number and takes ten times as long or more.
+    x³ is a product, because `x**3` calls pow for each number and takes at least ten times as long.
     """
     in_pieces(_gelu_tanh, x)
     return x
@@ -184,7 +184,7 @@ def relu(x: Array) -> Array:  # (R, N) -> the same array, overwritten
     return np.maximum(x, np.float32(0), out=x)
 
 
-# Coefficients of z**0, z**1, … with z = x², x clamped to ±4, beyond which erf is ±1 in float32.
+# Coefficients of z**0, z**1, … where z = x² and x is clamped to ±4, beyond which erf is ±1 in float32.
 _ERF_P = (-1.60960333262415e-02, -2.95459980854025e-03, -7.34990630326855e-04, -5.69250639462346e-05,
           -2.10102402082508e-06, 2.77068142495902e-08, -2.72614225801306e-10)  # fmt: skip
 _ERF_Q = (-1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -2.13374055278905e-04,
@@ -192,7 +192,7 @@ _ERF_Q = (-1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -
 
 
 def erf(x: Array) -> Array:  # any shape -> a new array
-    """The error function, which NumPy lacks: x P(x²) / Q(x²), at most 5e-7 from the truth.
+    """The error function, which NumPy lacks: x P(x²) / Q(x²), within 5e-7 of the true value.
 
     The rational minimax approximation for float32 of Eigen (`generic_fast_erf_float` of its release 3.3) and of XLA.
     """
@@ -213,9 +213,9 @@ def _polynomial(z: Array, coefficients: tuple[float, ...]) -> Array:
 
 
 def in_pieces(work: Callable[[Array], None], x: Array) -> None:
-    """Calls `work` with views that cover a contiguous array, whole rows of its last axis and about PIECE numbers each.
+    """Calls `work` with views that cover a contiguous array: whole rows of its last axis, about PIECE numbers each.
 
-    Of a prompt of 512 tokens the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
+    For a prompt of 512 tokens, the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
     """
     if x.size <= PIECE:
         work(x)

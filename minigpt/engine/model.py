@@ -28,8 +28,8 @@ from minigpt.errors import CheckpointError
 
 __all__ = ["GPT2", "Config", "KVCache", "Segments"]
 
-# Queries attended to at a time. It bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
-# 1024 positions; all at once would take 50), and spares most of what the causal mask would throw away.
+# Queries computed at a time. This bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
+# 1024 positions; all at once would take 50), and skips most of what the causal mask would discard.
 QUERY_BLOCK = 128  # positions
 
 CACHE_STEP = 64  # positions: the smallest cache: 4.5 MiB for GPT-2 small
@@ -38,9 +38,9 @@ CACHE_STEP = 64  # positions: the smallest cache: 4.5 MiB for GPT-2 small
 class KVCache:
     """Keys and values of one sequence's positions so far, for the layers of one range.
 
-    Preallocated with room for a quarter more, and grown so again: a new position is written in place (concatenating
-    would copy the whole cache for every token), the first token after a prompt does not wait for a larger cache, and a
-    short sequence does not pay for n_positions. Not thread-safe.
+    It is allocated with room for a quarter more, and grows the same way. So a new position is written in place, where
+    concatenating would copy the whole cache for every token; the first token after a prompt does not wait for a larger
+    cache; and a short sequence does not pay for n_positions. Not thread-safe.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, n_positions: int) -> None:
@@ -54,13 +54,13 @@ class KVCache:
         return self._kv.nbytes
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on; ValueError if there are not so many."""
+        """Forget the positions from `length` on; ValueError if there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cache: cannot rewind to {length}, wanted 0 to {self.length}")
         self.length = length
 
     def reserve(self, positions: int) -> None:
-        """Make room for so many positions in all; ValueError if the model has fewer."""
+        """Make room for this many positions in all; ValueError if the model has fewer."""
         if positions > self._n_positions:
             raise ValueError(f"cache: {positions} positions, the model has {self._n_positions}")
         if positions > self._kv.shape[3]:
@@ -80,7 +80,7 @@ class KVCache:
         self.length += rows
 
 
-Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and how many of the rows are its
+Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and its number of rows
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:  # (H, T, D), (H, S, D), (H, S, D) -> (H, T, D)
@@ -162,7 +162,7 @@ class GPT2:
 
     Args:
         layers: half open, `range(0, 6)`.
-        tensors: what `tensor_shapes(config, layers)` names, float32; they become read-only and are not copied.
+        tensors: those that `tensor_shapes(config, layers)` names, float32; they become read-only and are not copied.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or type.

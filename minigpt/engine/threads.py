@@ -1,8 +1,8 @@
 """Parts of one computation on several threads, where BLAS itself uses one.
 
-OpenBLAS spreads what it spreads over threads of its own. What it does not, and NumPy's elementwise functions, are cut
-here into parts that do not touch each other, so that results do not depend on the number of threads. A hand-over to a
-sleeping thread and back takes about 110 µs: it pays for what takes several times that.
+OpenBLAS runs some of its work on threads of its own. The rest, and NumPy's elementwise functions, are cut here into
+parts that do not touch each other, so that results do not depend on the number of threads. Waking a thread and waiting
+for it takes about 110 µs, so this pays only for work that takes several times that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Work = Callable[[slice], object]
 
 
 def available() -> int:
-    """As many threads as BLAS has: those that were set, or one for each processor."""
+    """How many threads BLAS has: the number that was set, or one for each processor."""
     wanted = os.environ.get("OPENBLAS_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
@@ -25,13 +25,13 @@ def available() -> int:
 
 THREADS = available()
 
-_processors: list[int] = []  # of each thread that computes, once they are spread
+_processors: list[int] = []  # of each computing thread, once they are spread
 
 
 def native() -> list[int]:
-    """The ids of this process's threads that are not Python's: right after NumPy's import those of BLAS.
+    """The ids of this process's threads that are not Python's: right after NumPy's import, those of BLAS.
 
-    None where the system does not tell them, as Linux does in /proc.
+    An empty list where the system has no /proc.
     """
     ours = {thread.native_id for thread in threading.enumerate()}
     try:
@@ -42,14 +42,14 @@ def native() -> list[int]:
 
 
 def spread(workers: Sequence[int]) -> None:
-    """Gives each thread that computes a processor of its own: the caller's the first, those of BLAS the others.
+    """Pins each computing thread to a processor of its own: the caller to the first, those of BLAS to the others.
 
     For processes that compute in turns on the same processors. While the threads of one are about to sleep, those of
-    the next wake up, and the system often puts two of them on one processor and moves them apart milliseconds later:
-    one token in twenty took 5 to 15 ms longer, and the mean of three stages 25 % more than that of one, instead of 14.
-    Threads that the caller starts later stay with it.
+    the next wake up, and the system often puts two of them on one processor and separates them milliseconds later: one
+    token in twenty took 5 to 15 ms longer, and three stages took 25 % longer than one instead of 14. Threads that the
+    caller starts later stay on its processor.
 
-    Does nothing where the threads are not as many as the processors: then the system knows better which ones are free.
+    Does nothing unless there are as many threads as processors: otherwise the system knows better which are free.
 
     Args:
         workers: ids of BLAS's threads.
@@ -65,10 +65,10 @@ def spread(workers: Sequence[int]) -> None:
 
 
 class _Helper:
-    """A thread that waits for parts to compute. Two bare locks: an executor takes 30 µs more, each time."""
+    """A thread that waits for parts to compute. It uses two bare locks, because an executor takes 30 µs longer."""
 
     def __init__(self, place: int) -> None:
-        self._place = place  # among the threads that compute, of which the caller's is the first
+        self._place = place  # among the computing threads; the caller is the first
         self._begin, self._end = threading.Lock(), threading.Lock()
         self._begin.acquire()
         self._end.acquire()
@@ -81,7 +81,7 @@ class _Helper:
         self._begin.release()
 
     def end(self) -> BaseException | None:
-        """Waits until the part is computed; what it raised."""
+        """Waits until the part is computed; returns what it raised."""
         self._end.acquire()
         error, self._error = self._error, None
         return error
@@ -97,18 +97,18 @@ class _Helper:
                 work(part)
             except BaseException as error:
                 self._error = error
-            del work  # or it would keep its arrays alive until the next one
+            del work  # or it would keep its arrays alive until the next part
             self._end.release()
 
 
 class _Pool:
-    """The helpers of this process, and the lock of whoever uses them."""
+    """The helpers of this process, and the lock for their use."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Begins anew; in the child of a fork too, where no helper lives and the lock may be held for ever."""
+        """Starts afresh; also in the child of a fork, where no helper lives and the lock may be held for ever."""
         self.helpers: list[_Helper] = []
         self.in_use = threading.Lock()
 
@@ -119,9 +119,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_parts(work: Work, count: int) -> None:
-    """Calls `work` with slices that cover range(count), at once on as many threads as there are.
+    """Calls `work` with slices that cover range(count), in parallel on all threads.
 
-    Where another computation uses the threads already, this one runs on its own.
+    If another computation uses the threads already, this one runs on the calling thread alone.
     """
     parts = min(THREADS, count)
     if parts < 2 or not _pool.in_use.acquire(blocking=False):
@@ -140,7 +140,7 @@ def in_parts(work: Work, count: int) -> None:
         except BaseException as error:
             errors.append(error)
         errors += [helper.end() for helper in helpers]
-    except BaseException:  # Ctrl-C while they compute: they are not in step with us any more
+    except BaseException:  # Ctrl-C while they compute: they are out of step with us
         _pool.helpers.clear()
         raise
     finally:

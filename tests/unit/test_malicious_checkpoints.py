@@ -316,5 +316,5 @@ def test_weights_that_do_not_fit_the_memory_are_refused(tmp_path: Path, monkeypa
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", none_left)
-    with pytest.raises(CheckpointError, match="there is no memory for the weights"):
+    with pytest.raises(CheckpointError, match="not enough memory for the weights"):
         weights.load(tmp_path, TINY, range(1))

@@ -24,7 +24,8 @@ def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
     for token, weight in zip(order, weights, strict=True):
         kept.add(token)
         cumulative += weight
-        if cumulative >= sampling.top_p * total * (1 - 1e-12):
+        excess = cumulative - sampling.top_p * total
+        if excess == 0 or excess > 1e-14 * total:  # between the two, rounding may decide either way
             break
     return kept if sampling.top_p < 1 else set(order)
 
