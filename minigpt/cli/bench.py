@@ -2,9 +2,8 @@
 
 Configurations are interleaved, run by run, because a shared machine drifts: what is compared is measured side by side.
 A mean is over the runs, with its 95 % confidence interval (Student's t). An overhead is the mean difference between
-runs made together; if its interval contains 0, no difference was seen.
-
-The breakdown says where a token's time goes, party by party, from the spans that each stage sends with its answer.
+runs made together; if its interval contains 0, no difference was seen. The breakdown says where a token's time goes,
+party by party, from the spans that each stage sends with its answer.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import ids_in
@@ -34,8 +32,7 @@ _T95 = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One generation: seconds from the request to the first token, and from each token to the next."""
 
     first: float
@@ -53,8 +50,7 @@ class Part(NamedTuple):
     wire: float  # of the link to the next party
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean and half the width of its 95 % confidence interval; None for a single sample."""
 
     mean: float
@@ -63,10 +59,9 @@ class Estimate:
 
 def estimate(samples: Sequence[float]) -> Estimate:
     """The mean of independent samples, with its interval."""
-    mean = statistics.fmean(samples)
-    if len(samples) < 2:
+    mean, degrees = statistics.fmean(samples), len(samples) - 1
+    if degrees == 0:
         return Estimate(mean, None)
-    degrees = len(samples) - 1
     t = _T95[degrees - 1] if degrees <= len(_T95) else 1.96
     return Estimate(mean, t * statistics.stdev(samples) / math.sqrt(len(samples)))
 
@@ -111,13 +106,9 @@ def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
     generation = pipeline.generate(given, max_tokens=max_tokens, spans=True, draft=0)
     for _ in generation:
         pass
-    times = generation.times
-    return Run(
-        first=times[0],
-        between=tuple(later - earlier for earlier, later in itertools.pairwise(times)),
-        spans=tuple(generation.spans),
-        bytes_per_token=bytes_per_token(generation.spans),
-    )
+    times, spans = generation.times, tuple(generation.spans)
+    between = tuple(later - earlier for earlier, later in itertools.pairwise(times))
+    return Run(times[0], between, spans, bytes_per_token(spans))
 
 
 def bytes_per_token(spans: Sequence[tuple[Span, ...]]) -> float:
@@ -160,99 +151,81 @@ def breakdown(results: dict[int, list[Run]]) -> list[dict[str, object]]:
     return rows
 
 
-def summarise(results: dict[int, list[Run]]) -> list[dict[str, object]]:
+def summarise(results: dict[int, list[Run]]) -> list[dict[str, Any]]:
     """One row of figures for each configuration, in milliseconds."""
     baseline = next(iter(results.values()))
-    rows: list[dict[str, object]] = []
+    base = [1000 * statistics.fmean(run.between) for run in baseline if run.between]
+    rows = []
     for count, runs in results.items():
         between = [1000 * gap for run in runs for gap in run.between]
         means = [1000 * statistics.fmean(run.between) for run in runs if run.between]
-        base = [1000 * statistics.fmean(run.between) for run in baseline if run.between]
-        row: dict[str, object] = {
+        row: dict[str, Any] = {
             "stages": count,
-            "ttft_ms": asdict(estimate([1000 * run.first for run in runs])),
+            "ttft_ms": estimate([1000 * run.first for run in runs])._asdict(),
             "samples": len(between),
             "bytes_per_token": statistics.fmean(run.bytes_per_token for run in runs),
         }
         if means:
             pairs = list(zip(means, base, strict=True))
-            difference = estimate([ours - theirs for ours, theirs in pairs])
-            percent = estimate([100 * (ours / theirs - 1) for ours, theirs in pairs])
+            difference = estimate([ours - theirs for ours, theirs in pairs])._asdict()
+            percent = estimate([100 * (ours / theirs - 1) for ours, theirs in pairs])._asdict()
             row |= {
-                "mean_ms": asdict(estimate(means)),
+                "mean_ms": estimate(means)._asdict(),
                 "p50_ms": percentile(between, 0.50),
                 "p95_ms": percentile(between, 0.95),
                 "p99_ms": percentile(between, 0.99) if len(between) >= MIN_P99 else None,
-                "tokens_per_second": asdict(estimate([1000 / mean for mean in means])),
-                "overhead_ms": None if runs is baseline else asdict(difference),
-                "overhead_percent": None if runs is baseline else asdict(percent),
+                "tokens_per_second": estimate([1000 / mean for mean in means])._asdict(),
+                "overhead_ms": None if runs is baseline else difference,
+                "overhead_percent": None if runs is baseline else percent,
             }
         rows.append(row)
     return rows
 
 
 def figures(results: dict[int, list[Run]]) -> dict[str, object]:
-    """Everything measured, for JSON."""
-    return {"summary": summarise(results), "breakdown": breakdown(results), "latencies": latencies(results)}
+    """Everything measured, for JSON: the tables, and every single latency in milliseconds."""
+    latencies = [
+        {"stages": count, "run": i, "ttft_ms": 1000 * run.first, "between_ms": [1000 * gap for gap in run.between]}
+        for count, runs in results.items()
+        for i, run in enumerate(runs)
+    ]
+    return {"summary": summarise(results), "breakdown": breakdown(results), "latencies": latencies}
 
 
 def tables(results: dict[int, list[Run]]) -> str:
     """The table of latencies and, if any token came after a first, the breakdown, as Markdown."""
     rows = breakdown(results)
-    return markdown(summarise(results)) + (f"\n\n{BREAKDOWN}\n\n{breakdown_markdown(rows)}" if rows else "")
+    if not rows:
+        return markdown(summarise(results))
+    names = ["stages", "party", *(f"{name}_ms" for name in Part._fields)]
+    lines = [[str(row[name]) if name in names[:2] else _shown(row[name], 3) for name in names] for row in rows]
+    return f"{markdown(summarise(results))}\n\n{BREAKDOWN}\n\n{_table(['stages', 'party', *Part._fields], lines)}"
 
 
-def markdown(rows: Sequence[dict[str, object]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of latencies, as Markdown."""
-    titles = ["stages", "TTFT ms", "mean ms/token", "p50", "p95", "p99", "tokens/s", "bytes/token", "overhead"]
+    columns = {
+        "TTFT ms": ("ttft_ms", 1), "mean ms/token": ("mean_ms", 2), "p50": ("p50_ms", 2), "p95": ("p95_ms", 2),
+        "p99": ("p99_ms", 2), "tokens/s": ("tokens_per_second", 1), "bytes/token": ("bytes_per_token", 0),
+    }  # fmt: skip
     lines = []
     for row in rows:
         overhead = "–"
         if row.get("overhead_ms"):
-            percent = _shown(row["overhead_percent"], 1, sign=True)
-            overhead = f"{_shown(row['overhead_ms'], 2, sign=True)} ms ({percent} %)"
-        cells = [
-            str(row["stages"]),
-            _shown(row["ttft_ms"], 1),
-            _shown(row.get("mean_ms"), 2),
-            *(_shown(row.get(name), 2) for name in ("p50_ms", "p95_ms", "p99_ms")),
-            _shown(row.get("tokens_per_second"), 1),
-            _shown(row["bytes_per_token"], 0),
-            overhead,
-        ]
-        lines.append(cells)
-    return _table(titles, lines)
-
-
-def breakdown_markdown(rows: Sequence[dict[str, object]]) -> str:
-    """The table of the breakdown, as Markdown."""
-    columns = [f"{name}_ms" for name in Part._fields]
-    lines = [[str(row["stages"]), str(row["party"]), *(_shown(row[name], 3) for name in columns)] for row in rows]
-    return _table(["stages", "party", *Part._fields], lines)
+            percent = _shown(row["overhead_percent"], 1, "+")
+            overhead = f"{_shown(row['overhead_ms'], 2, '+')} ms ({percent} %)"
+        figures = [_shown(row.get(name), digits) for name, digits in columns.values()]
+        lines.append([str(row["stages"]), *figures, overhead])
+    return _table(["stages", *columns, "overhead"], lines)
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    drawn = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
-    return "\n".join([drawn[0], "|" + "---:|" * len(titles), *drawn[1:]])
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
+    return "\n".join([head, "|" + "---:|" * len(titles), *rows])
 
 
-def _shown(value: object, digits: int, *, sign: bool = False) -> str:
-    plus = "+" if sign else ""
+def _shown(value: object, digits: int, sign: str = "") -> str:
     if isinstance(value, dict):
         margin = f" ± {value['margin']:.{digits}f}" if value["margin"] is not None else ""
-        return f"{value['mean']:{plus}.{digits}f}{margin}"
-    return f"{value:{plus}.{digits}f}" if isinstance(value, int | float) else "–"
-
-
-def latencies(results: dict[int, list[Run]]) -> list[dict[str, object]]:
-    """Every single latency, in milliseconds, run by run."""
-    return [
-        {
-            "stages": count,
-            "run": number,
-            "ttft_ms": 1000 * run.first,
-            "between_ms": [1000 * gap for gap in run.between],
-        }
-        for count, runs in results.items()
-        for number, run in enumerate(runs)
-    ]
+        return f"{value['mean']:{sign}.{digits}f}{margin}"
+    return f"{value:{sign}.{digits}f}" if isinstance(value, int | float) else "–"

@@ -50,7 +50,12 @@ def progress(line: str) -> None:
 
 def generate(options: argparse.Namespace) -> int:
     """`minigpt generate`: text as it arrives, then a summary; or all of it as one object."""
-    prompt = _standard_input() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")  # the newline that ends its last line
+        except UnicodeDecodeError:
+            raise UsageError("standard input is not UTF-8 text") from None
     with _pipeline(options) as pipeline:
         generation = pipeline.generate(
             prompt if pipeline.tokenizer is not None else ids_in(prompt),
@@ -76,39 +81,26 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _standard_input() -> str:
-    """The prompt, without the newline that ends its last line."""
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise UsageError("standard input is not UTF-8 text") from None
-
-
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     """The pipeline that the options name: a running one, or child processes of our own."""
     if options.manifest is not None:
         for flag in ("stages", "split"):
             if getattr(options, flag) is not None:
                 raise UsageError(f"--{flag} is for local stages: the manifest says what its pipeline is")
-        return Pipeline.connect(
-            options.manifest,
-            manifest_sha256=options.manifest_sha256,
-            model=options.model,
-            allow_mock=options.allow_mock,
-            timeout=options.timeout,
-            client_key=_read_key(options.client_key),
-        )
+        return _connect(options, options.manifest, model=options.model)
     for flag in ("manifest_sha256", "client_key"):
         if getattr(options, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
-    split = _split(options)
-    return Pipeline.local(
-        options.model or "tiny",
-        stages=split if isinstance(split, int) else 2,
-        split=split if isinstance(split, str) else None,
-        revision=options.revision,
-        threads=options.threads,
-        timeout=options.timeout,
+    split, model = _split(options), options.model or "tiny"
+    shape: dict[str, Any] = {"split": split} if isinstance(split, str) else {"stages": split}
+    return Pipeline.local(model, revision=options.revision, threads=options.threads, timeout=options.timeout, **shape)
+
+
+def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> Pipeline:
+    key = None if options.client_key is None else _read_key(options.client_key)
+    sha256, mock = options.manifest_sha256, options.allow_mock
+    return Pipeline.connect(
+        manifest, manifest_sha256=sha256, allow_mock=mock, timeout=options.timeout, client_key=key, **more
     )
 
 
@@ -214,14 +206,7 @@ def status(options: argparse.Namespace) -> int:
     entries = manifest.Manifest.parse(data).stages
     reports: tuple[StageReport, ...]
     try:
-        with Pipeline.connect(
-            data,
-            manifest_sha256=options.manifest_sha256,
-            text=False,
-            allow_mock=options.allow_mock,
-            timeout=options.timeout,
-            client_key=_read_key(options.client_key),
-        ) as pipeline:
+        with _connect(options, data, text=False) as pipeline:
             reports = pipeline.status()
     except StageError as error:
         reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
@@ -248,20 +233,16 @@ def status(options: argparse.Namespace) -> int:
 
 def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
     """A stage for --json: what the manifest says about it, and what was found."""
-    verdict = "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted"
+    names = ("weights_bytes", "channels", "sequences", "cache_bytes", "steps")
     return {
         "stage": entry.index,
         "layers": [entry.layers.start, entry.layers.stop],
         "address": str(entry.address),
         "provider": entry.platform.name,
-        "evidence": verdict,
+        "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
         "error": report.error or None,
         "uptime_s": report.uptime,
-        "weights_bytes": report.weights_bytes,
-        "channels": report.channels,
-        "sequences": report.sequences,
-        "cache_bytes": report.cache_bytes,
-        "steps": report.steps,
+        **{name: getattr(report, name) for name in names},
     }
 
 
@@ -280,17 +261,10 @@ def _load(report: StageReport) -> str:
 
 def bench(options: argparse.Namespace) -> int:
     """`minigpt bench`: tables, or every latency."""
+    names = ("prompt", "runs", "max_tokens", "revision", "threads")
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     try:
-        results = benchmark.measure(
-            options.model or "tiny",
-            options.stages,
-            prompt=options.prompt,
-            runs=options.runs,
-            max_tokens=options.max_tokens,
-            revision=options.revision,
-            threads=options.threads,
-            progress=progress,
-        )
+        results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=progress)
     finally:
         progress("")
     print(json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results))
@@ -323,9 +297,7 @@ def relay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_key(path: str | None) -> bytes | None:
-    if path is None:
-        return None
+def _read_key(path: str) -> bytes:
     try:
         text = read_file(path, 128).decode("ascii").strip()
     except (OSError, ValueError):

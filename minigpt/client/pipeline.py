@@ -51,7 +51,6 @@ class Pipeline(TextModel):
     def __init__(
         self,
         manifest: Manifest,
-        *,
         tokenizer: Tokenizer | None = None,
         allow_mock: bool = False,
         timeout: float = TIMEOUT,
@@ -107,14 +106,8 @@ class Pipeline(TextModel):
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
-        pipeline = cls(
-            parsed,
-            tokenizer=_tokenizer(parsed, model) if text else None,
-            allow_mock=allow_mock,
-            timeout=timeout,
-            connect_timeout=connect_timeout,
-            client_key=client_key,
-        )
+        tokenizer = _tokenizer(parsed, model) if text else None
+        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key)
         pipeline._open()
         return pipeline
 
@@ -145,13 +138,8 @@ class Pipeline(TextModel):
         checkpoint = sources.find(model, revision)
         processes = LocalStages(checkpoint, split or stages, threads=threads)
         try:
-            pipeline = cls(
-                processes.manifest,
-                tokenizer=tokenizers.load(checkpoint.folder),
-                allow_mock=True,
-                timeout=timeout,
-                connect_timeout=connect_timeout,
-            )
+            tokenizer = tokenizers.load(checkpoint.folder)
+            pipeline = cls(processes.manifest, tokenizer, True, timeout, connect_timeout)
             pipeline._stages = processes
             pipeline._open()
         except BaseException:

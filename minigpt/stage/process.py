@@ -38,7 +38,15 @@ def run(options: argparse.Namespace) -> None:
     cores = _shared(options.turns)
     if cores is not None:
         threads.spread(blas)
-    server = Server(Stage(manifest, entry.index, model, attester, _limits(options), cores))
+    limits = Limits(
+        channels=options.max_channels,
+        sequences=options.max_sequences,
+        handshakes=options.max_handshakes,
+        answer=options.answer_timeout,
+        idle=options.idle_timeout,
+        deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
+    )
+    server = Server(Stage(manifest, entry.index, model, attester, limits, cores))
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
     try:
@@ -85,17 +93,6 @@ def _check_own_evidence(manifest: Manifest, index: int, attester: Attester) -> N
         manifest.verifier(index).verify(attester.attest(binding), binding)
     except AttestationError as error:
         log.warning("peers will refuse this stage's evidence: %s", error)
-
-
-def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(
-        channels=options.max_channels,
-        sequences=options.max_sequences,
-        handshakes=options.max_handshakes,
-        answer=options.answer_timeout,
-        idle=options.idle_timeout,
-        deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
-    )
 
 
 def _shared(path: str | None) -> IO[bytes] | None:
