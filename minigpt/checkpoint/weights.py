@@ -27,13 +27,14 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from attest.document import parse_json, read_file
@@ -87,7 +88,7 @@ class _Stored:
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.dtype, self.shape)
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 def tensor_names(config: Config, layers: range) -> list[str]:
@@ -109,13 +110,11 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
         if places[name].dtype not in ("F32", "F16", "BF16"):
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
     tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
-    names = sorted(
-        shapes, key=lambda name: places[name].nbytes, reverse=True
-    )  # the largest first, so that the readers finish together
+    # The largest first, so that the readers finish together.
+    names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)
     with ThreadPoolExecutor(READERS, "weights") as readers:
-        digests = dict(
-            zip(names, readers.map(lambda name: _read(name, places[name], tensors[name]), names), strict=True)
-        )
+        read = readers.map(lambda name: _read(name, places[name], tensors[name]), names)
+        digests = dict(zip(names, read, strict=True))
     if config.tie_word_embeddings and layers.stop == config.n_layer:
         _check_tied(folder, digests["wte.weight"])
     digest = hashlib.sha256(_DOMAIN)
@@ -153,61 +152,54 @@ def _record(name: str, place: _Stored) -> bytes:
 
 def _read(name: str, place: _Stored, tensor: Array) -> bytes:
     """Fills a tensor, block by block of its rows, and returns the SHA-256 of its stored bytes."""
-    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
+    rows, digest = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1), hashlib.sha256()
     row = rows.shape[1] * _BITS[place.dtype] // 8  # bytes
     per_block = max(1, BLOCK // row)
-    buffer, digest = np.empty(min(per_block, len(rows)) * row, np.uint8), hashlib.sha256()
+    for start, block in zip(range(0, len(rows), per_block), _blocks(name, place, per_block * row), strict=True):
+        digest.update(block.data)
+        target = rows[start : start + per_block]
+        stored = block.view(_DTYPES[place.dtype]).reshape(target.shape)
+        if place.dtype == "BF16":  # the upper half of a float32
+            target[:] = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            target[:] = stored
+    return digest.digest()
+
+
+def _blocks(name: str, place: _Stored, size: int) -> Iterator[NDArray[np.uint8]]:
+    """The stored bytes of a tensor, `size` at a time, in a buffer that the next block overwrites."""
+    buffer = np.empty(min(size, place.nbytes), np.uint8)
     try:
         with open(place.path, "rb", buffering=0) as file:
-            for start in range(0, len(rows), per_block):
-                target = rows[start : start + per_block]
-                block = buffer[: len(target) * row]
-                _fill(file.fileno(), block.data, place.offset + start * row)
-                digest.update(block.data)
-                stored = block.view(_DTYPES[place.dtype]).reshape(target.shape)
-                if place.dtype == "BF16":  # the upper half of a float32
-                    target[:] = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-                else:
-                    target[:] = stored
+            for start in range(0, place.nbytes, size):
+                block = buffer[: place.nbytes - start]
+                left, offset = block.data, place.offset + start
+                while left:
+                    count = os.preadv(file.fileno(), [left], offset)
+                    if not count:
+                        raise EOFError("the file has become shorter")
+                    left, offset = left[count:], offset + count
+                yield block
     except (OSError, EOFError) as error:
         raise CheckpointError(f"tensor {name}: cannot be read from {place.path}: {error}") from None
-    return digest.digest()
 
 
 def _check_tied(folder: Path, embedding: bytes) -> None:
     """Refuses a stored head that differs from the embedding that the config ties it to."""
+    name = "lm_head.weight"
     stored = _stored_names(folder)
-    if "lm_head.weight" not in stored:
+    if name not in stored:
         return
-    place, digest = _header(folder / stored["lm_head.weight"]).get("lm_head.weight"), hashlib.sha256()
+    place, digest = _header(folder / stored[name]).get(name), hashlib.sha256()
     if place is None:
-        raise CheckpointError(f"tensor lm_head.weight is not in {folder / stored['lm_head.weight']}")
-    try:
-        with place.path.open("rb", buffering=0) as file:
-            for start in range(0, place.nbytes, BLOCK):
-                block = np.empty(min(BLOCK, place.nbytes - start), np.uint8).data
-                _fill(file.fileno(), block, place.offset + start)
-                digest.update(block)
-    except (OSError, EOFError) as error:
-        raise CheckpointError(f"tensor lm_head.weight: cannot be read from {place.path}: {error}") from None
+        raise CheckpointError(f"tensor {name} is not in {folder / stored[name]}")
+    for block in _blocks(name, place, BLOCK):
+        digest.update(block.data)
     if digest.digest() != embedding:
         raise CheckpointError(
-            f"tensor lm_head.weight in {folder} is not wte.weight, though config.json ties them: "
+            f"tensor {name} in {folder} is not wte.weight, though config.json ties them: "
             "set tie_word_embeddings to false there if the model has a head of its own"
         )
-
-
-def _fill(file: int, target: memoryview, offset: int) -> None:
-    """Reads exactly as many bytes as `target` has."""
-    while target:
-        count = os.preadv(file, [target], offset)
-        if not count:
-            raise EOFError("the file has become shorter")
-        target, offset = target[count:], offset + count
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * _BITS[dtype] // 8
 
 
 def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Stored]:
@@ -280,7 +272,7 @@ def _header(path: Path) -> dict[str, _Stored]:
                 if dtype not in _BITS:
                     raise CheckpointError(f"{path}: tensor {name!r:.80} has the unknown dtype {dtype}")
                 places[name] = _Stored(path, offset, dtype, shape)
-                offset += _nbytes(dtype, shape)
+                offset += places[name].nbytes
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors file: {str(error)!r:.200}") from None
     return places

@@ -30,52 +30,49 @@ class Field(NamedTuple):
     absent: bool = False
 
 
-def _same(value: Any) -> object:
+def _same(value: Any) -> Any:
     return value
+
+
+def _field(valid: Callable[[Any], bool], wanted: str, encode: Any = _same, convert: Any = _same) -> Field:
+    def decode(value: object) -> Any:
+        if not valid(value):
+            raise _wrong(value, wanted)
+        return convert(value)
+
+    return Field(encode, decode)
 
 
 def integer(low: int, high: int) -> Field:
     """An integer from low to high; a bool is not one."""
-
-    def decode(value: object) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise _wrong(value, f"an integer from {low} to {high}")
-        return value
-
-    return Field(_same, decode)
+    return _field(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
 
 
 def number(low: float, high: float) -> Field:
     """A finite float from low to high."""
-
-    def decode(value: object) -> float:
-        if type(value) is not float or not math.isfinite(value) or not low <= value <= high:
-            raise _wrong(value, f"a float from {low} to {high}")
-        return value
-
-    return Field(float, decode)
+    return _field(
+        lambda value: type(value) is float and math.isfinite(value) and low <= value <= high,
+        f"a float from {low} to {high}",
+        float,
+    )
 
 
 def text(limit: int) -> Field:
     """A string of at most `limit` characters; a longer one is cut when it is sent."""
-
-    def decode(value: object) -> str:
-        if type(value) is not str or len(value) > limit:
-            raise _wrong(value, f"a string of at most {limit} characters")
-        return value
-
-    return Field(lambda value: value[:limit], decode)
+    wanted = f"a string of at most {limit} characters"
+    return _field(lambda value: type(value) is str and len(value) <= limit, wanted, lambda value: value[:limit])
 
 
 def boolean(*, absent: bool = False) -> Field:
     """True or false; `absent` leaves a false one out."""
+    return _field(lambda value: type(value) is bool, "true or false")._replace(absent=absent)
 
-    def decode(value: object) -> bool:
-        if type(value) is not bool:
-            raise _wrong(value, "true or false")
-        return value
 
-    return Field(_same, decode, absent)
+def choice(kind: type[enum.StrEnum]) -> Field:
+    """One of an enumeration's strings."""
+    choices = {str(member): member for member in kind}
+    wanted = "one of " + ", ".join(choices)
+    return _field(lambda value: type(value) is str and value in choices, wanted, str, choices.__getitem__)
 
 
 def optional(rule: Field) -> Field:
@@ -84,18 +81,6 @@ def optional(rule: Field) -> Field:
         lambda value: None if value is None else rule.encode(value),
         lambda value: None if value is None else rule.decode(value),
     )
-
-
-def choice(kind: type[enum.StrEnum]) -> Field:
-    """One of an enumeration's strings."""
-    choices: dict[object, enum.StrEnum] = {str(member): member for member in kind}
-
-    def decode(value: object) -> enum.StrEnum:
-        if type(value) is not str or value not in choices:
-            raise _wrong(value, "one of " + ", ".join(kind))
-        return choices[value]
-
-    return Field(str, decode)
 
 
 def numbers(kind: str, limit: int) -> Field:
