@@ -91,11 +91,6 @@ class _Stored:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
-def tensor_names(config: Config, layers: range) -> list[str]:
-    """The names, without prefix and sorted, of the tensors that a stage with these layers reads."""
-    return sorted(tensor_shapes(config, layers))
-
-
 def load(folder: Path, config: Config, layers: range) -> Weights:
     """Reads the tensors of `layers` from the checkpoint in `folder`.
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 
 import minigpt
 from attest.measure import measure
-from minigpt.checkpoint import sources, weights
+from minigpt.checkpoint import sources
+from minigpt.engine.config import tensor_shapes
 from minigpt.errors import CheckpointError, MiniGPTError, UsageError, WeightsMismatch
 from minigpt.protocol import manifest as manifests
 from minigpt.protocol.manifest import Manifest, StageEntry
@@ -161,7 +162,7 @@ def own_tensors(plan: Plan) -> Tree:
     stored = {
         name: place for path in sorted(plan.folder.glob("*.safetensors")) for name, place in _tensors(path).items()
     }
-    wanted = set(weights.tensor_names(config, stage.layers))
+    wanted = set(tensor_shapes(config, stage.layers))
     chosen = [name for name in sorted(stored) if name.removeprefix("transformer.") in wanted]
     if not any(name.endswith("wte.weight") for name in chosen) and "wte.weight" in wanted:
         chosen.append("lm_head.weight")  # of tied tensors a writer may keep either
