@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 
 import minigpt
 from attest.measure import measure
-from minigpt.checkpoint import sources
+from minigpt.checkpoint import sources, weights
 from minigpt.engine.config import tensor_shapes
 from minigpt.errors import CheckpointError, MiniGPTError, UsageError, WeightsMismatch
 from minigpt.protocol import manifest as manifests

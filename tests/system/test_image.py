@@ -23,7 +23,7 @@ from processes import HOUR, ROOT
 import minigpt
 from attest.measure import measure
 from attest.providers.mock import MockKey, MockPins, MockRoot
-from minigpt.checkpoint import weights
+from minigpt.engine.config import tensor_shapes
 from minigpt.errors import ManifestError, StageError, UsageError, WeightsMismatch
 from minigpt.launch.plan import split_layers
 from minigpt.launch.plan import write as write_manifest
@@ -187,7 +187,7 @@ def test_an_image_holds_the_stages_own_tensors_only(application: dict[str, tuple
     stored = application["rootfs/model/model.safetensors"][2]
     header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
     names = {name.removeprefix("transformer.") for name in header}
-    assert names == set(weights.tensor_names(SMALL, range(1, 4)))
+    assert names == set(tensor_shapes(SMALL, range(1, 4)))
     assert not any(name.startswith("h.0.") for name in names)
 
 
