@@ -23,6 +23,7 @@ from processes import HOUR, ROOT
 import minigpt
 from attest.measure import measure
 from attest.providers.mock import MockKey, MockPins, MockRoot
+from minigpt.checkpoint import weights
 from minigpt.engine.config import tensor_shapes
 from minigpt.errors import ManifestError, StageError, UsageError, WeightsMismatch
 from minigpt.launch.plan import split_layers
