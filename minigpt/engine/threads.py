@@ -7,6 +7,7 @@ for it takes about 110 µs, so this pays only for work that takes several times 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -113,9 +114,13 @@ class _Pool:
         self.in_use = threading.Lock()
 
 
-_pool = _Pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.reset)
+@functools.cache
+def _pool() -> _Pool:
+    """The process's pool, made when it is first used."""
+    pool = _Pool()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=pool.reset)
+    return pool
 
 
 def in_parts(work: Work, count: int) -> None:
@@ -123,16 +128,16 @@ def in_parts(work: Work, count: int) -> None:
 
     If another computation uses the threads already, this one runs on the calling thread alone.
     """
-    parts = min(THREADS, count)
-    if parts < 2 or not _pool.in_use.acquire(blocking=False):
+    parts, pool = min(THREADS, count), _pool()
+    if parts < 2 or not pool.in_use.acquire(blocking=False):
         work(slice(0, count))
         return
     errors: list[BaseException | None] = []
     try:
-        while len(_pool.helpers) < parts - 1:
-            _pool.helpers.append(_Helper(len(_pool.helpers) + 1))
+        while len(pool.helpers) < parts - 1:
+            pool.helpers.append(_Helper(len(pool.helpers) + 1))
         bounds = [count * part // parts for part in range(parts + 1)]
-        helpers = _pool.helpers[: parts - 1]
+        helpers = pool.helpers[: parts - 1]
         for helper, start, stop in zip(helpers, bounds[1:], bounds[2:], strict=False):
             helper.begin(work, slice(start, stop))
         try:
@@ -141,10 +146,10 @@ def in_parts(work: Work, count: int) -> None:
             errors.append(error)
         errors += [helper.end() for helper in helpers]
     except BaseException:  # Ctrl-C while they compute: they are out of step with us
-        _pool.helpers.clear()
+        pool.helpers.clear()
         raise
     finally:
-        _pool.in_use.release()
+        pool.in_use.release()
     for raised in errors:
         if raised is not None:
             raise raised
