@@ -143,7 +143,7 @@ def test_models_may_run_in_several_threads_at_once(monkeypatch: pytest.MonkeyPat
 def test_an_interrupt_while_the_helpers_compute_leaves_none_of_them_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "THREADS", 2)
     threads.in_parts(lambda _part: None, 2)
-    before = threads._pool.helpers[0]
+    before = threads._pool().helpers[0]
     go_on = threading.Event()
 
     def end(_helper: object) -> None:
@@ -157,7 +157,7 @@ def test_an_interrupt_while_the_helpers_compute_leaves_none_of_them_behind(monke
     threads.in_parts(lambda part: seen.append(part.start), 2)
     go_on.set()
     assert sorted(seen) == [0, 1]
-    assert before not in threads._pool.helpers
+    assert before not in threads._pool().helpers
 
 
 def test_a_forked_process_has_helpers_of_its_own() -> None:
