@@ -8,8 +8,6 @@ Importing this package imports nothing heavy. It sets two variables of the envir
 NumPy reads when NumPy is first imported: so import minigpt before numpy.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 failed or request refused, 2 usage, 3 attestation or polic
 out, 5 weights do not match their digest, 130 interrupted, 141 nobody reads the output.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -6,8 +6,6 @@ runs made together; if its interval contains 0, no difference was seen. The brea
 party by party, from the spans that each stage sends with its answer.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """What each command does. `minigpt.cli.parser` declares the options."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

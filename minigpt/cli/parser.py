@@ -4,8 +4,6 @@ Text goes to standard output, everything else to standard error. An option's val
 environment variable MINIGPT_NAME, else from its default.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """What the text of a command-line option means. A bad value ends with a message and exit code 2."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 

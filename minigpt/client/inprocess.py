@@ -1,7 +1,5 @@
 """A whole model in this process: `minigpt.load`."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 
 import numpy as np

@@ -5,8 +5,6 @@ whole before anything is sent: every stage's evidence must be pinned, because th
 other stages are met by measured code that enforces the same manifest.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator
 from contextlib import suppress

@@ -4,8 +4,6 @@ Stages know ids only. Stop strings and incomplete characters are handled here, b
 anyway.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections import deque

@@ -1,7 +1,5 @@
 """What starts stages: the protocol that every launcher follows. `local` is the first."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from minigpt.protocol.manifest import Manifest

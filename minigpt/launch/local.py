@@ -6,8 +6,6 @@ stages take turns at the cores. The children live as long as a pipe to each of t
 -9, they end too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

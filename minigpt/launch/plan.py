@@ -1,7 +1,5 @@
 """The plan of a pipeline: a checkpoint, cut into stages, becomes a manifest."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The m
 at either end; no flag weakens it.
 """
 
-from __future__ import annotations
-
 import threading
 
 from attest import AcceptUnattested, AttestationError, Attester, Binding, Evidence, Provider, Unattested

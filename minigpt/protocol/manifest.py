@@ -6,14 +6,12 @@ channel that it trusts. A stage need not trust whoever hands it over, because th
 manifest it runs.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from attest import Attester, Verifier, document
 from attest.document import DocumentError, Place
@@ -60,7 +58,7 @@ class Manifest:
     stages: tuple[StageEntry, ...]
 
     @classmethod
-    def parse(cls, data: bytes) -> Manifest:
+    def parse(cls, data: bytes) -> Self:
         """Reads a manifest. Raises ManifestError, and nothing else, with the place and the reason."""
         try:
             return cls._read(data)
@@ -68,7 +66,7 @@ class Manifest:
             raise ManifestError(str(error)) from None
 
     @classmethod
-    def _read(cls, data: bytes) -> Manifest:
+    def _read(cls, data: bytes) -> Self:
         top = document.load("manifest", data, MAX_MANIFEST)
         if top.get("format").value != FORMAT:
             top.get("format").refuse(f'"{FORMAT}"')

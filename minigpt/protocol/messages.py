@@ -10,8 +10,6 @@ else is a MessageError. Token ids and floats travel as packed arrays of fixed wi
 how many there are, and nothing about their values. docs/protocol.md describes every message.
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple

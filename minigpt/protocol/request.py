@@ -1,7 +1,5 @@
 """A request: the options of a generation, what each step asks of the stages, when it ends, and where its time goes."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

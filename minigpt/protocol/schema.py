@@ -4,8 +4,6 @@ Each function here makes the rule for one kind of field. A value that breaks its
 was received and what was expected, and never shows a string or bytes, because they may be a prompt.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 import struct
