@@ -21,7 +21,7 @@ from attest import NO_CLAIMS, Binding, Evidence
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Cancel, Done, Message, Reason, Refusal, Status, Tokens
+from minigpt.protocol.messages import Cancel, Done, Generate, Message, Reason, Refusal, Status, Tokens
 from transport import codec
 from transport.link import CLIENT, SUITES, dump_attest
 from transport.noise import CipherState, KeyPair, SymmetricState
@@ -47,6 +47,18 @@ MADE_MS = 1_767_225_600_000  # 2026-01-01T00:00:00Z, when the evidence was made
 NOT_AFTER_MS = 1_798_761_600_000  # 2027-01-01T00:00:00Z
 KEM_SEED = run(0x10, 64)  # d | z of FIPS 203
 KEM_COINS = run(0x50)  # m of FIPS 203
+
+# The eight points whose order divides 8: y is 1, -1, 0 twice, or one of two roots, each with both signs of x.
+SMALL_ORDER = [
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0000000000000000000000000000000000000000000000000000000000000080",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+]
 
 LONG = 70_000  # bytes of the body that takes two records
 
@@ -186,6 +198,7 @@ def evidence(h: bytes, claims: bytes) -> dict[str, Any]:
 
 
 EXAMPLES: dict[str, Message] = {
+    "generate": Generate(0, (5, 6, 7), 6, (2047,)),
     "cancel": Cancel(),
     "status": Status(),
     "done_length": Done(Reason.LENGTH),
@@ -210,6 +223,9 @@ def records(k_i2r: bytes, k_r2i: bytes, attest_i: bytes, attest_r: bytes) -> dic
     from_client += [client.seal(Type.MESSAGE, body("status")) for _ in range(1024)]
     key = cipher.k
     from_client.append(client.seal(Type.CLOSE, (1024).to_bytes(8, "big")))
+    other = Sealer(CipherState(k_i2r))
+    other.seal(Type.ATTEST, attest_i)
+    generate = other.seal(Type.MESSAGE, body("generate"))
     long = [stage.seal(Type.ATTEST, attest_r)]
     long += [stage.seal(Type.MESSAGE, body("token")), stage.seal(Type.PING)]
     fragments = stage.seal(Type.MESSAGE, bytes(LONG))
@@ -224,6 +240,7 @@ def records(k_i2r: bytes, k_r2i: bytes, attest_i: bytes, attest_r: bytes) -> dic
         "r2i": {str(n): record.hex() for n, record in enumerate(long)},
         "r2i_long": {"zeros": LONG, "record_lengths": lengths, "sha256": hashlib.sha256(fragments).hexdigest()},
         "r2i_close": stage.seal(Type.CLOSE, (3).to_bytes(8, "big")).hex(),
+        "i2r_generate_instead_of_1": generate.hex(),
         "i2r_alert_instead_of_0": Sealer(CipherState(k_i2r)).seal(Type.ALERT, b"\x03").hex(),
     }
 
@@ -247,11 +264,13 @@ def answers() -> dict[str, Any]:
         "note": "Known answers of docs/protocol.md. Made by scripts/known_answers.py. The keys are public: use none.",
         "manifest": text,
         "manifest_sha256": parsed.digest.hex(),
+        "now_ms": MADE_MS,
         "claims_of_stage_1": parsed.claims(1).hex(),
         "x25519": {name: {"private": pair.private.hex(), "public": pair.public.hex()} for name, pair in pairs.items()},
         "ed25519": {
             "root": {"private": ROOT.private.hex(), "public": ROOT.public.hex()},
             "stage_0": {"private": STAGE_SIGNING.hex(), "public": STAGE_SIGNING_PUBLIC.hex()},
+            "small_order": SMALL_ORDER,
         },
         "suite_1": one | sealed | {"records": records(*keys, *ends)},
         "suite_2": {"e1_seed": KEM_SEED.hex(), "encapsulation_coins": KEM_COINS.hex(), **two},

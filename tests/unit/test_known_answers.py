@@ -19,6 +19,7 @@ from processes import ROOT
 
 from attest import AcceptUnattested, Binding, Provider, Unattested
 from attest.policy import Policy
+from attest.providers import mock
 from attest.providers.mock import MockAttester, MockKey, MockVerifier
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
@@ -135,6 +136,9 @@ def test_the_long_message_and_both_kinds_of_end() -> None:
     assert len(long) == sum(2 + length for length in records["r2i_long"]["record_lengths"])
     close = sealer.seal(Type.CLOSE, struct.pack(">Q", sealer.messages))
     assert close.hex() == records["r2i_close"]
+    asks = Sealer(noise.CipherState(of("suite_1", "k_i2r")))
+    asks.seal(Type.ATTEST, of("suite_1", "attest_i"))
+    assert asks.seal(Type.MESSAGE, of("messages", "generate")).hex() == records["i2r_generate_instead_of_1"]
     opener = Opener(noise.CipherState(of("suite_1", "k_i2r")), {Type.ALERT: 1}, PROCESS_BUDGET)
     opener.feed(of("suite_1", "records", "i2r_alert_instead_of_0"))
     message = opener.next()
@@ -241,6 +245,16 @@ def test_the_evidence_is_signed_and_sealed_to_the_handshake_by_arithmetic_of_its
     assert result.measurement == known_answers.MEASUREMENT
 
 
+def test_no_key_of_small_order_is_taken_and_these_are_all_of_them() -> None:
+    keys = {bytes.fromhex(key) for key in ANSWERS["ed25519"]["small_order"]}
+    assert len(keys) == 8
+    for key in keys:
+        point = eddsa.import_public_key(key).pointQ
+        assert (point * 8).is_point_at_infinity()
+        with pytest.raises(ValueError, match="small order"):
+            mock._public_key(key)
+
+
 def test_padding_and_messages() -> None:
     for length, size in ANSWERS["padded_size"].items():
         assert padded_size(int(length)) == size
@@ -268,6 +282,7 @@ def test_the_example_of_a_generate_is_the_map_beside_it() -> None:
     data = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{4}  ([0-9a-f ]{2,47})(?:  |$)", fence, re.M)))
     fields = msgpack.unpackb(data)
     assert msgpack.packb(fields) == data
+    assert data == of("messages", "generate")
     assert fields == {
         "type": "generate",
         "start": 0,
