@@ -7,11 +7,6 @@ A *verifier* authenticates the evidence and appraises it by a policy; only then 
 
 This module is the interface, and all of this package that a transport needs to know. Each file of `attest.providers`
 implements it for one platform.
-
-    AttestationError            the root; `exit_code` is what a command line ends with
-    ├── EvidenceError       3   malformed or not authentic: somebody altered it, or is not who it says
-    ├── PolicyError         3   authentic, but not acceptable: compare the pins with what is running
-    └── MeasurementError    1   in attest.measure: the code here cannot be measured, so there is no evidence yet
 """
 
 import enum
@@ -48,18 +43,17 @@ class Provider(enum.IntEnum):
 class AttestationError(Exception):
     """Root of the package's errors."""
 
-    exit_code = 3
+    exit_code = 3  # what a command line ends with
 
 
 class EvidenceError(AttestationError):
-    """The evidence is malformed, or it is not authentic for this handshake."""
+    """The evidence is malformed or not authentic for this handshake: altered, or by another than it says."""
 
 
 class PolicyError(AttestationError):
-    """The evidence is authentic, but what it says is not acceptable.
+    """The evidence is authentic, but not acceptable: compare the pins with what is running.
 
-    Attributes:
-        mismatches: one sentence for each thing that differs; the message is all of them.
+    `mismatches` has one sentence for each thing that differs; the message is all of them.
     """
 
     def __init__(self, *mismatches: str) -> None:

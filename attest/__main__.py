@@ -1,7 +1,6 @@
 """The command line of evidence: `python -m attest keygen | measure | show | verify`.
 
-Results go to standard output, advice and errors to standard error. Exit codes: 0 done (`verify`: accepted), 1 failed,
-2 usage, 3 refused or malformed evidence, 130 interrupted.
+Results go to standard output, advice and errors to standard error.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     keygen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
                         help="where the private key goes: a new file, readable by you alone")  # fmt: skip
     keygen.add_argument("--root", metavar="FILE", help="the root key that endorses")
-    keygen.add_argument("--stage", type=_stage, metavar="I", help="index of the stage that the key is for")
-    keygen.add_argument("--days", type=_days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
+    stage = partial(_number, "a stage's index", 0, CLIENT_ID - 1)
+    keygen.add_argument("--stage", type=stage, metavar="I", help="index of the stage that the key is for")
+    days = partial(_number, "a number of days", 1, 36500)
+    keygen.add_argument("--days", type=days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
 
     measuring = command("measure", _measure, "print the measurement of the code",
                         "SHA-384 over names and contents of the *.py of attest, minigpt and transport. Dependencies "
@@ -93,10 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     for reading in (show, verify):
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
         reading.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument("--root", type=_hex(32), required=True, metavar="HEX", help="the root's public key, 64 digits")
-    verify.add_argument("--measurement", type=_hex(48), required=True, action="append", metavar="HEX",
+    verify.add_argument(
+        "--root", type=partial(_hex, 32), required=True, metavar="HEX", help="the root's public key, 64 digits"
+    )
+    verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
-    verify.add_argument("--stage", type=_stage, metavar="I", help="refuse a key endorsed for another stage")
+    verify.add_argument("--stage", type=stage, metavar="I", help="refuse a key endorsed for another stage")
     verify.add_argument("--at", type=_time, metavar="TIME",
                         help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
                         "time, because a kept file is always old)")  # fmt: skip
@@ -228,30 +232,19 @@ def _version() -> str:
         return "(run from a checkout that is not installed)"
 
 
-def _hex(size: int) -> Callable[[str], bytes]:
-    """The type of an option that takes exactly `size` bytes in hex, not all zero."""
-
-    def read(text: str) -> bytes:
-        try:
-            data = bytes.fromhex(text)
-        except ValueError:
-            data = b""
-        if len(data) != size or not any(data):
-            raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
-        return data
-
-    return read
+def _hex(size: int, text: str) -> bytes:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != size or not any(data):
+        raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
+    return data
 
 
-def _stage(text: str) -> int:
-    if not text.isdecimal() or int(text) >= CLIENT_ID:
-        raise argparse.ArgumentTypeError(f"wanted a stage's index, 0..{CLIENT_ID - 1}")
-    return int(text)
-
-
-def _days(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 36500:
-        raise argparse.ArgumentTypeError("wanted a number of days, 1..36500")
+def _number(what: str, least: int, most: int, text: str) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"wanted {what}, {least}..{most}")
     return int(text)
 
 

@@ -13,7 +13,6 @@ class Pins(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the manifest's `evidence` object."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -213,10 +213,9 @@ class MockRoot(_Key):
     def from_json(cls, text: str | bytes) -> "MockRoot":
         """Reads a root key's file; EvidenceError if it is not one."""
         private, public = _read_key_file(text, "minigpt-mock-root", private=32, public=32)
-        root = cls(private)
-        if public != root.public:
+        if public != cls(private).public:
             raise EvidenceError("mock root file: its public key does not belong to its private key; it is damaged")
-        return root
+        return cls(private)
 
 
 @dataclass(frozen=True)
