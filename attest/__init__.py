@@ -142,9 +142,7 @@ class Verifier(Protocol):
     def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
         """What `evidence` establishes, given that it must be sealed to `binding` (the *peer's* role and static key).
 
-        Raises:
-            EvidenceError: it is malformed or not authentic.
-            PolicyError: it is authentic, but not acceptable.
+        Raises EvidenceError or PolicyError.
         """
 
 
@@ -186,31 +184,15 @@ def provider_name(code: int) -> str:
 
 
 def dump_evidence(evidence: Evidence, binding: Binding) -> str:
-    """The text of an evidence file: `evidence` and what it was bound to, as JSON with the bytes in hex.
-
-    Raises:
-        ValueError: provider or claims of the two differ, so that the file could not hold both.
-    """
+    """The text of an evidence file. Raises ValueError if provider or claims differ: the file could not hold both."""
     if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
         raise ValueError("evidence and binding do not belong together: provider or claims differ")
-    return dump_file(
-        _FILE_FORMAT,
-        provider=evidence.provider,
-        role=binding.role,
-        handshake_hash=binding.handshake_hash,
-        static_key=binding.static_key,
-        claims=evidence.claims,
-        evidence=evidence.evidence,
-        endorsements=evidence.endorsements,
-    )
+    fields = vars(evidence) | vars(binding)
+    return dump_file(_FILE_FORMAT, **{name: fields[name] for name in _FILE_FIELDS})
 
 
 def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
-    """Reads an evidence file. That verifies nothing in it.
-
-    Raises:
-        EvidenceError: it is not an evidence file, or a field is missing, unknown, malformed or too long.
-    """
+    """Reads an evidence file. That verifies nothing in it. Raises EvidenceError for anything but such a file."""
     try:
         file = open_file(text, _FILE_FORMAT, _FILE_FIELDS)
         provider, role = file.get("provider").integer(0, 255), file.get("role").text(1)
@@ -223,9 +205,8 @@ def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
             raise EvidenceError(
                 f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together"
             )
-        binding = Binding(
-            role, provider, file.get("handshake_hash").bytes(32), file.get("static_key").bytes(32), claims
-        )
+        handshake_hash, static_key = file.get("handshake_hash").bytes(32), file.get("static_key").bytes(32)
+        binding = Binding(role, provider, handshake_hash, static_key, claims)
     except DocumentError as error:
         raise EvidenceError(str(error)) from None
     return Evidence(provider, claims, evidence, endorsements), binding

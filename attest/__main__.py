@@ -23,8 +23,6 @@ from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, par
 from attest.registry import PLATFORMS
 
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
-SHOWN_ONLY = "shown, not verified: anybody can write such a file; use `python -m attest verify`"
-ROLES = {"I": "initiator", "R": "responder"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,9 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     for reading in (show, verify):
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
         reading.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument(
-        "--root", type=partial(_hex, 32), required=True, metavar="HEX", help="the root's public key, 64 digits"
-    )
+    verify.add_argument("--root", type=partial(_hex, 32), required=True, metavar="HEX",
+                        help="the root's public key, 64 digits")  # fmt: skip
     verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
     verify.add_argument("--stage", type=stage, metavar="I", help="refuse a key endorsed for another stage")
@@ -140,7 +137,7 @@ def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[i
 def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
     evidence, binding = load_evidence(_read(options.file))
     fields, warnings = _said(evidence, binding)
-    notes = [SHOWN_ONLY, *warnings]
+    notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
     return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
 
 
@@ -183,7 +180,7 @@ def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[st
             f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"
         )
 
-    fields: dict[str, Any] = {"provider": provider, "role": ROLES[binding.role]}
+    fields: dict[str, Any] = {"provider": provider, "role": "initiator" if binding.role == "I" else "responder"}
     if platform is not None and platform.describe is not None:
         fields |= platform.describe(evidence)
     elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
@@ -209,15 +206,17 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
         label = f"{indent}{ascii(name)[1:-1].replace('_', ' '):<{16 - len(indent)}}  "
         if isinstance(value, dict):
             lines += [label.rstrip(), *_lines(value, indent + "  ")] if value else [label + "none"]
-        elif isinstance(value, list):
-            for item in value:
-                text = ", ".join(f"{key} {item[key]}" for key in item) if isinstance(item, dict) else item
-                lines.append(label + text)
-        elif isinstance(value, bool):
-            lines.append(label + ("yes" if value else "no"))
         else:
-            lines.append(label + (ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)))
+            lines += [label + _shown(item) for item in (value if isinstance(value, list) else [value])]
     return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_shown(key)} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)
 
 
 def _read(name: str) -> bytes:

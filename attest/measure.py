@@ -34,8 +34,7 @@ class MeasurementError(AttestationError):
 def measure(root: Path | None = None) -> bytes:
     """The 48-byte measurement of the packages that lie in the folder `root`: by default, those beside this one.
 
-    Raises:
-        MeasurementError: there are none, one holds what is refused (above), or a file cannot be read.
+    Raises MeasurementError if there are none, one holds what is refused (above), or a file cannot be read.
     """
     folder = Path(__file__).resolve().parent.parent if root is None else root
     sources: list[Path] = []

@@ -9,9 +9,6 @@ this about this handshake. It proves *nothing about hardware*: whoever has the k
                        | stage's Ed25519 public key[32] | signature[64] over everything before it
     endorsement  117   "MGPTMOCKCA" | u8 1 | stage's key[32] | u16 stage index | u64 not after, ms since epoch
                        | root's signature[64] over everything before it                      (big-endian, RFC 8032)
-
-The layout is read by `parse_evidence` and `parse_endorsement`, signatures are checked by `authenticate`, and what is
-authentic is appraised by `attest.policy`.
 """
 
 import hmac
@@ -102,23 +99,22 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
         root: the pinned Ed25519 public key, 32 bytes.
         now_ms: the verifier's time, milliseconds since the epoch.
 
-    Raises:
-        EvidenceError: it is malformed or not authentic.
+    Raises EvidenceError if it is malformed or not authentic.
     """
     if evidence.provider != Provider.MOCK:
         later = " (not supported yet)" if evidence.provider in (Provider.NITRO, Provider.SNP, Provider.TDX) else ""
         raise EvidenceError(f"provider: got {provider_name(evidence.provider)}{later}, wanted mock (1)")
     if len(evidence.endorsements) != 1:
         raise EvidenceError(f"mock evidence: got {len(evidence.endorsements)} endorsements, wanted 1")
-    statement = parse_evidence(evidence.evidence)
-    endorsement = parse_endorsement(evidence.endorsements[0])
+    signed, endorsed = evidence.evidence, evidence.endorsements[0]
+    statement, endorsement = parse_evidence(signed), parse_endorsement(endorsed)
 
     failures = []
-    if not _is_signed(root, *_split(evidence.endorsements[0])):
+    if not _is_signed(root, endorsed[:-_SIGNATURE_SIZE], endorsed[-_SIGNATURE_SIZE:]):
         failures.append(f"endorsement: got a signature by another key, wanted the pinned root's, {root.hex()}")
     if endorsement.key != statement.key:
         failures.append(f"evidence: got key {statement.key.hex()}, wanted the endorsed one, {endorsement.key.hex()}")
-    if not _is_signed(statement.key, *_split(evidence.evidence)):
+    if not _is_signed(statement.key, signed[:-_SIGNATURE_SIZE], signed[-_SIGNATURE_SIZE:]):
         failures.append(f"evidence: got a signature that is not by its own key, {statement.key.hex()}")
     if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
         failures.append("evidence: got a provider or claims other than those of the binding, wanted the same")
@@ -146,9 +142,7 @@ def _public_key(data: bytes) -> EccKey:
 
     A point of small order is refused. With such a "key" (32 zero bytes are one), the signature 01 00* verifies for
     every message: pycryptodome accepts that, as RFC 8032 permits, and so an all-zero pin would accept anybody.
-
-    Raises:
-        ValueError: it is not a point of the curve, or one of small order.
+    Raises ValueError, also for what is not a point of the curve.
     """
     key = eddsa.import_public_key(data)
     if (key.pointQ * 8).is_point_at_infinity():
@@ -162,11 +156,6 @@ def _is_signed(public: bytes, message: bytes, signature: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    """What was signed, and the signature at its end."""
-    return data[:-_SIGNATURE_SIZE], data[-_SIGNATURE_SIZE:]
 
 
 def _sign(private: bytes, message: bytes) -> bytes:
@@ -194,8 +183,7 @@ class MockRoot(_Key):
     def endorse(self, stage_public: bytes, stage: int, not_after_ms: int) -> bytes:
         """An endorsement: the key `stage_public` (32 bytes) may speak for `stage` until `not_after_ms`.
 
-        Raises:
-            ValueError: it is not a public key, or a number is out of range.
+        Raises ValueError if it is not a public key, or a number is out of range.
         """
         _public_key(stage_public)
         if not 0 <= stage < CLIENT_ID:
@@ -246,9 +234,8 @@ class MockKey(_Key):
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockKey":
         """Reads a stage key's file; EvidenceError if it is not one. Verifiers find out who endorsed it."""
-        return cls(
-            *_read_key_file(text, "minigpt-mock-key", private=32, endorsement=_ENDORSEMENT.size + _SIGNATURE_SIZE)
-        )
+        size = _ENDORSEMENT.size + _SIGNATURE_SIZE
+        return cls(*_read_key_file(text, "minigpt-mock-key", private=32, endorsement=size))
 
 
 def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:
@@ -292,16 +279,12 @@ class MockAttester:
 
 @dataclass(frozen=True)
 class MockVerifier:
-    """Judges mock evidence: authentic under `root` at the time of `clock` (seconds since the epoch), then by `policy`.
+    """Judges mock evidence: it must be authentic under `root` at the time of `clock`, and acceptable by `policy`."""
 
-    Raises:
-        ValueError: `root` cannot be pinned: it is not 32 bytes, not on the curve, or of small order.
-    """
-
-    root: bytes
+    root: bytes  # ValueError if it cannot be pinned: not 32 bytes, not on the curve, or of small order
     policy: Policy
     _: KW_ONLY
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.time  # seconds since the epoch
 
     def __post_init__(self) -> None:
         _public_key(self.root)
