@@ -3,24 +3,17 @@
 The terms are those of RFC 9334 (Remote ATtestation procedureS). An *attester* makes *evidence*: a signed statement of
 which code runs (the *measurement*), sealed to one handshake by the *binding*, and accompanied by *claims*, which the
 measured code makes about itself. *Endorsements* lead from the evidence's key to a root that the verifier has pinned.
-A *verifier* first authenticates the evidence, then appraises the result by a policy; only then is there a result to
-trust.
+A *verifier* authenticates the evidence and appraises it by a policy; only then is there a result to trust.
 
 This module is the interface, and all of this package that a transport needs to know. Each file of `attest.providers`
-implements it for one platform, and `attest.registry` lists them; `attest.policy` says which results are acceptable,
-`attest.measure` what the code measures to.
-
-    AttestationError            the root; `exit_code` is what a command line ends with
-    ├── EvidenceError       3   malformed or not authentic: somebody altered it, or is not who it says
-    ├── PolicyError         3   authentic, but not acceptable: compare the pins with what is running
-    └── MeasurementError    1   in attest.measure: the code here cannot be measured, so there is no evidence yet
+implements it for one platform.
 """
 
 import enum
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Any, Protocol
 
 from attest.document import DocumentError, Place, load
 
@@ -50,18 +43,17 @@ class Provider(enum.IntEnum):
 class AttestationError(Exception):
     """Root of the package's errors."""
 
-    exit_code = 3
+    exit_code = 3  # what a command line ends with
 
 
 class EvidenceError(AttestationError):
-    """The evidence is malformed, or it is not authentic for this handshake."""
+    """The evidence is malformed or not authentic for this handshake: altered, or by another than it says."""
 
 
 class PolicyError(AttestationError):
-    """The evidence is authentic, but what it says is not acceptable.
+    """The evidence is authentic, but not acceptable: compare the pins with what is running.
 
-    Attributes:
-        mismatches: one sentence for each thing that differs; the message is all of them.
+    `mismatches` has one sentence for each thing that differs; the message is all of them.
     """
 
     def __init__(self, *mismatches: str) -> None:
@@ -73,7 +65,7 @@ class PolicyError(AttestationError):
 class Evidence:
     """What an end sends about itself. Nothing in it is to be believed before a `Verifier` has accepted it.
 
-    provider is the code as received, which need not be a known `Provider`. The limits of size are the parser's to keep.
+    provider is the code as received, which need not be a known `Provider`. The parser keeps the limits of size.
     """
 
     provider: int
@@ -87,24 +79,15 @@ class Binding:
     """What evidence is bound to: one handshake, and one end of it.
 
     The final handshake hash makes the evidence fresh; role and own static key make it useless at the other end
-    (reflection) and to anybody in between (relay). All fields are the *attester's*.
-
-    Args:
-        role: "I" for the initiator, "R" for the responder.
-        provider: 0..255, as sent.
-        handshake_hash: 32 bytes, the final h of the Noise handshake.
-        static_key: 32 bytes, the attester's own static public key.
-        claims: as sent.
-
-    Raises:
-        ValueError: a field is not of that form.
+    (reflection) and to anybody in between (relay). All fields are the *attester's*; ValueError if one has not the form
+    given here.
     """
 
-    role: str
-    provider: int
-    handshake_hash: bytes
-    static_key: bytes
-    claims: bytes
+    role: str  # "I" for the initiator, "R" for the responder
+    provider: int  # 0..255, as sent
+    handshake_hash: bytes  # 32 bytes, the final h of the Noise handshake
+    static_key: bytes  # 32 bytes, the attester's own static public key
+    claims: bytes  # as sent
 
     def __post_init__(self) -> None:
         if self.role not in ("I", "R"):
@@ -130,23 +113,14 @@ class Binding:
 
 @dataclass(frozen=True)
 class AttestationResult:
-    """What a verifier has established. Made by verifiers only; holding one means that the evidence was accepted.
+    """What a verifier has established. Made by verifiers only; holding one means that the evidence was accepted."""
 
-    Args:
-        provider: who vouches for it; NONE means nobody does.
-        measurement: of the code; 48 bytes for the mock, empty for NONE.
-        debug: whether the platform lets its owner look inside.
-        claims: what the measured code says about itself.
-        stage: the index that the attester's key is endorsed for, None where the provider has no such thing.
-        timestamp_ms: when the evidence was made by its own clock, ms since the epoch, None where it does not say.
-    """
-
-    provider: Provider
-    measurement: bytes
-    debug: bool
-    claims: bytes
-    stage: int | None
-    timestamp_ms: int | None
+    provider: Provider  # who vouches for it; NONE means nobody does
+    measurement: bytes  # of the code; 48 bytes for the mock, empty for NONE
+    debug: bool  # whether the platform lets its owner look inside
+    claims: bytes  # what the measured code says about itself
+    stage: int | None  # the index that the attester's key is endorsed for, None where the provider has no such thing
+    timestamp_ms: int | None  # when the evidence was made, ms since the epoch by its own clock; None if it does not say
 
 
 class Attester(Protocol):
@@ -160,7 +134,6 @@ class Attester(Protocol):
 
     def attest(self, binding: Binding) -> Evidence:
         """Evidence for `binding`, whose provider and claims must be the attester's own (else ValueError)."""
-        ...
 
 
 class Verifier(Protocol):
@@ -169,11 +142,8 @@ class Verifier(Protocol):
     def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
         """What `evidence` establishes, given that it must be sealed to `binding` (the *peer's* role and static key).
 
-        Raises:
-            EvidenceError: it is malformed or not authentic.
-            PolicyError: it is authentic, but not acceptable.
+        Raises EvidenceError or PolicyError.
         """
-        ...
 
 
 class Unattested:
@@ -193,16 +163,17 @@ class AcceptUnattested:
 
     def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
         if evidence.provider != Provider.NONE:
-            _refuse(f"provider: got {provider_name(evidence.provider)}, wanted none (0)")
+            raise EvidenceError(f"provider: got {provider_name(evidence.provider)}, wanted none (0)")
         if evidence.claims != NO_CLAIMS:
-            _refuse(f"claims without evidence: got {len(evidence.claims)} bytes, wanted exactly the empty map (80)")
+            got = f"{len(evidence.claims)} bytes"
+            raise EvidenceError(f"claims without evidence: got {got}, wanted exactly the empty map (80)")
         if evidence.evidence or evidence.endorsements:
-            _refuse(
+            raise EvidenceError(
                 f"provider none: got {len(evidence.evidence)} bytes of evidence and "
                 f"{len(evidence.endorsements)} endorsements, wanted none of either"
             )
         if (binding.provider, binding.claims) != (evidence.provider, evidence.claims):
-            _refuse("binding: its provider or claims are not those of the evidence")
+            raise EvidenceError("binding: its provider or claims are not those of the evidence")
         return AttestationResult(Provider.NONE, b"", False, NO_CLAIMS, None, None)
 
 
@@ -213,38 +184,15 @@ def provider_name(code: int) -> str:
 
 
 def dump_evidence(evidence: Evidence, binding: Binding) -> str:
-    """The text of an evidence file: `evidence` and what it was bound to, as JSON with the bytes in hex.
-
-    Raises:
-        ValueError: provider or claims of the two differ, so that the file could not hold both.
-    """
+    """The text of an evidence file. Raises ValueError if provider or claims differ: the file could not hold both."""
     if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
         raise ValueError("evidence and binding do not belong together: provider or claims differ")
-    return (
-        json.dumps(
-            {
-                "format": _FILE_FORMAT,
-                "version": 1,
-                "provider": int(evidence.provider),
-                "role": binding.role,
-                "handshake_hash": binding.handshake_hash.hex(),
-                "static_key": binding.static_key.hex(),
-                "claims": evidence.claims.hex(),
-                "evidence": evidence.evidence.hex(),
-                "endorsements": [endorsement.hex() for endorsement in evidence.endorsements],
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    fields = vars(evidence) | vars(binding)
+    return dump_file(_FILE_FORMAT, **{name: fields[name] for name in _FILE_FIELDS})
 
 
 def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
-    """Reads an evidence file. That verifies nothing in it.
-
-    Raises:
-        EvidenceError: it is not an evidence file, or a field is missing, unknown, malformed or too long.
-    """
+    """Reads an evidence file. That verifies nothing in it. Raises EvidenceError for anything but such a file."""
     try:
         file = open_file(text, _FILE_FORMAT, _FILE_FIELDS)
         provider, role = file.get("provider").integer(0, 255), file.get("role").text(1)
@@ -254,13 +202,19 @@ def load_evidence(text: str | bytes) -> tuple[Evidence, Binding]:
         evidence = file.get("evidence").bytes(0, MAX_EVIDENCE)
         endorsements = tuple(item.bytes(0, MAX_TOTAL) for item in file.get("endorsements").items(0, MAX_ENDORSEMENTS))
         if len(claims) + len(evidence) + sum(map(len, endorsements)) > MAX_TOTAL:
-            _refuse(f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together")
-        binding = Binding(
-            role, provider, file.get("handshake_hash").bytes(32), file.get("static_key").bytes(32), claims
-        )
+            raise EvidenceError(
+                f"evidence file: claims, evidence and endorsements are more than {MAX_TOTAL} bytes together"
+            )
+        handshake_hash, static_key = file.get("handshake_hash").bytes(32), file.get("static_key").bytes(32)
+        binding = Binding(role, provider, handshake_hash, static_key, claims)
     except DocumentError as error:
-        _refuse(str(error))
+        raise EvidenceError(str(error)) from None
     return Evidence(provider, claims, evidence, endorsements), binding
+
+
+def dump_file(kind: str, **fields: Any) -> str:
+    """The text of one of this package's JSON files, for `open_file`. Bytes are written in hex."""
+    return json.dumps({"format": kind, "version": 1} | fields, indent=2, default=bytes.hex) + "\n"
 
 
 def open_file(text: str | bytes, kind: str, names: tuple[str, ...]) -> Place:
@@ -277,7 +231,3 @@ def open_file(text: str | bytes, kind: str, names: tuple[str, ...]) -> Place:
         file.get(name)
     file.only("format", "version", *names)
     return file
-
-
-def _refuse(message: str) -> NoReturn:
-    raise EvidenceError(message) from None  # what is under it may quote the file

@@ -1,7 +1,6 @@
 """The command line of evidence: `python -m attest keygen | measure | show | verify`.
 
-Results go to standard output, advice and errors to standard error. Exit codes: 0 done (`verify`: accepted), 1 failed,
-2 usage, 3 refused or malformed evidence, 130 interrupted.
+Results go to standard output, advice and errors to standard error.
 """
 
 import argparse
@@ -9,8 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, par
 from attest.registry import PLATFORMS
 
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
-MOCK_WARNING = "mock evidence proves nothing about hardware: whoever holds the key can claim any measurement"
-SHOWN_ONLY = "shown, not verified: anybody can write such a file; use `python -m attest verify`"
-ROLES = {"I": "initiator", "R": "responder"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         code, text = options.run(options, parser)
         _print(text)
+        return int(code)
     except SystemExit:  # argparse has printed a help, a version or a usage error
         _print("")
         raise
+    except KeyboardInterrupt:
+        return 130
     except AttestationError as error:
         print(f"attest: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"attest: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
-    return int(code)
 
 
 def _print(text: str) -> None:
@@ -65,10 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attest {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., Any], summary: str, description: str = "") -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(
-            name, allow_abbrev=False, help=summary, description=description or None
-        )
+    def command(name: str, run: Callable[..., Any], summary: str, about: str | None = None) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, allow_abbrev=False, help=summary, description=about)
         made.set_defaults(run=run)
         return made
 
@@ -78,8 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     keygen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
                         help="where the private key goes: a new file, readable by you alone")  # fmt: skip
     keygen.add_argument("--root", metavar="FILE", help="the root key that endorses")
-    keygen.add_argument("--stage", type=_stage, metavar="I", help="index of the stage that the key is for")
-    keygen.add_argument("--days", type=_days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
+    stage = partial(_number, "a stage's index", 0, CLIENT_ID - 1)
+    keygen.add_argument("--stage", type=stage, metavar="I", help="index of the stage that the key is for")
+    days = partial(_number, "a number of days", 1, 36500)
+    keygen.add_argument("--days", type=days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
 
     measuring = command("measure", _measure, "print the measurement of the code",
                         "SHA-384 over names and contents of the *.py of attest, minigpt and transport. Dependencies "
@@ -94,10 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     for reading in (show, verify):
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
         reading.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument("--root", type=_hex(32), required=True, metavar="HEX", help="the root's public key, 64 digits")
-    verify.add_argument("--measurement", type=_hex(48), required=True, action="append", metavar="HEX",
+    verify.add_argument("--root", type=partial(_hex, 32), required=True, metavar="HEX",
+                        help="the root's public key, 64 digits")  # fmt: skip
+    verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
-    verify.add_argument("--stage", type=_stage, metavar="I", help="refuse a key endorsed for another stage")
+    verify.add_argument("--stage", type=stage, metavar="I", help="refuse a key endorsed for another stage")
     verify.add_argument("--at", type=_time, metavar="TIME",
                         help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
                         "time, because a kept file is always old)")  # fmt: skip
@@ -110,25 +110,23 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
     if options.root is None:
         if options.days is not None:
             parser.error("keygen: --days is for a stage's key; a root key does not expire")
-        root = MockRoot.generate()
-        write_private(options.output, root.to_json())
-        print(
+        key: MockRoot | MockKey = MockRoot.generate()
+        advice = (
             f"root key in {options.output}: keep it away from the stages; pin the public key below in the manifest\n"
-            f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json",
-            file=sys.stderr,
+            f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json"
         )
-        return 0, root.public.hex() + "\n"
-    root = MockRoot.from_json(_read(options.root))
-    not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
-    key = MockKey.generate(root, options.stage, not_after_ms)
+    else:
+        root = MockRoot.from_json(_read(options.root))
+        not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
+        key = MockKey.generate(root, options.stage, not_after_ms)
+        advice = (
+            f"key of stage {options.stage} in {options.output}, endorsed by root {root.public.hex()} "
+            f"until {date(not_after_ms)}\n"
+            f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
+            f"--mock-key {options.output} --allow-mock --model DIR"
+        )
     write_private(options.output, key.to_json())
-    print(
-        f"key of stage {options.stage} in {options.output}, endorsed by root {root.public.hex()} "
-        f"until {date(not_after_ms)}\n"
-        f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
-        f"--mock-key {options.output} --allow-mock --model DIR",
-        file=sys.stderr,
-    )
+    print(advice, file=sys.stderr)
     return 0, key.public.hex() + "\n"
 
 
@@ -138,16 +136,14 @@ def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[i
 
 def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
     evidence, binding = load_evidence(_read(options.file))
-    fields = _fields(evidence, binding)
-    if options.json:
-        return 0, _json({"verified": False, "notes": [SHOWN_ONLY, *_warnings(evidence)], **fields})
-    return 0, "\n".join([SHOWN_ONLY, *_warnings(evidence), *_lines(fields)]) + "\n"
+    fields, warnings = _said(evidence, binding)
+    notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
+    return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
 
 
 def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
-    content = _read(options.file)
     try:
-        evidence, binding = load_evidence(content)
+        evidence, binding = load_evidence(_read(options.file))
         at_ms = options.at
         if not at_ms:
             at_ms = parse_evidence(evidence.evidence).timestamp_ms if evidence.provider == Provider.MOCK else 0
@@ -156,45 +152,51 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[in
         Policy(Provider.MOCK, frozenset(options.measurement), result.claims, stage or 0).check(result)
     except AttestationError as error:
         reasons = getattr(error, "mismatches", (str(error),))
-        if options.json:
-            return error.exit_code, _json({"verdict": "refused", "reasons": reasons})
-        return error.exit_code, "\n".join(["verdict           refused", *(f"  {reason}" for reason in reasons)]) + "\n"
+        lines = ["verdict           refused", *(f"  {reason}" for reason in reasons)]
+        return error.exit_code, _report(options, {"verdict": "refused", "reasons": reasons}, lines)
+    fields, warnings = _said(evidence, binding)
     window = f"as asked, within {MAX_SKEW} s" if options.at else "the evidence's own time, which its signer chose"
     notes = [
-        *_warnings(evidence),
+        *warnings,
         f"judged as of {date(at_ms)} ({window}), when its key's endorsement was valid",
         "not compared: the claims, and which session the handshake hash belongs to",
     ]
-    fields = {"verdict": "accepted", **_fields(evidence, binding)}
-    if options.json:
-        return 0, _json({"at": date(at_ms), "notes": notes, **fields})
-    return 0, "\n".join([*_lines(fields), *(f"note: {note}" for note in notes)]) + "\n"
+    fields = {"verdict": "accepted", **fields}
+    lines = [*_lines(fields), *(f"note: {note}" for note in notes)]
+    return 0, _report(options, {"at": date(at_ms), "notes": notes, **fields}, lines)
 
 
-def _fields(evidence: Evidence, binding: Binding) -> dict[str, Any]:
-    """What a file says, for people and for JSON. Raises EvidenceError where its evidence is malformed."""
-    fields: dict[str, Any] = {"provider": provider_name(evidence.provider), "role": ROLES[binding.role]}
-    describe = next((each.describe for each in PLATFORMS.values() if each.provider == evidence.provider), None)
-    if describe is not None:
-        fields |= describe(evidence)
-    elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
-        fields |= {"evidence": evidence.evidence.hex(), "endorsed": [item.hex() for item in evidence.endorsements]}
-    claims: Any = decode_claims(evidence.claims)
-    if claims is not None:
-        claims = {name: value.hex() if isinstance(value, bytes) else value for name, value in claims.items()}
-    return fields | {
-        "handshake_hash": binding.handshake_hash.hex(),
-        "static_key": binding.static_key.hex(),
-        "claims": evidence.claims.hex() if claims is None else claims,
-    }
-
-
-def _warnings(evidence: Evidence) -> list[str]:
-    if evidence.provider == Provider.MOCK:
-        return [MOCK_WARNING]
+def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[str]]:
+    """What a file says, and what to warn of. Raises EvidenceError where its evidence is malformed."""
+    provider = provider_name(evidence.provider)
+    platform = next((each for each in PLATFORMS.values() if each.provider == evidence.provider), None)
+    warnings = []
     if evidence.provider == Provider.NONE:
-        return ["there is no evidence in this file: nothing vouches for that end"]
-    return [f"evidence of provider {provider_name(evidence.provider)} is not supported yet"]
+        warnings.append("there is no evidence in this file: nothing vouches for that end")
+    elif platform is None or platform.verifier is None:
+        warnings.append(f"evidence of provider {provider} is not supported yet")
+    elif platform.simulated:
+        warnings.append(
+            f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"
+        )
+
+    fields: dict[str, Any] = {"provider": provider, "role": "initiator" if binding.role == "I" else "responder"}
+    if platform is not None and platform.describe is not None:
+        fields |= platform.describe(evidence)
+    elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
+        fields |= {"evidence": evidence.evidence, "endorsed": [item.hex() for item in evidence.endorsements]}
+    claims = decode_claims(evidence.claims)
+    fields |= {
+        "handshake_hash": binding.handshake_hash,
+        "static_key": binding.static_key,
+        "claims": evidence.claims if claims is None else claims,
+    }
+    return fields, warnings
+
+
+def _report(options: argparse.Namespace, fields: dict[str, Any], lines: Iterable[str]) -> str:
+    """The one JSON object of --json, or else the lines."""
+    return (json.dumps(fields, indent=2, default=bytes.hex) if options.json else "\n".join(lines)) + "\n"
 
 
 def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
@@ -204,24 +206,22 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
         label = f"{indent}{ascii(name)[1:-1].replace('_', ' '):<{16 - len(indent)}}  "
         if isinstance(value, dict):
             lines += [label.rstrip(), *_lines(value, indent + "  ")] if value else [label + "none"]
-        elif isinstance(value, list):
-            for item in value:
-                text = ", ".join(f"{key} {item[key]}" for key in item) if isinstance(item, dict) else item
-                lines.append(label + text)
-        elif isinstance(value, bool):
-            lines.append(label + ("yes" if value else "no"))
         else:
-            lines.append(label + (ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)))
+            lines += [label + _shown(item) for item in (value if isinstance(value, list) else [value])]
     return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_shown(key)} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)
 
 
 def _read(name: str) -> bytes:
     """The bytes of a file ("-": standard input), but no more than the parser needs to see that it is too long."""
     return sys.stdin.buffer.read(MAX_FILE + 1) if name == "-" else read_file(name, MAX_FILE)
-
-
-def _json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, indent=2) + "\n"
 
 
 def _version() -> str:
@@ -231,30 +231,19 @@ def _version() -> str:
         return "(run from a checkout that is not installed)"
 
 
-def _hex(size: int) -> Callable[[str], bytes]:
-    """The type of an option that takes exactly `size` bytes in hex, not all zero."""
-
-    def read(text: str) -> bytes:
-        try:
-            data = bytes.fromhex(text)
-        except ValueError:
-            data = b""
-        if len(data) != size or not any(data):
-            raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
-        return data
-
-    return read
+def _hex(size: int, text: str) -> bytes:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != size or not any(data):
+        raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
+    return data
 
 
-def _stage(text: str) -> int:
-    if not text.isdecimal() or int(text) >= CLIENT_ID:
-        raise argparse.ArgumentTypeError(f"wanted a stage's index, 0..{CLIENT_ID - 1}")
-    return int(text)
-
-
-def _days(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 36500:
-        raise argparse.ArgumentTypeError("wanted a number of days, 1..36500")
+def _number(what: str, least: int, most: int, text: str) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"wanted {what}, {least}..{most}")
     return int(text)
 
 
@@ -270,13 +259,5 @@ def _time(text: str) -> int:
     return int(moment.timestamp() * 1000)
 
 
-def console() -> int:
-    """`main` for a shell: an interrupt ends with 130 and without a traceback."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(main())

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,16 +26,14 @@ def read_file(path: str | Path, limit: int) -> bytes:
 
 def write_private(path: str | Path, text: str) -> None:
     """Writes a new file that only its owner may read. Raises FileExistsError: nothing is ever overwritten."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # O_EXCL follows no link either
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+    with open(path, "x", encoding="ascii", opener=partial(os.open, mode=0o600)) as file:  # "x" follows no link either
         file.write(text)
 
 
 def parse_json(data: bytes | str) -> Any:
     """A JSON value. Python's own reader takes a key twice, NaN and Infinity; this one does not.
 
-    Raises:
-        DocumentError: it is not JSON in UTF-8. The message quotes nothing of it.
+    Raises DocumentError if it is not JSON in UTF-8. The message quotes nothing of it.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -73,10 +72,9 @@ class Place:
     quiet: bool = False
 
     def refuse(self, wanted: str) -> NoReturn:
-        shown = isinstance(self.value, dict | list) or self.quiet
-        raise DocumentError(
-            f"{self.name}: got {type(self.value).__name__ if shown else repr(self.value)[:100]}, wanted {wanted}"
-        )
+        hidden = self.quiet or isinstance(self.value, dict | list)
+        got = type(self.value).__name__ if hidden else repr(self.value)[:100]
+        raise DocumentError(f"{self.name}: got {got}, wanted {wanted}")
 
     def get(self, key: str) -> "Place":
         if type(self.value) is not dict:

@@ -5,14 +5,13 @@
 A name is the path below the folder that holds the packages, with "/" between its parts ("transport/noise.py"). The
 lengths make it one-to-one: no bytes can move from a name to a content, or from one file to the next, unseen.
 
-What it covers is the source on the disk, at the moment of measuring. It does not cover the interpreter, the
-dependencies (NumPy, msgpack, pycryptodome), bytecode in `__pycache__`, or what else the host may do to a process; only
-an enclave's image measures all of that. Data files are not code: weights and manifest have digests of their own.
+It covers the source on the disk, at the moment of measuring: not the interpreter, the dependencies, bytecode in
+`__pycache__`, or what else the host may do to a process; only an enclave's image measures all of that. Data files are
+not code: weights and manifest have digests of their own.
 
-Inside a package there must be nothing that could run without being measured, or that is not where its name says. So
-these are refused, not skipped: symbolic links to code or to folders (what they point at can change without anything
-here changing, and they can lead out of the package or round in circles), compiled modules (an `x.so` beside `x.py` is
-imported instead of it), and anything called *.py that is no regular file.
+What could run without being measured, or is not where its name says, is refused, not skipped: symbolic links to code or
+to folders (what they point at can change without anything here changing, and they can lead out of the package or round
+in circles), compiled modules (an `x.so` beside `x.py` is imported instead of it), and any *.py that is no regular file.
 """
 
 import hashlib
@@ -35,16 +34,20 @@ class MeasurementError(AttestationError):
 def measure(root: Path | None = None) -> bytes:
     """The 48-byte measurement of the packages that lie in the folder `root`: by default, those beside this one.
 
-    Raises:
-        MeasurementError: there are none, one holds what is refused (above), or a file cannot be read.
+    Raises MeasurementError if there are none, one holds what is refused (above), or a file cannot be read.
     """
     folder = Path(__file__).resolve().parent.parent if root is None else root
+    sources: list[Path] = []
     digest = hashlib.sha384()
     try:
-        sources = sorted((os.fsencode(path.relative_to(folder).as_posix()), path) for path in _sources(folder))
+        for package in (folder / name for name in PACKAGES):
+            if package.is_symlink():
+                raise MeasurementError(f"{package}: got a symbolic link, wanted the package's own folder")
+            if package.is_dir():
+                sources += _sources(package)
         if not sources:
             raise MeasurementError(f"{folder}: got no source of {', '.join(PACKAGES)}, wanted the folder they lie in")
-        for name, path in sources:
+        for name, path in sorted((os.fsencode(path.relative_to(folder).as_posix()), path) for path in sources):
             for item in (name, path.read_bytes()):
                 digest.update(len(item).to_bytes(8, "big") + item)
     except OSError as error:
@@ -53,15 +56,6 @@ def measure(root: Path | None = None) -> bytes:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    for name in PACKAGES:
-        package = folder / name
-        if package.is_symlink():
-            raise MeasurementError(f"{package}: got a symbolic link, wanted the package's own folder")
-        if package.is_dir():
-            yield from _walk(package)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
             path = Path(entry.path)
@@ -70,7 +64,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                     raise MeasurementError(f"{path}: got a symbolic link to code, wanted the code itself")
             elif entry.is_dir():
                 if entry.name != "__pycache__":
-                    yield from _walk(path)
+                    yield from _sources(path)
             elif path.suffix in _COMPILED:
                 raise MeasurementError(f"{path}: got compiled code, which would run unmeasured; wanted only source")
             elif path.suffix == ".py":

@@ -20,24 +20,13 @@ Scalar = str | int | bytes | bool | None
 
 @dataclass(frozen=True)
 class Policy:
-    """What one stage has to be.
+    """What one stage has to be. ValueError if a pin is missing, all-zero or of the wrong form."""
 
-    Args:
-        provider: who has to vouch for it. Only MOCK yet: the pins of the other platforms are several registers each.
-        measurements: the acceptable ones, 48 bytes each, at least one; all-zero is what unmeasured platforms report.
-        claims: exactly what it has to claim.
-        stage: the index that its key has to be endorsed for, 0..65534.
-        allow_debug: accept a platform that lets its owner look inside.
-
-    Raises:
-        ValueError: a pin is missing, all-zero or of the wrong form.
-    """
-
-    provider: Provider
-    measurements: frozenset[bytes]
-    claims: bytes
-    stage: int
-    allow_debug: bool = False
+    provider: Provider  # who has to vouch for it; only MOCK yet: the pins of other platforms are several registers each
+    measurements: frozenset[bytes]  # 48 bytes each, at least one; all-zero is what unmeasured platforms report
+    claims: bytes  # exactly what it has to claim
+    stage: int  # the index that its key has to be endorsed for, 0..65534
+    allow_debug: bool = False  # accept a platform that lets its owner look inside
 
     def __post_init__(self) -> None:
         if self.provider != Provider.MOCK:
@@ -59,11 +48,7 @@ class Policy:
             raise ValueError(f"stage of a policy: got {self.stage}, wanted 0..{CLIENT_ID - 1}")
 
     def check(self, result: AttestationResult) -> None:
-        """Accept `result`, or say everything that is wrong with it.
-
-        Raises:
-            PolicyError: with one mismatch for each thing that differs, all at once.
-        """
+        """Accepts `result`, or raises PolicyError with one mismatch for each thing that differs, all at once."""
         mismatches = []
         if result.provider != self.provider:
             mismatches.append(f"provider: got {provider_name(result.provider)}, wanted {provider_name(self.provider)}")
@@ -92,10 +77,8 @@ def decode_claims(claims: bytes) -> dict[str, Scalar] | None:
         canonical = msgpack.packb(fields) == claims  # not so with a key twice, or a number in more bytes than needed
     except (ValueError, TypeError, OverflowError, RecursionError):  # ValueError: the root of msgpack's and of UTF-8's
         return None
-    if not canonical or not isinstance(fields, dict):
-        return None
-    plain = all(isinstance(name, str) and isinstance(value, Scalar) for name, value in fields.items())
-    return fields if plain else None
+    plain = isinstance(fields, dict) and all(isinstance(key, str) and isinstance(fields[key], Scalar) for key in fields)
+    return fields if canonical and plain else None
 
 
 def show_scalar(value: Scalar) -> str:
@@ -119,8 +102,8 @@ def _differences(got: bytes, wanted: bytes) -> list[str]:
     if ours is None or theirs is None:
         return [f"claims: got {len(got)} bytes {got.hex()}, wanted {len(wanted)} bytes {wanted.hex()}"]
     sentences = []
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        shown = [show_scalar(fields[name]) if name in fields else "no such claim" for fields in (theirs, ours)]
-        if shown[0] != shown[1]:
-            sentences.append(f"claim {name!a}: got {shown[0]}, wanted {shown[1]}")
+    for name in ours | theirs:
+        found, pinned = (show_scalar(fields[name]) if name in fields else "no such claim" for fields in (theirs, ours))
+        if found != pinned:
+            sentences.append(f"claim {name!a}: got {found}, wanted {pinned}")
     return sentences or ["claims: got the same fields in another order, wanted them exactly as pinned"]

@@ -13,29 +13,20 @@ class Pins(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the manifest's `evidence` object."""
-        ...
 
 
 @dataclass(frozen=True)
 class Platform:
-    """One kind of evidence: how it is pinned, verified, made and shown.
+    """One kind of evidence: how it is pinned, verified, made and shown. None is what this version cannot do."""
 
-    Args:
-        provider: its code on the wire; the name in lower case is the manifest's.
-        read_pins: the pins of a manifest's `evidence` object. Raises DocumentError.
-        verifier: judges evidence by (pins, claims, index of the stage, clock in seconds since the epoch). None where
-            this version can pin such evidence, but not verify it.
-        attester: makes evidence with (the bytes of a key's file, claims). None where this version cannot.
-        describe: what evidence says, for a person, unverified. Raises EvidenceError.
-        simulated: whether it proves nothing about hardware, and is accepted with --allow-mock only.
-    """
-
-    provider: Provider
-    read_pins: Callable[[Place], Any]
+    provider: Provider  # its code on the wire; the name in lower case is the manifest's
+    read_pins: Callable[[Place], Any]  # those of a manifest's `evidence` object. Raises DocumentError
+    # Judges evidence by (pins, claims, index of the stage, clock in seconds since the epoch).
     verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier] | None = None
+    # Makes evidence with (the bytes of a key's file, claims).
     attester: Callable[[bytes, bytes], Attester] | None = None
-    describe: Callable[[Evidence], dict[str, Any]] | None = None
-    simulated: bool = False
+    describe: Callable[[Evidence], dict[str, Any]] | None = None  # what it says, unverified. Raises EvidenceError
+    simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 
     @property
     def name(self) -> str:

@@ -9,24 +9,20 @@ this about this handshake. It proves *nothing about hardware*: whoever has the k
                        | stage's Ed25519 public key[32] | signature[64] over everything before it
     endorsement  117   "MGPTMOCKCA" | u8 1 | stage's key[32] | u16 stage index | u64 not after, ms since epoch
                        | root's signature[64] over everything before it                      (big-endian, RFC 8032)
-
-Layout, signatures and policy are three separate things: `parse_evidence` and `parse_endorsement`, `authenticate`, and
-`attest.policy`.
 """
 
 import hmac
-import json
 import secrets
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from Crypto.PublicKey.ECC import EccKey
 from Crypto.Signature import eddsa
 
-from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, open_file, provider_name
+from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, dump_file, open_file, provider_name
 from attest.document import DocumentError, Place
 from attest.measure import measure
 from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
@@ -36,9 +32,9 @@ from attest.providers import Platform
 # so that an expired key works again. Kerberos allows five minutes between clocks (RFC 4120).
 MAX_SKEW = 300  # seconds, to either side
 
-_EVIDENCE = struct.Struct(">8sBQ48s64sB32s64s")
+_EVIDENCE = struct.Struct(">8sBQ48s64sB32s")  # both without their signature
 _EVIDENCE_MAGIC = b"MGPTMOCK"
-_ENDORSEMENT = struct.Struct(">10sB32sHQ64s")
+_ENDORSEMENT = struct.Struct(">10sB32sHQ")
 _ENDORSEMENT_MAGIC = b"MGPTMOCKCA"
 _VERSION = 1
 _DEBUG = 1
@@ -54,8 +50,6 @@ class MockEvidence:
     binding_digest: bytes
     debug: bool
     key: bytes
-    signed: bytes
-    signature: bytes
 
 
 @dataclass(frozen=True)
@@ -65,34 +59,33 @@ class MockEndorsement:
     key: bytes
     stage: int
     not_after_ms: int
-    signed: bytes
-    signature: bytes
 
 
 def parse_evidence(data: bytes) -> MockEvidence:
     """The fields of mock evidence. Raises EvidenceError for a wrong length, magic, version or flags."""
-    timestamp_ms, measurement, digest, flags, key, signature = _unpack("evidence", _EVIDENCE, _EVIDENCE_MAGIC, data)
+    timestamp_ms, measurement, digest, flags, key = _unpack("evidence", _EVIDENCE, _EVIDENCE_MAGIC, data)
     if flags & ~_DEBUG:
         raise EvidenceError(f"mock evidence: got flags {flags:#04x}, wanted none but {_DEBUG:#04x} (debug)")
-    return MockEvidence(timestamp_ms, measurement, digest, bool(flags), key, data[:-_SIGNATURE_SIZE], signature)
+    return MockEvidence(timestamp_ms, measurement, digest, bool(flags), key)
 
 
 def parse_endorsement(data: bytes) -> MockEndorsement:
     """The fields of a mock endorsement. Raises EvidenceError for a wrong length, magic, version or stage index."""
-    key, stage, not_after_ms, signature = _unpack("endorsement", _ENDORSEMENT, _ENDORSEMENT_MAGIC, data)
+    key, stage, not_after_ms = _unpack("endorsement", _ENDORSEMENT, _ENDORSEMENT_MAGIC, data)
     if stage == CLIENT_ID:
         raise EvidenceError(f"mock endorsement: got stage index {stage}, which is the id of clients")
-    return MockEndorsement(key, stage, not_after_ms, data[:-_SIGNATURE_SIZE], signature)
+    return MockEndorsement(key, stage, not_after_ms)
 
 
-def _unpack(what: str, layout: struct.Struct, wanted: bytes, data: bytes) -> tuple[Any, ...]:
-    if len(data) != layout.size:
-        raise EvidenceError(f"mock {what}: got {len(data)} bytes, wanted exactly {layout.size}")
-    magic, version, *fields = layout.unpack(data)
+def _unpack(what: str, layout: struct.Struct, wanted: bytes, data: bytes) -> list[Any]:
+    size = layout.size + _SIGNATURE_SIZE
+    if len(data) != size:
+        raise EvidenceError(f"mock {what}: got {len(data)} bytes, wanted exactly {size}")
+    magic, version, *fields = layout.unpack_from(data)
     if magic != wanted or version != _VERSION:
         got = f"got magic {magic.hex()} version {version}"
         raise EvidenceError(f"mock {what}: {got}, wanted {wanted.hex()} ({wanted!r}) version {_VERSION}")
-    return tuple(fields)
+    return fields
 
 
 def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int) -> AttestationResult:
@@ -102,28 +95,26 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
     the time of a refusal does not tell a peer which check it was, and an operator reads all failures at once.
 
     Args:
-        evidence: as received.
-        binding: what it must be sealed to: the peer's role and static key, and this handshake.
+        binding: the peer's role and static key, and this handshake.
         root: the pinned Ed25519 public key, 32 bytes.
         now_ms: the verifier's time, milliseconds since the epoch.
 
-    Raises:
-        EvidenceError: it is malformed or not authentic.
+    Raises EvidenceError if it is malformed or not authentic.
     """
     if evidence.provider != Provider.MOCK:
         later = " (not supported yet)" if evidence.provider in (Provider.NITRO, Provider.SNP, Provider.TDX) else ""
         raise EvidenceError(f"provider: got {provider_name(evidence.provider)}{later}, wanted mock (1)")
     if len(evidence.endorsements) != 1:
         raise EvidenceError(f"mock evidence: got {len(evidence.endorsements)} endorsements, wanted 1")
-    statement = parse_evidence(evidence.evidence)
-    endorsement = parse_endorsement(evidence.endorsements[0])
+    signed, endorsed = evidence.evidence, evidence.endorsements[0]
+    statement, endorsement = parse_evidence(signed), parse_endorsement(endorsed)
 
     failures = []
-    if not _is_signed(root, endorsement.signed, endorsement.signature):
+    if not _is_signed(root, endorsed[:-_SIGNATURE_SIZE], endorsed[-_SIGNATURE_SIZE:]):
         failures.append(f"endorsement: got a signature by another key, wanted the pinned root's, {root.hex()}")
     if endorsement.key != statement.key:
         failures.append(f"evidence: got key {statement.key.hex()}, wanted the endorsed one, {endorsement.key.hex()}")
-    if not _is_signed(statement.key, statement.signed, statement.signature):
+    if not _is_signed(statement.key, signed[:-_SIGNATURE_SIZE], signed[-_SIGNATURE_SIZE:]):
         failures.append(f"evidence: got a signature that is not by its own key, {statement.key.hex()}")
     if (evidence.provider, evidence.claims) != (binding.provider, binding.claims):
         failures.append("evidence: got a provider or claims other than those of the binding, wanted the same")
@@ -142,14 +133,8 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
         failures.append(f"endorsement: expired {late:.0f} s ago, wanted one that is valid; {remedy}")
     if failures:
         raise EvidenceError("; ".join(failures))
-    return AttestationResult(
-        Provider.MOCK,
-        statement.measurement,
-        statement.debug,
-        evidence.claims,
-        endorsement.stage,
-        statement.timestamp_ms,
-    )
+    made, stage = statement.timestamp_ms, endorsement.stage
+    return AttestationResult(Provider.MOCK, statement.measurement, statement.debug, evidence.claims, stage, made)
 
 
 def _public_key(data: bytes) -> EccKey:
@@ -157,9 +142,7 @@ def _public_key(data: bytes) -> EccKey:
 
     A point of small order is refused. With such a "key" (32 zero bytes are one), the signature 01 00* verifies for
     every message: pycryptodome accepts that, as RFC 8032 permits, and so an all-zero pin would accept anybody.
-
-    Raises:
-        ValueError: it is not a point of the curve, or one of small order.
+    Raises ValueError, also for what is not a point of the curve.
     """
     key = eddsa.import_public_key(data)
     if (key.pointQ * 8).is_point_at_infinity():
@@ -179,66 +162,54 @@ def _sign(private: bytes, message: bytes) -> bytes:
     return eddsa.new(eddsa.import_private_key(private), "rfc8032").sign(message)
 
 
-def _signed(private: bytes, layout: struct.Struct, *fields: Any) -> bytes:
-    """The packed fields, with their signature as the last."""
-    unsigned = layout.pack(*fields, b"")[:-_SIGNATURE_SIZE]
-    return unsigned + _sign(private, unsigned)
+@dataclass(frozen=True)
+class _Key:
+    private: bytes = field(repr=False)  # bytes, because the repr of pycryptodome's key object prints the private seed
 
-
-def _public(private: bytes) -> bytes:
-    return bytes(eddsa.import_private_key(private).public_key().export_key(format="raw"))
+    @property
+    def public(self) -> bytes:
+        """32 bytes, the Ed25519 public key."""
+        return bytes(eddsa.import_private_key(self.private).public_key().export_key(format="raw"))
 
 
 @dataclass(frozen=True)
-class MockRoot:
+class MockRoot(_Key):
     """The operator's key, which endorses the stages' keys. Manifests pin its public half."""
-
-    private: bytes = field(repr=False)  # bytes, because the repr of pycryptodome's key object prints the private seed
 
     @classmethod
     def generate(cls) -> "MockRoot":
         return cls(secrets.token_bytes(32))
 
-    @property
-    def public(self) -> bytes:
-        """32 bytes, the Ed25519 public key."""
-        return _public(self.private)
-
     def endorse(self, stage_public: bytes, stage: int, not_after_ms: int) -> bytes:
         """An endorsement: the key `stage_public` (32 bytes) may speak for `stage` until `not_after_ms`.
 
-        Raises:
-            ValueError: it is not a public key, or a number is out of range.
+        Raises ValueError if it is not a public key, or a number is out of range.
         """
         _public_key(stage_public)
         if not 0 <= stage < CLIENT_ID:
             raise ValueError(f"stage index: got {stage}, wanted 0..{CLIENT_ID - 1}")
         if not 0 <= not_after_ms < 2**64:
             raise ValueError(f"not after: got {not_after_ms}, wanted milliseconds since the epoch")
-        return _signed(self.private, _ENDORSEMENT, _ENDORSEMENT_MAGIC, _VERSION, stage_public, stage, not_after_ms)
+        body = _ENDORSEMENT.pack(_ENDORSEMENT_MAGIC, _VERSION, stage_public, stage, not_after_ms)
+        return body + _sign(self.private, body)
 
     def to_json(self) -> str:
         """The text of a root key's file. It holds the private key."""
-        return _key_file("minigpt-mock-root", private=self.private, public=self.public)
+        return dump_file("minigpt-mock-root", private=self.private, public=self.public)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockRoot":
         """Reads a root key's file; EvidenceError if it is not one."""
         private, public = _read_key_file(text, "minigpt-mock-root", private=32, public=32)
-        if public != _public(private):
+        if public != cls(private).public:
             raise EvidenceError("mock root file: its public key does not belong to its private key; it is damaged")
         return cls(private)
 
 
 @dataclass(frozen=True)
-class MockKey:
-    """A stage's key with its endorsement.
+class MockKey(_Key):
+    """A stage's key with its endorsement. EvidenceError if the endorsement is malformed, or for another key."""
 
-    Raises:
-        EvidenceError: the endorsement is malformed, or for another key.
-    """
-
-    private: bytes = field(repr=False)
     endorsement: bytes
 
     def __post_init__(self) -> None:
@@ -249,12 +220,7 @@ class MockKey:
     def generate(cls, root: MockRoot, stage: int, not_after_ms: int) -> "MockKey":
         """A new key for `stage`, endorsed by `root`; ValueError as in `MockRoot.endorse`."""
         private = secrets.token_bytes(32)
-        return cls(private, root.endorse(_public(private), stage, not_after_ms))
-
-    @property
-    def public(self) -> bytes:
-        """32 bytes, the Ed25519 public key."""
-        return _public(self.private)
+        return cls(private, root.endorse(_Key(private).public, stage, not_after_ms))
 
     @property
     def stage(self) -> int:
@@ -263,17 +229,13 @@ class MockKey:
 
     def to_json(self) -> str:
         """The text of a stage key's file. It holds the private key."""
-        return _key_file("minigpt-mock-key", private=self.private, endorsement=self.endorsement)
+        return dump_file("minigpt-mock-key", private=self.private, endorsement=self.endorsement)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockKey":
         """Reads a stage key's file; EvidenceError if it is not one. Verifiers find out who endorsed it."""
-        return cls(*_read_key_file(text, "minigpt-mock-key", private=32, endorsement=_ENDORSEMENT.size))
-
-
-def _key_file(kind: str, **fields: bytes) -> str:
-    plain = {"format": kind, "version": 1} | {name: value.hex() for name, value in fields.items()}
-    return json.dumps(plain, indent=2) + "\n"
+        size = _ENDORSEMENT.size + _SIGNATURE_SIZE
+        return cls(*_read_key_file(text, "minigpt-mock-key", private=32, endorsement=size))
 
 
 def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:
@@ -284,101 +246,81 @@ def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:
         raise EvidenceError(str(error)) from None
 
 
+@dataclass(frozen=True)
 class MockAttester:
     """Makes mock evidence with a stage's key.
 
-    The code is measured once, when the attester is made, as a platform measures what it starts.
-
-    Args:
-        key: the stage's own.
-        claims: what the stage claims about itself; never a peer's choice.
-        measurement: 48 bytes; by default of the code on the disk.
-        debug: set the debug flag, which verifiers refuse.
-        clock: seconds since the epoch.
+    The code is measured once, when the attester is made, as a platform measures what it starts. ValueError if a
+    measurement is given that is not 48 bytes.
     """
 
     provider = Provider.MOCK
+    key: MockKey  # the stage's own
+    claims: bytes  # what the stage claims about itself; never a peer's choice
+    _: KW_ONLY
+    measurement: bytes = field(default_factory=measure)  # 48 bytes; by default of the code on the disk
+    debug: bool = False  # the flag, which verifiers refuse
+    clock: Callable[[], float] = time.time  # seconds since the epoch
 
-    def __init__(
-        self,
-        key: MockKey,
-        claims: bytes,
-        *,
-        measurement: bytes | None = None,
-        debug: bool = False,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.claims = claims
-        self._key = key
-        self._measurement = measure() if measurement is None else measurement
-        self._debug = debug
-        self._clock = clock
-        if len(self._measurement) != MEASUREMENT_SIZE:
-            raise ValueError(f"measurement: got {len(self._measurement)} bytes, wanted {MEASUREMENT_SIZE}")
+    def __post_init__(self) -> None:
+        if len(self.measurement) != MEASUREMENT_SIZE:
+            raise ValueError(f"measurement: got {len(self.measurement)} bytes, wanted {MEASUREMENT_SIZE}")
 
     def attest(self, binding: Binding) -> Evidence:
         """Evidence for `binding`; ValueError if its provider or claims are not the attester's own."""
         if (binding.provider, binding.claims) != (self.provider, self.claims):
             raise ValueError("binding: its provider or claims are not this attester's own")
-        signed = _signed(
-            self._key.private, _EVIDENCE, _EVIDENCE_MAGIC, _VERSION, int(self._clock() * 1000), self._measurement,
-            binding.digest, _DEBUG if self._debug else 0, self._key.public,
-        )  # fmt: skip
-        return Evidence(self.provider, self.claims, signed, (self._key.endorsement,))
+        now_ms, flags = int(self.clock() * 1000), _DEBUG if self.debug else 0
+        body = _EVIDENCE.pack(
+            _EVIDENCE_MAGIC, _VERSION, now_ms, self.measurement, binding.digest, flags, self.key.public
+        )
+        return Evidence(self.provider, self.claims, body + _sign(self.key.private, body), (self.key.endorsement,))
 
 
+@dataclass(frozen=True)
 class MockVerifier:
-    """Judges mock evidence: authentic under `root` at the time of `clock` (seconds since the epoch), then by `policy`.
+    """Judges mock evidence: it must be authentic under `root` at the time of `clock`, and acceptable by `policy`."""
 
-    Raises:
-        ValueError: `root` cannot be pinned: it is not 32 bytes, not on the curve, or of small order.
-    """
+    root: bytes  # ValueError if it cannot be pinned: not 32 bytes, not on the curve, or of small order
+    policy: Policy
+    _: KW_ONLY
+    clock: Callable[[], float] = time.time  # seconds since the epoch
 
-    def __init__(self, root: bytes, policy: Policy, *, clock: Callable[[], float] = time.time) -> None:
-        _public_key(root)
-        self._root = root
-        self._policy = policy
-        self._clock = clock
+    def __post_init__(self) -> None:
+        _public_key(self.root)
 
     def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
         """The result, once authenticated and accepted; see `attest.Verifier`."""
-        result = authenticate(evidence, binding, self._root, int(self._clock() * 1000))
-        self._policy.check(result)
+        result = authenticate(evidence, binding, self.root, int(self.clock() * 1000))
+        self.policy.check(result)
         return result
 
 
 @dataclass(frozen=True)
 class MockPins:
-    """The pins of a mock stage.
+    """The pins of a mock stage."""
 
-    Args:
-        root_key: the Ed25519 public key that endorses the stages' keys, 32 bytes.
-        measurements: 48 bytes each; any of them is acceptable.
-    """
-
-    root_key: bytes
-    measurements: frozenset[bytes]
+    root_key: bytes  # the Ed25519 public key that endorses the stages' keys, 32 bytes
+    measurements: frozenset[bytes]  # 48 bytes each; any of them is acceptable
 
     @classmethod
     def read(cls, place: Place) -> "MockPins":
         place.only("provider", "root_key", "measurements")
         root = place.get("root_key")
+        root_key = root.pin(32)
         try:
-            _public_key(root.pin(32))
-        except DocumentError:
-            raise
+            _public_key(root_key)
         except ValueError as error:
             raise DocumentError(f"{root.name}: {error}") from None
         measurements = place.get("measurements").items(1, MAX_MEASUREMENTS)
-        return cls(root.pin(32), frozenset(pin.pin(MEASUREMENT_SIZE) for pin in measurements))
+        return cls(root_key, frozenset(pin.pin(MEASUREMENT_SIZE) for pin in measurements))
 
     def to_json(self) -> dict[str, Any]:
         measurements = sorted(pin.hex() for pin in self.measurements)
         return {"provider": "mock", "root_key": self.root_key.hex(), "measurements": measurements}
 
-
-def _verifier(pins: MockPins, claims: bytes, stage: int, clock: Callable[[], float]) -> MockVerifier:
-    return MockVerifier(pins.root_key, Policy(Provider.MOCK, pins.measurements, claims, stage), clock=clock)
+    def verifier(self, claims: bytes, stage: int, clock: Callable[[], float]) -> MockVerifier:
+        return MockVerifier(self.root_key, Policy(Provider.MOCK, self.measurements, claims, stage), clock=clock)
 
 
 def _attester(key: bytes, claims: bytes) -> MockAttester:
@@ -397,4 +339,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-PLATFORM = Platform(Provider.MOCK, MockPins.read, _verifier, _attester, _describe, simulated=True)
+PLATFORM = Platform(Provider.MOCK, MockPins.read, MockPins.verifier, _attester, _describe, simulated=True)
