@@ -1,10 +1,9 @@
 """Addresses of links: `tcp://host:port`, `tcp://[::1]:port`, `vsock://cid:port`. Text only; `channel` connects."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import Self
 
 from transport.errors import AddressError
 
@@ -33,7 +32,7 @@ class Address:
     port: int
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str) -> Self:
         """Parses an address exactly: no blanks, no defaults, no leading zeros.
 
         Raises:

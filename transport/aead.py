@@ -6,8 +6,6 @@ bytes are the same. A process uses one of them only, because pycryptodome's own 
 that has loaded the other.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from importlib.util import find_spec

@@ -4,15 +4,14 @@ One thread reads a channel; any thread may meanwhile send on it, close it or abo
 handshake, or a whole message: a peer that drips one byte a second gains nothing over one that is silent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from socket import socket
+from typing import Any, Self
 
 from attest import AttestationResult, Binding, Evidence
 from transport import codec, link
@@ -20,9 +19,6 @@ from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
 from transport.records import PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, hang_up, receive_once
-
-if TYPE_CHECKING:
-    from socket import socket
 
 __all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
 
@@ -206,7 +202,7 @@ class Channel:
                 raise _closed() from None
             raise
 
-    def receive(self, timeout: float | None = None, *, asker: Channel | None = None) -> dict[str, Any]:
+    def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> dict[str, Any]:
         """The next message.
 
         Args:

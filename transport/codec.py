@@ -6,8 +6,6 @@ timestamps, NaN, duplicate keys of which the last wins, 1000 levels of nesting, 
 1.3 GB of objects. The hooks here refuse those while it reads, so there is no second walk over the result.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn

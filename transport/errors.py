@@ -18,9 +18,8 @@
 Bytes from outside raise these errors and the verifier's `attest.AttestationError`, and no others.
 """
 
-from __future__ import annotations
-
 import enum
+from typing import Self
 
 
 class Alert(enum.IntEnum):
@@ -113,7 +112,7 @@ class PeerAlert(TransportError):
             self.exit_code = 3
 
     @classmethod
-    def from_body(cls, body: bytes) -> PeerAlert:
+    def from_body(cls, body: bytes) -> Self:
         """The reason in an ALERT. Raises RecordError if its body is not one byte."""
         if len(body) != 1:
             raise RecordError(f"an ALERT of {len(body)} bytes, wanted 1")

@@ -4,8 +4,6 @@ pycryptodome's public interface has HPKE, and no bare encapsulation. So its two 
 nowhere else; the tests compare them with another library.
 """
 
-from __future__ import annotations
-
 from Crypto.PublicKey import MLKEM
 
 EKLEN = 1184  # bytes of an encapsulation key

@@ -12,8 +12,6 @@ return the `Session`: there is none before evidence was accepted. Before there a
 nothing; afterwards it sends at most one ALERT, whose length does not depend on the reason.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Generator
 from contextlib import suppress
@@ -152,7 +150,7 @@ def _receive(count: int) -> Generator[int, bytes | None, bytes]:
     return data
 
 
-def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, _Stranger]:
+def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, "_Stranger"]:
     """The Noise handshake, each message after its length."""
     suite = SUITES[preamble[5]]
     ids = (end.own_id, end.peer_id) if role == "I" else (end.peer_id, end.own_id)

@@ -16,12 +16,11 @@ computer later still cannot read it. Only X25519 authenticates.
 Primitives: X25519 of pycryptodome, `aead` and `kem`; SHA-256 and HMAC of the standard library.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key, key_agreement
 from Crypto.Random import get_random_bytes
@@ -56,14 +55,14 @@ class KeyPair:
     public: bytes
 
     @classmethod
-    def from_private(cls, private: bytes) -> KeyPair:
+    def from_private(cls, private: bytes) -> Self:
         """Raises ValueError unless `private` is 32 bytes."""
         if len(private) != DHLEN:
             raise ValueError(f"private key: got {len(private)} bytes, wanted {DHLEN}")
         return cls(private, import_x25519_private_key(private).public_key().export_key(format="raw"))
 
     @classmethod
-    def generate(cls) -> KeyPair:
+    def generate(cls) -> Self:
         return cls.from_private(get_random_bytes(DHLEN))
 
     def dh(self, public: bytes) -> bytes:

@@ -10,8 +10,6 @@ the key is replaced by a one-way function of itself. Padding is computed for the
 observer sees one of few lengths.
 """
 
-from __future__ import annotations
-
 import struct
 import threading
 from collections.abc import Mapping

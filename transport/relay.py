@@ -8,21 +8,16 @@ Two threads carry a connection, one in each direction: read a piece, write it, r
 held, and a slow reader slows its sender down. The end of one direction is passed on, and the other continues.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING
+from socket import socket
 
 from transport.address import Address
 from transport.errors import TransportError
 from transport.sockets import Listener, Wire, connect
-
-if TYPE_CHECKING:
-    from socket import socket
 
 log = logging.getLogger("transport.relay")
 
@@ -88,7 +83,7 @@ class Relay:
         while self._open and time.monotonic() < until:
             time.sleep(0.01)
 
-    def _carry(self, number: int, connection: _Connection) -> None:
+    def _carry(self, number: int, connection: "_Connection") -> None:
         try:
             connection.run(self._target)
             log.info("connection %d: closed, %d bytes there, %d back", number, *connection.carried)

@@ -4,8 +4,6 @@ Only MESSAGE carries application data; PING, CLOSE and ALERT are handled here. A
 connection open, is accepted and never sent.
 """
 
-from __future__ import annotations
-
 import struct
 import time
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 They are non-blocking underneath. Every wait is a poll with a deadline, in terms of `time.monotonic`, or `math.inf`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math
@@ -14,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from transport.address import Address
 from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
@@ -66,7 +64,7 @@ class Wire:
                 if time.monotonic() > deadline:
                     raise TimedOut("the peer did not take what was sent to it in time")
 
-    def wait(self, deadline: float, asker: Wire | None = None) -> bool:
+    def wait(self, deadline: float, asker: "Wire | None" = None) -> bool:
         """Waits until there is something to read, or the connection ends; False if the deadline passes first.
 
         Raises:
@@ -215,7 +213,7 @@ class Listener:
         with self._accepting:
             self._sock.close()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
