@@ -1,11 +1,11 @@
 """A blind relay: it connects each connection at one address to another address, and passes bytes both ways.
 
-An enclave can reach only its parent's vsock, so on such a host everything between stages, or between a client and a
-stage, passes a relay. It has no keys and needs no trust: it sees ciphertext, its lengths and its times, and can stop
-it. The ends notice anything else it does, including an end without a CLOSE.
+An enclave can reach only its parent's vsock, so on such a host every link passes a relay. It has no keys and needs no
+trust: it sees ciphertext, its lengths and its times, and can stop it. The ends notice anything else it does, including
+an end without a CLOSE.
 
-Two threads carry a connection, one in each direction: read a piece, write it, repeat. So at most one piece each way is
-held, and a slow reader slows its sender down. The end of one direction is passed on, and the other continues.
+Two threads carry a connection, one in each direction, and hold at most one piece each: a slow reader slows its sender
+down. The end of one direction is passed on, and the other continues.
 """
 
 import itertools
@@ -56,14 +56,13 @@ class Relay:
             if accepted is None:
                 return
             sock, peer = accepted
-            with self._lock:
-                full = len(self._open) >= self._limit
-                if not full:
-                    connection = self._open[number] = _Connection(sock)
-            if full:
+            if len(self._open) >= self._limit:  # others only remove
                 log.warning("%s: turned away, %d connections are open", peer, self._limit)
                 sock.close()
                 continue
+            connection = _Connection(sock)
+            with self._lock:
+                self._open[number] = connection
             log.info("connection %d: open from %s", number, peer)
             name = f"connection {number}"
             threading.Thread(target=self._carry, args=(number, connection), name=name, daemon=True).start()
@@ -85,8 +84,8 @@ class Relay:
 
     def _carry(self, number: int, connection: "_Connection") -> None:
         try:
-            connection.run(self._target)
-            log.info("connection %d: closed, %d bytes there, %d back", number, *connection.carried)
+            there, back = connection.run(self._target)
+            log.info("connection %d: closed, %d bytes there, %d back", number, there, back)
         except TransportError as error:
             log.warning("connection %d: %s", number, error)
         finally:
@@ -102,16 +101,10 @@ class _Connection:
         self._far: Wire | None = None
         self._cut = threading.Event()
 
-    @property
-    def carried(self) -> tuple[int, int]:
-        """How many bytes were passed on, to the target and back."""
-        return self._far.bytes_sent if self._far else 0, self._near.bytes_sent
+    def run(self, target: Address) -> tuple[int, int]:
+        """Carries bytes to `target` and back until both directions have ended, or one is broken; returns how many.
 
-    def run(self, target: Address) -> None:
-        """Connects to `target`, and carries bytes until both directions have ended, or one is broken.
-
-        Raises:
-            Unreachable, TimedOut: the target is not there, and who came has been cut off.
+        Raises Unreachable or TimedOut if the target is not there; who came has been cut off.
         """
         try:
             far = self._far = Wire(connect(target, _CONNECT))
@@ -129,6 +122,7 @@ class _Connection:
                 wire.abort()
             else:
                 wire.close()
+        return far.bytes_sent, self._near.bytes_sent
 
     def cut(self) -> None:
         """Ends both directions, and wakes any thread that waits for either."""
