@@ -32,7 +32,7 @@ from attest import (
 from transport import noise
 from transport.errors import Alert, DecodeError, HandshakeError, LimitError, PeerAlert, RecordError, TransportError
 from transport.noise import KeyPair, Split
-from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Message, Opener, Sealer, Type
+from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Opener, Sealer, Type
 from transport.session import Session
 
 __all__ = ["CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "respond"]
@@ -54,14 +54,14 @@ _FIRST: dict[int, int] = {Type.ATTEST: MAX_TOTAL, Type.ALERT: 1}
 
 @dataclass(frozen=True)
 class Suite:
-    """A handshake. Payloads are empty, so the lengths of its messages are exact."""
+    """A handshake."""
 
     protocol_name: bytes
     pattern: noise.Pattern
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Bytes of its messages."""
+        """The exact bytes of its messages, because payloads are empty."""
         return noise.message_lengths(self.pattern)
 
 
@@ -203,7 +203,14 @@ class _Stranger:
         """Receives the peer's evidence. Before it is accepted, nothing else is."""
         peer = "I" if self.role == "R" else "R"
         try:
-            message = yield from self._first()
+            message = None
+            while message is None:  # and not a byte more than the peer's first message
+                header = yield from _receive(_LENGTH.size)
+                self.opener.feed(header)
+                self.opener.feed((yield from _receive(*_LENGTH.unpack(header))))
+                message = self.opener.next()
+            if message.type == Type.ALERT:
+                raise PeerAlert.from_body(message.body)
             evidence = load_attest(message.body)
             binding = Binding(peer, evidence.provider, self.split.h, self.split.rs, evidence.claims)
             result = verifier.verify(evidence, binding)
@@ -211,6 +218,9 @@ class _Stranger:
             yield from self.refuse(Alert.ATTESTATION, error)
         except (RecordError, DecodeError, LimitError) as error:
             yield from self.refuse(error.alert, error)
+        except BaseException:  # the driver's too, as when the peer is gone: what it made us hold goes with it
+            self.opener.discard()
+            raise
         return Session(self.sealer, self.opener, result, evidence, binding, max_message=max_message)
 
     def refuse(self, code: Alert, error: Exception) -> Generator[bytes | int, bytes | None, NoReturn]:
@@ -221,37 +231,15 @@ class _Stranger:
         self.sealer.discard()
         raise error
 
-    def _first(self) -> Generator[int, bytes | None, Message]:
-        """The peer's first message, and not a byte more."""
-        try:
-            while True:
-                header = yield from _receive(_LENGTH.size)
-                self.opener.feed(header)
-                self.opener.feed((yield from _receive(*_LENGTH.unpack(header))))
-                message = self.opener.next()
-                if message is None:
-                    continue
-                if message.type == Type.ALERT:
-                    raise PeerAlert.from_body(message.body)
-                return message
-        except BaseException:  # the driver's too, as when the peer is gone: what it made us hold goes with it
-            self.opener.discard()
-            raise
-
 
 def dump_attest(evidence: Evidence) -> bytes:
     """The body of an ATTEST. Raises ValueError if the evidence is more than it may hold."""
     try:
-        parts = [
-            _ATTEST.pack(ATTEST_VERSION, evidence.provider, len(evidence.claims)),
-            evidence.claims,
-            _U32.pack(len(evidence.evidence)),
-            evidence.evidence,
-            bytes([len(evidence.endorsements)]),
-        ]
+        body = _ATTEST.pack(ATTEST_VERSION, evidence.provider, len(evidence.claims)) + evidence.claims
+        body += _U32.pack(len(evidence.evidence)) + evidence.evidence
+        body += bytes([len(evidence.endorsements)])
         for item in evidence.endorsements:
-            parts += [_U32.pack(len(item)), item]
-        body = b"".join(parts)
+            body += _U32.pack(len(item)) + item
         load_attest(body)  # what the peer would refuse is refused here
     except (TransportError, struct.error, ValueError) as error:
         raise ValueError(f"one's own evidence cannot be sent: {error}") from None
@@ -259,17 +247,12 @@ def dump_attest(evidence: Evidence) -> bytes:
 
 
 def load_attest(body: bytes) -> Evidence:
-    """The evidence in an ATTEST. Nothing in it is verified by that.
-
-    Raises:
-        DecodeError: it has another layout.
-        LimitError: a part of it, or all, is too large.
-    """
+    """The evidence in an ATTEST, unverified. Raises DecodeError for its layout, LimitError for a size."""
     if len(body) > MAX_TOTAL:
         raise LimitError(f"ATTEST: {len(body)} bytes, wanted at most {MAX_TOTAL}")
     at = 0
 
-    def take(what: str, count: int, most: int) -> bytes:
+    def take(what: str, count: int, most: int = MAX_TOTAL) -> bytes:
         nonlocal at
         if count > most:
             raise LimitError(f"ATTEST: {what} of {count} bytes, wanted at most {most}")
@@ -279,15 +262,15 @@ def load_attest(body: bytes) -> Evidence:
         return body[at - count : at]
 
     def sized(what: str, most: int) -> bytes:
-        (count,) = _U32.unpack(take(f"length of {what}", _U32.size, _U32.size))
+        (count,) = _U32.unpack(take(f"length of {what}", _U32.size))
         return take(what, count, most)
 
-    version, provider, length = _ATTEST.unpack(take("head", _ATTEST.size, _ATTEST.size))
+    version, provider, length = _ATTEST.unpack(take("head", _ATTEST.size))
     if version != ATTEST_VERSION:
         raise DecodeError(f"ATTEST: version {version}, wanted {ATTEST_VERSION}")
     claims = take("claims", length, MAX_CLAIMS)
     evidence = sized("evidence", MAX_EVIDENCE)
-    count = take("number of endorsements", 1, 1)[0]
+    count = take("number of endorsements", 1)[0]
     if count > MAX_ENDORSEMENTS:
         raise LimitError(f"ATTEST: {count} endorsements, wanted at most {MAX_ENDORSEMENTS}")
     endorsements = tuple(sized("endorsement", MAX_TOTAL) for _ in range(count))
