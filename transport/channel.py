@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from socket import socket
 from typing import Any, Self
 
-from attest import AttestationResult, Binding, Evidence
 from transport import codec, link
 from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
@@ -59,6 +58,7 @@ class Channel:
     gone, what it said before can still be received.
 
     Attributes:
+        peer, peer_evidence, peer_binding, peer_static_key: as in `Session`.
         made: time.monotonic() when it was established.
         bytes_sent, bytes_received: on the wire, including the handshake.
         seal_seconds, open_seconds: spent on encryption and decryption of messages, so far.
@@ -66,6 +66,10 @@ class Channel:
 
     def __init__(self, wire: Wire, session: link.Session, deadlines: Deadlines) -> None:
         """Not for callers: `connect`, `initiate` and `accept` make channels."""
+        self.peer = session.peer
+        self.peer_evidence = session.peer_evidence
+        self.peer_binding = session.peer_binding
+        self.peer_static_key = session.peer_static_key
         self._wire = wire
         self._session = session
         self._deadlines = deadlines
@@ -86,10 +90,7 @@ class Channel:
         deadlines: Deadlines = DEFAULT_DEADLINES,
         budget: Budget = PROCESS_BUDGET,
     ) -> Self:
-        """Connects to `address` and establishes a link.
-
-        Args:
-            budget: for the received parts of incomplete messages.
+        """Connects to `address` and establishes a link; `budget` is for the received parts of incomplete messages.
 
         Raises:
             TransportError: Unreachable, TimedOut, or the handshake failed.
@@ -119,8 +120,8 @@ class Channel:
         try:
             wanted = next(steps)
             while True:
+                reply = None
                 try:
-                    reply = None
                     if isinstance(wanted, int):
                         reply = wire.read_exactly(wanted, deadline)
                     else:
@@ -134,23 +135,6 @@ class Channel:
         except BaseException:
             wire.close()  # not abort: an ALERT may be on its way
             raise
-
-    @property
-    def peer(self) -> AttestationResult:
-        """What the peer's evidence established."""
-        return self._session.peer
-
-    @property
-    def peer_evidence(self) -> Evidence:
-        return self._session.peer_evidence
-
-    @property
-    def peer_binding(self) -> Binding:
-        return self._session.peer_binding
-
-    @property
-    def peer_static_key(self) -> bytes:
-        return self._session.peer_static_key
 
     @property
     def expired(self) -> bool:
@@ -206,12 +190,12 @@ class Channel:
         """The next message.
 
         Args:
-            timeout: seconds; TimedOut if no message is complete by then. The channel lives on, and so does a message
-                that has begun. 0 takes only what has arrived.
-            asker: the channel of whoever wants the message. If that peer leaves first, the wait ends with Abandoned;
-                this channel lives on.
+            timeout: seconds; 0 takes only what has arrived. A message that has begun survives it.
+            asker: the channel of whoever wants the message.
 
         Raises:
+            TimedOut: no message was complete within `timeout`. The channel lives on.
+            Abandoned: the peer of `asker` left first. The channel lives on.
             Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
         """
@@ -219,8 +203,6 @@ class Channel:
         try:
             with self._receiving:
                 message = self._receive(until, asker._wire if asker is not None else None)
-        except _Later:
-            raise TimedOut(f"no message in {timeout} s") from None
         except Abandoned:
             raise
         except BaseException as error:
@@ -232,10 +214,13 @@ class Channel:
             elif not isinstance(error, Closed):  # after a CLOSE this end may still have something to say
                 self.abort()
             raise
+        if message is None:
+            raise TimedOut(f"no message in {timeout} s")
         self._active = time.monotonic()
         return message
 
-    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any]:
+    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any] | None:
+        """The next message, or None once `until` has passed."""
         session, wire = self._session, self._wire
         while not self._ended:
             start = time.perf_counter()
@@ -250,7 +235,7 @@ class Channel:
             limit = self._limit(session.partial)
             if not wire.wait(min(until, limit), asker) or time.monotonic() > limit:  # a drip is always readable
                 if until <= limit:
-                    raise _Later
+                    return None
                 raise TimedOut("the peer did not finish a message in time" if session.partial else "the link was idle")
             data = wire.read(_LARGE_READ if session.partial else _SMALL_READ)
             if data == b"":
@@ -319,7 +304,3 @@ class Channel:
 
 def _closed() -> Closed:
     return Closed("this end of the link is closed")
-
-
-class _Later(Exception):
-    """The caller's own timeout passed."""

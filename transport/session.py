@@ -66,7 +66,7 @@ class Session:
 
     @property
     def buffered(self) -> int:
-        """Bytes that were fed and not opened yet."""
+        """How many bytes were fed and not opened yet."""
         return self._opener.buffered
 
     @property
@@ -95,18 +95,23 @@ class Session:
 
     def alert(self, code: Alert) -> bytes:
         """An ALERT. It ends this direction."""
-        return self._end(Type.ALERT, bytes([code]))
+        return self._last(Type.ALERT, bytes([code]))
 
     def close(self) -> bytes:
         """A CLOSE. It ends this direction."""
-        return self._end(Type.CLOSE, _COUNT.pack(self._sealer.messages))
+        return self._last(Type.CLOSE, _COUNT.pack(self._sealer.messages))
+
+    def _last(self, kind: Type, body: bytes) -> bytes:
+        records = self._sealer.seal(kind, body)
+        self.stop_sending()
+        return records
 
     def stop_sending(self) -> None:
-        """Ends this direction, because something of it was lost or its last record was sent."""
+        """Ends this direction: something of it was lost, or its last record was sealed."""
         self._sealer.discard()
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes bytes from the peer, in pieces of any size; `next_message` opens them."""
+        """Takes bytes in pieces of any size; `next_message` opens them."""
         self._opener.feed(data)
 
     def next_message(self) -> bytes | None:
@@ -156,8 +161,3 @@ class Session:
             if message.body != _COUNT.pack(self._opener.messages):
                 raise RecordError("a CLOSE whose count differs from the number of records received")
             self._peer_closed = True
-
-    def _end(self, kind: Type, body: bytes) -> bytes:
-        records = self._sealer.seal(kind, body)
-        self.stop_sending()
-        return records
