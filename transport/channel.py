@@ -28,19 +28,12 @@ _PARTING = 1.0  # seconds that a CLOSE or an ALERT may take to leave
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a peer may take.
-
-    Args:
-        connect: for the connection.
-        handshake: for the whole handshake, including evidence.
-        message: for a whole message once it has begun, in either direction.
-        idle: between two messages, in either direction; None for no limit.
-    """
+    """Seconds that a peer may take. Raises ValueError unless all are > 0."""
 
     connect: float = 10.0
-    handshake: float = 10.0
-    message: float = 60.0
-    idle: float | None = None
+    handshake: float = 10.0  # for the whole of it, including evidence
+    message: float = 60.0  # for a whole message once it has begun, in either direction
+    idle: float | None = None  # between two messages, in either direction; None for no limit
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -56,17 +49,11 @@ class Channel:
 
     Any failure in `receive` ends the channel, except the caller's own `timeout`. When `send` fails because the peer is
     gone, what it said before can still be received.
-
-    Attributes:
-        peer, peer_evidence, peer_binding, peer_static_key: as in `Session`.
-        made: time.monotonic() when it was established.
-        bytes_sent, bytes_received: on the wire, including the handshake.
-        seal_seconds, open_seconds: spent on encryption and decryption of messages, so far.
     """
 
     def __init__(self, wire: Wire, session: link.Session, deadlines: Deadlines) -> None:
         """Not for callers: `connect`, `initiate` and `accept` make channels."""
-        self.peer = session.peer
+        self.peer = session.peer  # what the peer's evidence established
         self.peer_evidence = session.peer_evidence
         self.peer_binding = session.peer_binding
         self.peer_static_key = session.peer_static_key
@@ -78,8 +65,8 @@ class Channel:
         self._ended = False  # by this end
         self._begun: float | None = None  # when the message under way began to arrive
         self.made = self._active = time.monotonic()
-        self.seal_seconds = 0.0
-        self.open_seconds = 0.0
+        self.seal_seconds = 0.0  # spent on encryption of messages
+        self.open_seconds = 0.0  # and on decryption
 
     @classmethod
     def connect(
@@ -141,6 +128,7 @@ class Channel:
         """Whether the link is too old to begin anything new on it."""
         return self._session.expired
 
+    # Bytes on the wire, including the handshake.
     @property
     def bytes_sent(self) -> int:
         return self._wire.bytes_sent

@@ -73,29 +73,18 @@ SUITES = {
 
 @dataclass(frozen=True)
 class End:
-    """What one end is, and what it requires of the other.
+    """What one end is, and what it requires of the other. Raises ValueError if a field has another form."""
 
-    Args:
-        attester: makes this end's evidence.
-        verifier: judges the peer's.
-        manifest_sha256: 32 bytes; a peer with another manifest cannot complete the handshake.
-        own_id, peer_id: index of the stage at either end, or CLIENT.
-        static_private: 32 bytes, if the peer knows this end by its static key; None for a fresh one.
-        admit: static public keys of the initiators that a responder serves; None leaves that to the verifier.
-        suites: the acceptable ones. An initiator proposes the first.
-
-    Raises:
-        ValueError: a field is not of that form.
-    """
-
-    attester: Attester
-    verifier: Verifier
-    manifest_sha256: bytes
-    own_id: int
-    peer_id: int
+    attester: Attester  # makes this end's evidence
+    verifier: Verifier  # judges the peer's
+    manifest_sha256: bytes  # 32 bytes; a peer with another manifest cannot complete the handshake
+    own_id: int  # index of the stage at this end, or CLIENT
+    peer_id: int  # and at the other
+    # 32 bytes, if the peer knows this end by its static key; None for a fresh one
     static_private: bytes | None = field(default=None, repr=False)
+    # static public keys of the initiators that a responder serves; None leaves that to the verifier
     admit: frozenset[bytes] | None = None
-    suites: tuple[int, ...] = (2,)
+    suites: tuple[int, ...] = (2,)  # the acceptable ones; an initiator proposes the first
 
     def __post_init__(self) -> None:
         if len(self.manifest_sha256) != 32:

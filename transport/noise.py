@@ -186,10 +186,8 @@ def handshake(
 ) -> Handshake:
     """One end of a handshake: yields a message to send, or None and is then sent the message received.
 
-    The ephemeral key is always fresh. `payloads` are for our own messages, in order; missing ones are empty.
-
-    Raises:
-        HandshakeError: a message is too short or too long, not authentic, or its keys are our own or of low order.
+    The ephemeral key is always fresh. `payloads` are for our own messages, in order; missing ones are empty. Raises
+    HandshakeError if a message is too short or too long, not authentic, or its keys are our own or of low order.
     """
     symmetric = SymmetricState(protocol_name)
     symmetric.mix_hash(prologue)

@@ -141,19 +141,14 @@ class Opener:
     """The peer's direction: bytes, in pieces of any size, to messages.
 
     What comes out before an error does not depend on how the bytes were cut. After an error nothing more comes out.
-
-    Args:
-        limits: the types that are allowed now, with the largest body of each. The owner replaces it as the order
-            advances.
-        budget: for the fragments of incomplete messages.
     """
 
     def __init__(self, cipher: CipherState, limits: Mapping[int, int], budget: Budget) -> None:
         self._cipher: CipherState | None = cipher
-        self.limits = limits
+        self.limits = limits  # the types that are allowed now, with the largest body of each; the owner replaces it
         self.messages = 0  # records of type MESSAGE so far
         self.records = 0  # of any type
-        self._budget = budget
+        self._budget = budget  # for the fragments of incomplete messages
         self._buffer = bytearray()
         self._kind = 0  # of the message under way; 0 is none
         self._body = bytearray()  # one buffer, so that a flood of tiny fragments costs no more than their bytes

@@ -27,18 +27,9 @@ _CONNECT = 10.0  # seconds that the target may take
 
 
 class Relay:
-    """Listens at one address for another.
+    """Takes what connects to `listen` on to `target`; any more than `connections` at once are turned away.
 
-    Args:
-        listen: where to accept connections.
-        target: where to take them.
-        connections: how many at once; any more are closed at once.
-
-    Attributes:
-        address: where it listens, with the port that the system chose if it was 0.
-
-    Raises:
-        Unreachable: `listen` cannot be bound.
+    Raises Unreachable if `listen` cannot be bound.
     """
 
     def __init__(self, listen: Address, target: Address, connections: int = CONNECTIONS) -> None:
@@ -47,7 +38,7 @@ class Relay:
         self._open: dict[int, _Connection] = {}
         self._lock = threading.Lock()
         self._listener = Listener(listen)
-        self.address = self._listener.address
+        self.address = self._listener.address  # with the port that the system chose if it was 0
 
     def serve(self) -> None:
         """Carries connections until `close` is called."""

@@ -23,12 +23,6 @@ class Session:
     """An established link: seals messages, opens records, and keeps the rules of order.
 
     Sealing and opening are independent of each other, so one thread may do each.
-
-    Attributes:
-        peer: what the peer's evidence established.
-        peer_evidence, peer_binding: that evidence, and what it is bound to.
-        peer_static_key: 32 bytes.
-        handshake_hash: 32 bytes, h.
     """
 
     def __init__(
@@ -42,11 +36,11 @@ class Session:
         max_message: int = MAX_MESSAGE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.peer = peer
+        self.peer = peer  # what the peer's evidence established
         self.peer_evidence = evidence
-        self.peer_binding = binding
-        self.peer_static_key = binding.static_key
-        self.handshake_hash = binding.handshake_hash
+        self.peer_binding = binding  # what that evidence is bound to
+        self.peer_static_key = binding.static_key  # 32 bytes
+        self.handshake_hash = binding.handshake_hash  # 32 bytes, h
         self._sealer = sealer
         self._opener = opener
         opener.limits = {Type.MESSAGE: max_message, Type.ALERT: 1, Type.CLOSE: _COUNT.size, Type.PING: 0}

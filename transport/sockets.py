@@ -167,11 +167,7 @@ class Wire:
 
 
 class Listener:
-    """A listening socket.
-
-    Args:
-        place: an address to bind, or the descriptor of a listening socket handed down by a parent.
-        backlog: connections that the system queues.
+    """A listening socket: `place` is an address to bind, or the descriptor of one that a parent handed down.
 
     Raises:
         Unreachable: the address cannot be bound.
@@ -181,6 +177,7 @@ class Listener:
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
         self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
         self._sock.setblocking(False)
+        self._poller = _poller(self._sock, select.POLLIN)
         self._closed = False
         self._accepting = threading.RLock()
         self.address = _address(self._sock.family, self._sock.getsockname())
@@ -188,9 +185,8 @@ class Listener:
     def accept(self) -> tuple[socket.socket, str] | None:
         """The next connection and the peer's address, for logging; None once the listener is closed."""
         with self._accepting:
-            poller = None if self._closed else _poller(self._sock, select.POLLIN)
-            while poller is not None and not self._closed:
-                if not _wait(poller, time.monotonic() + _ACCEPT_POLL):
+            while not self._closed:
+                if not _wait(self._poller, time.monotonic() + _ACCEPT_POLL):
                     continue
                 try:
                     sock, peer = self._sock.accept()
@@ -251,12 +247,8 @@ def connect(address: Address, timeout: float) -> socket.socket:
 def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
     """What the first connection to `address` sends, up to its end. It is not authenticated: verify it.
 
-    Args:
-        limit: bytes.
-        timeout: seconds from the connection on.
-
-    Raises:
-        Unreachable, TimedOut, Truncated; LimitError: it is more than `limit`.
+    The timeout is in seconds from the connection on. Raises Unreachable, TimedOut, Truncated; LimitError if it is more
+    than `limit` bytes.
     """
     with Listener(address, backlog=1) as listener:
         accepted = listener.accept()
