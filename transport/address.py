@@ -1,15 +1,15 @@
 """Addresses of links: `tcp://host:port`, `tcp://[::1]:port`, `vsock://cid:port`. Text only; `channel` connects."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import Self
 
 from transport.errors import AddressError
 
 MAX_TEXT = 300  # characters; a host name has at most 253
 
+_DECIMAL = re.compile(r"(0|[1-9][0-9]{0,9})\Z")
 # RFC 1123: labels of letters, digits and inner hyphens. ASCII, because what one resolver folds another does not.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\Z")
@@ -22,23 +22,16 @@ _SHAPE = re.compile(
 class Address:
     """Where one end of a link listens.
 
-    Args:
-        scheme: "tcp" or "vsock".
-        host: a name, an IPv4 or IPv6 address; for vsock the context id (32 bits) in decimal.
-        port: 0..65535 for tcp, 32 bits for vsock. Port 0 lets the system choose when listening.
+    Port 0 lets the system choose one.
     """
 
-    scheme: str
-    host: str
-    port: int
+    scheme: str  # "tcp" or "vsock"
+    host: str  # a name, an IPv4 or IPv6 address; for vsock the context id (32 bits) in decimal
+    port: int  # 16 bits for tcp, 32 bits for vsock
 
     @classmethod
-    def parse(cls, text: str) -> Address:
-        """Parses an address exactly: no blanks, no defaults, no leading zeros.
-
-        Raises:
-            AddressError: it is not one.
-        """
+    def parse(cls, text: str) -> Self:
+        """Takes no blanks, no defaults, no leading zeros. Raises AddressError if it is no address."""
         shape = _SHAPE.match(text) if len(text) <= MAX_TEXT else None
         if shape is None:
             raise AddressError(f"address {text[:80]!r}: wanted tcp://host:port, tcp://[ipv6]:port or vsock://cid:port")
@@ -56,7 +49,7 @@ class Address:
 
 
 def _number(text: str, what: str, digits: str, largest: int) -> int:
-    if not digits.isdecimal() or (digits[0] == "0" and digits != "0") or len(digits) > 10 or int(digits) > largest:
+    if not _DECIMAL.match(digits) or int(digits) > largest:
         raise AddressError(f"address {text!r}: wanted a {what} of 0..{largest} in plain decimal")
     return int(digits)
 

@@ -4,25 +4,20 @@ One thread reads a channel; any thread may meanwhile send on it, close it or abo
 handshake, or a whole message: a peer that drips one byte a second gains nothing over one that is silent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from socket import socket
+from typing import Any, Self
 
-from attest import AttestationResult, Binding, Evidence
 from transport import codec, link
 from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
 from transport.records import PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, hang_up, receive_once
-
-if TYPE_CHECKING:
-    from socket import socket
 
 __all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
 
@@ -33,19 +28,12 @@ _PARTING = 1.0  # seconds that a CLOSE or an ALERT may take to leave
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a peer may take.
-
-    Args:
-        connect: for the connection.
-        handshake: for the whole handshake, including evidence.
-        message: for a whole message once it has begun, in either direction.
-        idle: between two messages, in either direction; None for no limit.
-    """
+    """Seconds that a peer may take. Raises ValueError unless all are > 0."""
 
     connect: float = 10.0
-    handshake: float = 10.0
-    message: float = 60.0
-    idle: float | None = None
+    handshake: float = 10.0  # for the whole of it, including evidence
+    message: float = 60.0  # for a whole message once it has begun, in either direction
+    idle: float | None = None  # between two messages, in either direction; None for no limit
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -61,15 +49,14 @@ class Channel:
 
     Any failure in `receive` ends the channel, except the caller's own `timeout`. When `send` fails because the peer is
     gone, what it said before can still be received.
-
-    Attributes:
-        made: time.monotonic() when it was established.
-        bytes_sent, bytes_received: on the wire, including the handshake.
-        seal_seconds, open_seconds: spent on encryption and decryption of messages, so far.
     """
 
     def __init__(self, wire: Wire, session: link.Session, deadlines: Deadlines) -> None:
         """Not for callers: `connect`, `initiate` and `accept` make channels."""
+        self.peer = session.peer  # what the peer's evidence established
+        self.peer_evidence = session.peer_evidence
+        self.peer_binding = session.peer_binding
+        self.peer_static_key = session.peer_static_key
         self._wire = wire
         self._session = session
         self._deadlines = deadlines
@@ -78,8 +65,8 @@ class Channel:
         self._ended = False  # by this end
         self._begun: float | None = None  # when the message under way began to arrive
         self.made = self._active = time.monotonic()
-        self.seal_seconds = 0.0
-        self.open_seconds = 0.0
+        self.seal_seconds = 0.0  # spent on encryption of messages
+        self.open_seconds = 0.0  # and on decryption
 
     @classmethod
     def connect(
@@ -90,10 +77,7 @@ class Channel:
         deadlines: Deadlines = DEFAULT_DEADLINES,
         budget: Budget = PROCESS_BUDGET,
     ) -> Self:
-        """Connects to `address` and establishes a link.
-
-        Args:
-            budget: for the received parts of incomplete messages.
+        """Connects to `address` and establishes a link; `budget` is for the received parts of incomplete messages.
 
         Raises:
             TransportError: Unreachable, TimedOut, or the handshake failed.
@@ -123,8 +107,8 @@ class Channel:
         try:
             wanted = next(steps)
             while True:
+                reply = None
                 try:
-                    reply = None
                     if isinstance(wanted, int):
                         reply = wire.read_exactly(wanted, deadline)
                     else:
@@ -140,27 +124,11 @@ class Channel:
             raise
 
     @property
-    def peer(self) -> AttestationResult:
-        """What the peer's evidence established."""
-        return self._session.peer
-
-    @property
-    def peer_evidence(self) -> Evidence:
-        return self._session.peer_evidence
-
-    @property
-    def peer_binding(self) -> Binding:
-        return self._session.peer_binding
-
-    @property
-    def peer_static_key(self) -> bytes:
-        return self._session.peer_static_key
-
-    @property
     def expired(self) -> bool:
         """Whether the link is too old to begin anything new on it."""
         return self._session.expired
 
+    # Bytes on the wire, including the handshake.
     @property
     def bytes_sent(self) -> int:
         return self._wire.bytes_sent
@@ -206,16 +174,16 @@ class Channel:
                 raise _closed() from None
             raise
 
-    def receive(self, timeout: float | None = None, *, asker: Channel | None = None) -> dict[str, Any]:
+    def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> dict[str, Any]:
         """The next message.
 
         Args:
-            timeout: seconds; TimedOut if no message is complete by then. The channel lives on, and so does a message
-                that has begun. 0 takes only what has arrived.
-            asker: the channel of whoever wants the message. If that peer leaves first, the wait ends with Abandoned;
-                this channel lives on.
+            timeout: seconds; 0 takes only what has arrived. A message that has begun survives it.
+            asker: the channel of whoever wants the message.
 
         Raises:
+            TimedOut: no message was complete within `timeout`. The channel lives on.
+            Abandoned: the peer of `asker` left first. The channel lives on.
             Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
         """
@@ -223,8 +191,6 @@ class Channel:
         try:
             with self._receiving:
                 message = self._receive(until, asker._wire if asker is not None else None)
-        except _Later:
-            raise TimedOut(f"no message in {timeout} s") from None
         except Abandoned:
             raise
         except BaseException as error:
@@ -236,10 +202,13 @@ class Channel:
             elif not isinstance(error, Closed):  # after a CLOSE this end may still have something to say
                 self.abort()
             raise
+        if message is None:
+            raise TimedOut(f"no message in {timeout} s")
         self._active = time.monotonic()
         return message
 
-    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any]:
+    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any] | None:
+        """The next message, or None once `until` has passed."""
         session, wire = self._session, self._wire
         while not self._ended:
             start = time.perf_counter()
@@ -254,7 +223,7 @@ class Channel:
             limit = self._limit(session.partial)
             if not wire.wait(min(until, limit), asker) or time.monotonic() > limit:  # a drip is always readable
                 if until <= limit:
-                    raise _Later
+                    return None
                 raise TimedOut("the peer did not finish a message in time" if session.partial else "the link was idle")
             data = wire.read(_LARGE_READ if session.partial else _SMALL_READ)
             if data == b"":
@@ -323,7 +292,3 @@ class Channel:
 
 def _closed() -> Closed:
     return Closed("this end of the link is closed")
-
-
-class _Later(Exception):
-    """The caller's own timeout passed."""

@@ -1,12 +1,10 @@
 """Messages to bytes and back: the plain part of msgpack, read in one strict pass.
 
 A value is None, a bool, an int of 64 bits, a finite float, str, bytes, a list, or a dict with str keys. The msgpack
-package does the reading and writing. Its defaults let through more than that (tried on version 1.2.4): ext types and
-timestamps, NaN, duplicate keys of which the last wins, 1000 levels of nesting, and 16 MiB of empty maps that become
-1.3 GB of objects. The hooks here refuse those while it reads, so there is no second walk over the result.
+package lets through more than that (tried on version 1.2.4): ext types and timestamps, NaN, duplicate keys of which the
+last wins, 1000 levels of nesting, and 16 MiB of empty maps that become 1.3 GB of objects. The hooks here refuse those
+while it reads, so there is no second walk over the result.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable
@@ -38,11 +36,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(data: bytes | bytearray) -> Any:
-    """The one value that `data` encodes.
-
-    Raises:
-        DecodeError: it is not such a value. Nothing of it is kept, and the error quotes nothing of it.
-    """
+    """The one value that `data` encodes. Raises DecodeError if it is no such value, and quotes nothing of it."""
     reader = _Reader()
     try:
         value = msgpack.unpackb(

@@ -1,26 +1,10 @@
 """What can go wrong on a link, grouped by what a caller does about it.
 
-    TransportError              the root; `exit_code` is what the command line ends with
-    ├── AddressError            not an address: correct it (a ValueError too)
-    ├── SettingError            an environment variable has a bad value: correct it
-    ├── Unreachable             nobody answers there, or it cannot be bound: start the peer, correct the address
-    ├── TimedOut                a deadline passed: try again, or allow more time
-    ├── Abandoned               the peer that asked for this has left: stop, nobody wants the answer
-    ├── Closed                  the peer ended its direction properly: nothing more will come
-    ├── Truncated               the connection ended without a CLOSE: what came before is authentic, but not complete
-    ├── ProtocolError           the bytes are not this protocol's, or were altered: the link is dead
-    │   ├── HandshakeError      … before there were keys
-    │   ├── RecordError         … inside a session
-    │   └── DecodeError         … in a message that was authentic
-    ├── LimitError              more than this end will hold, or a link that is too old: the link is dead
-    └── PeerAlert               the peer gives a reason (`code`) and ends the link
-
 Bytes from outside raise these errors and the verifier's `attest.AttestationError`, and no others.
 """
 
-from __future__ import annotations
-
 import enum
+from typing import Self
 
 
 class Alert(enum.IntEnum):
@@ -34,46 +18,56 @@ class Alert(enum.IntEnum):
     INTERNAL = 6
 
 
+_REASONS: dict[int, str] = {
+    Alert.UNEXPECTED: "it received something that the protocol does not allow there",
+    Alert.DECODE: "it could not decode a message",
+    Alert.ATTESTATION: "it refuses our evidence or our static key",
+    Alert.LIMIT: "a limit of its own was reached",
+    Alert.BUSY: "it is busy",
+    Alert.INTERNAL: "something failed inside it",
+}
+
+
 class TransportError(Exception):
     """Root of the package's errors."""
 
-    exit_code = 4
+    exit_code = 4  # what the command line ends with
 
 
 class AddressError(TransportError, ValueError):
-    """The text is not an address of a link."""
+    """Not an address of a link: correct it."""
 
     exit_code = 2
 
 
 class SettingError(TransportError):
-    """An environment variable has a value that is not allowed, or names a package that is not installed."""
+    """An environment variable has a bad value, or names a package that is not installed: correct it."""
 
     exit_code = 2
 
 
 class Unreachable(TransportError):
-    """No connection could be made, or the address could not be bound."""
+    """Nobody answers there, or it cannot be bound: start the peer, or correct the address."""
 
 
 class TimedOut(TransportError):
-    """A deadline passed."""
+    """A deadline passed: try again, or allow more time."""
 
 
 class Abandoned(TransportError):
-    """The peer that asked for the awaited message has left."""
+    """The peer that asked for the awaited message has left: stop, nobody wants the answer."""
 
 
 class Closed(TransportError):
-    """The peer ended its direction with a CLOSE, or this end is closed."""
+    """The peer ended its direction with a CLOSE, or this end is closed: nothing more will come."""
 
 
 class Truncated(TransportError):
-    """The connection ended without a CLOSE."""
+    """The connection ended without a CLOSE: what came before is authentic, but not complete."""
 
 
 class ProtocolError(TransportError):
-    """The bytes are not what the protocol allows here, or they are not authentic."""
+    """The bytes are not this protocol's, or were altered: the link is dead."""
 
     alert = Alert.UNEXPECTED
 
@@ -93,7 +87,7 @@ class DecodeError(ProtocolError):
 
 
 class LimitError(TransportError):
-    """A limit of size, number or age was reached."""
+    """More than this end will hold, or a link that is too old: the link is dead."""
 
     alert = Alert.LIMIT
 
@@ -106,25 +100,14 @@ class PeerAlert(TransportError):
     """
 
     def __init__(self, code: int) -> None:
-        known = code in tuple(Alert)
-        super().__init__(f"the peer ended the link: {_REASONS[Alert(code)] if known else f'alert {code}'}")
+        super().__init__(f"the peer ended the link: {_REASONS.get(code, f'alert {code}')}")
         self.code = code
         if code == Alert.ATTESTATION:
             self.exit_code = 3
 
     @classmethod
-    def from_body(cls, body: bytes) -> PeerAlert:
+    def from_body(cls, body: bytes) -> Self:
         """The reason in an ALERT. Raises RecordError if its body is not one byte."""
         if len(body) != 1:
             raise RecordError(f"an ALERT of {len(body)} bytes, wanted 1")
         return cls(body[0])
-
-
-_REASONS = {
-    Alert.UNEXPECTED: "it received something that the protocol does not allow there",
-    Alert.DECODE: "it could not decode a message",
-    Alert.ATTESTATION: "it refuses our evidence or our static key",
-    Alert.LIMIT: "a limit of its own was reached",
-    Alert.BUSY: "it is busy",
-    Alert.INTERNAL: "something failed inside it",
-}

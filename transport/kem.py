@@ -1,10 +1,8 @@
 """ML-KEM-768 (FIPS 203) from pycryptodome, for suite 2: a key exchange that a quantum computer does not break.
 
-pycryptodome's public interface has HPKE, and no bare encapsulation. So its two private methods are called here, and
-nowhere else; the tests compare them with another library.
+pycryptodome's public interface has no bare encapsulation, so two private methods are called here, and nowhere else.
+The tests compare them with another library.
 """
-
-from __future__ import annotations
 
 from Crypto.PublicKey import MLKEM
 

@@ -12,8 +12,6 @@ return the `Session`: there is none before evidence was accepted. Before there a
 nothing; afterwards it sends at most one ALERT, whose length does not depend on the reason.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Generator
 from contextlib import suppress
@@ -34,7 +32,7 @@ from attest import (
 from transport import noise
 from transport.errors import Alert, DecodeError, HandshakeError, LimitError, PeerAlert, RecordError, TransportError
 from transport.noise import KeyPair, Split
-from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Message, Opener, Sealer, Type
+from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Opener, Sealer, Type
 from transport.session import Session
 
 __all__ = ["CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "respond"]
@@ -56,14 +54,14 @@ _FIRST: dict[int, int] = {Type.ATTEST: MAX_TOTAL, Type.ALERT: 1}
 
 @dataclass(frozen=True)
 class Suite:
-    """A handshake. Payloads are empty, so the lengths of its messages are exact."""
+    """A handshake."""
 
     protocol_name: bytes
     pattern: noise.Pattern
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Bytes of its messages."""
+        """The exact bytes of its messages, because payloads are empty."""
         return noise.message_lengths(self.pattern)
 
 
@@ -75,29 +73,18 @@ SUITES = {
 
 @dataclass(frozen=True)
 class End:
-    """What one end is, and what it requires of the other.
+    """What one end is, and what it requires of the other. Raises ValueError if a field has another form."""
 
-    Args:
-        attester: makes this end's evidence.
-        verifier: judges the peer's.
-        manifest_sha256: 32 bytes; a peer with another manifest cannot complete the handshake.
-        own_id, peer_id: index of the stage at either end, or CLIENT.
-        static_private: 32 bytes, if the peer knows this end by its static key; None for a fresh one.
-        admit: static public keys of the initiators that a responder serves; None leaves that to the verifier.
-        suites: the acceptable ones. An initiator proposes the first.
-
-    Raises:
-        ValueError: a field is not of that form.
-    """
-
-    attester: Attester
-    verifier: Verifier
-    manifest_sha256: bytes
-    own_id: int
-    peer_id: int
+    attester: Attester  # makes this end's evidence
+    verifier: Verifier  # judges the peer's
+    manifest_sha256: bytes  # 32 bytes; a peer with another manifest cannot complete the handshake
+    own_id: int  # index of the stage at this end, or CLIENT
+    peer_id: int  # and at the other
+    # 32 bytes, if the peer knows this end by its static key; None for a fresh one
     static_private: bytes | None = field(default=None, repr=False)
+    # static public keys of the initiators that a responder serves; None leaves that to the verifier
     admit: frozenset[bytes] | None = None
-    suites: tuple[int, ...] = (2,)
+    suites: tuple[int, ...] = (2,)  # the acceptable ones; an initiator proposes the first
 
     def __post_init__(self) -> None:
         if len(self.manifest_sha256) != 32:
@@ -152,7 +139,7 @@ def _receive(count: int) -> Generator[int, bytes | None, bytes]:
     return data
 
 
-def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, _Stranger]:
+def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, "_Stranger"]:
     """The Noise handshake, each message after its length."""
     suite = SUITES[preamble[5]]
     ids = (end.own_id, end.peer_id) if role == "I" else (end.peer_id, end.own_id)
@@ -205,7 +192,14 @@ class _Stranger:
         """Receives the peer's evidence. Before it is accepted, nothing else is."""
         peer = "I" if self.role == "R" else "R"
         try:
-            message = yield from self._first()
+            message = None
+            while message is None:  # and not a byte more than the peer's first message
+                header = yield from _receive(_LENGTH.size)
+                self.opener.feed(header)
+                self.opener.feed((yield from _receive(*_LENGTH.unpack(header))))
+                message = self.opener.next()
+            if message.type == Type.ALERT:
+                raise PeerAlert.from_body(message.body)
             evidence = load_attest(message.body)
             binding = Binding(peer, evidence.provider, self.split.h, self.split.rs, evidence.claims)
             result = verifier.verify(evidence, binding)
@@ -213,6 +207,9 @@ class _Stranger:
             yield from self.refuse(Alert.ATTESTATION, error)
         except (RecordError, DecodeError, LimitError) as error:
             yield from self.refuse(error.alert, error)
+        except BaseException:  # the driver's too, as when the peer is gone: what it made us hold goes with it
+            self.opener.discard()
+            raise
         return Session(self.sealer, self.opener, result, evidence, binding, max_message=max_message)
 
     def refuse(self, code: Alert, error: Exception) -> Generator[bytes | int, bytes | None, NoReturn]:
@@ -223,37 +220,15 @@ class _Stranger:
         self.sealer.discard()
         raise error
 
-    def _first(self) -> Generator[int, bytes | None, Message]:
-        """The peer's first message, and not a byte more."""
-        try:
-            while True:
-                header = yield from _receive(_LENGTH.size)
-                self.opener.feed(header)
-                self.opener.feed((yield from _receive(*_LENGTH.unpack(header))))
-                message = self.opener.next()
-                if message is None:
-                    continue
-                if message.type == Type.ALERT:
-                    raise PeerAlert.from_body(message.body)
-                return message
-        except BaseException:  # the driver's too, as when the peer is gone: what it made us hold goes with it
-            self.opener.discard()
-            raise
-
 
 def dump_attest(evidence: Evidence) -> bytes:
     """The body of an ATTEST. Raises ValueError if the evidence is more than it may hold."""
     try:
-        parts = [
-            _ATTEST.pack(ATTEST_VERSION, evidence.provider, len(evidence.claims)),
-            evidence.claims,
-            _U32.pack(len(evidence.evidence)),
-            evidence.evidence,
-            bytes([len(evidence.endorsements)]),
-        ]
+        body = _ATTEST.pack(ATTEST_VERSION, evidence.provider, len(evidence.claims)) + evidence.claims
+        body += _U32.pack(len(evidence.evidence)) + evidence.evidence
+        body += bytes([len(evidence.endorsements)])
         for item in evidence.endorsements:
-            parts += [_U32.pack(len(item)), item]
-        body = b"".join(parts)
+            body += _U32.pack(len(item)) + item
         load_attest(body)  # what the peer would refuse is refused here
     except (TransportError, struct.error, ValueError) as error:
         raise ValueError(f"one's own evidence cannot be sent: {error}") from None
@@ -261,17 +236,12 @@ def dump_attest(evidence: Evidence) -> bytes:
 
 
 def load_attest(body: bytes) -> Evidence:
-    """The evidence in an ATTEST. Nothing in it is verified by that.
-
-    Raises:
-        DecodeError: it has another layout.
-        LimitError: a part of it, or all, is too large.
-    """
+    """The evidence in an ATTEST, unverified. Raises DecodeError for its layout, LimitError for a size."""
     if len(body) > MAX_TOTAL:
         raise LimitError(f"ATTEST: {len(body)} bytes, wanted at most {MAX_TOTAL}")
     at = 0
 
-    def take(what: str, count: int, most: int) -> bytes:
+    def take(what: str, count: int, most: int = MAX_TOTAL) -> bytes:
         nonlocal at
         if count > most:
             raise LimitError(f"ATTEST: {what} of {count} bytes, wanted at most {most}")
@@ -281,15 +251,15 @@ def load_attest(body: bytes) -> Evidence:
         return body[at - count : at]
 
     def sized(what: str, most: int) -> bytes:
-        (count,) = _U32.unpack(take(f"length of {what}", _U32.size, _U32.size))
+        (count,) = _U32.unpack(take(f"length of {what}", _U32.size))
         return take(what, count, most)
 
-    version, provider, length = _ATTEST.unpack(take("head", _ATTEST.size, _ATTEST.size))
+    version, provider, length = _ATTEST.unpack(take("head", _ATTEST.size))
     if version != ATTEST_VERSION:
         raise DecodeError(f"ATTEST: version {version}, wanted {ATTEST_VERSION}")
     claims = take("claims", length, MAX_CLAIMS)
     evidence = sized("evidence", MAX_EVIDENCE)
-    count = take("number of endorsements", 1, 1)[0]
+    count = take("number of endorsements", 1)[0]
     if count > MAX_ENDORSEMENTS:
         raise LimitError(f"ATTEST: {count} endorsements, wanted at most {MAX_ENDORSEMENTS}")
     endorsements = tuple(sized("endorsement", MAX_TOTAL) for _ in range(count))

@@ -7,21 +7,18 @@
 
 The letters are the specification's: s and e are one's own static and ephemeral key pairs, rs and re the peer's public
 keys, e1 an ephemeral key of a KEM, ck the chaining key, h the hash of everything said so far, k and n a cipher's key
-and nonce. A pattern is data: the tokens of each message. `handshake` interprets it.
-https://noiseprotocol.org/noise.html, https://github.com/noiseprotocol/noise_hfs_spec
+and nonce. https://noiseprotocol.org/noise.html, https://github.com/noiseprotocol/noise_hfs_spec
 
 With XXhfs the keys depend on ML-KEM-768 as well as on X25519: somebody who records the traffic today and has a quantum
 computer later still cannot read it. Only X25519 authenticates.
-
-Primitives: X25519 of pycryptodome, `aead` and `kem`; SHA-256 and HMAC of the standard library.
 """
-
-from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key, key_agreement
 from Crypto.Random import get_random_bytes
@@ -56,24 +53,23 @@ class KeyPair:
     public: bytes
 
     @classmethod
-    def from_private(cls, private: bytes) -> KeyPair:
+    def from_private(cls, private: bytes) -> Self:
         """Raises ValueError unless `private` is 32 bytes."""
         if len(private) != DHLEN:
             raise ValueError(f"private key: got {len(private)} bytes, wanted {DHLEN}")
         return cls(private, import_x25519_private_key(private).public_key().export_key(format="raw"))
 
     @classmethod
-    def generate(cls) -> KeyPair:
+    def generate(cls) -> Self:
         return cls.from_private(get_random_bytes(DHLEN))
 
     def dh(self, public: bytes) -> bytes:
         """DH(self, public). Raises HandshakeError for points of low order, whose result anybody can know."""
-        try:
+        shared = b""
+        with suppress(ValueError):
             theirs = import_x25519_public_key(public)  # refuses the known encodings of those points
             mine = import_x25519_private_key(self.private)
             shared = bytes(key_agreement(kdf=bytes, static_priv=mine, static_pub=theirs))
-        except ValueError:
-            raise HandshakeError("the peer's public key is a point of low order") from None
         if not any(shared):
             raise HandshakeError("the peer's public key is a point of low order")
         return shared
@@ -167,20 +163,13 @@ class SymmetricState:
 
 @dataclass(frozen=True)
 class Split:
-    """The result of a handshake.
-
-    Args:
-        sending, receiving: our own directions.
-        h: the final handshake hash, 32 bytes; the same at both ends, and nowhere else.
-        rs: the peer's static public key, 32 bytes.
-        payloads: those that were received, in order.
-    """
+    """The result of a handshake."""
 
     sending: CipherState = field(repr=False)
     receiving: CipherState = field(repr=False)
-    h: bytes
-    rs: bytes
-    payloads: tuple[bytes, ...] = field(repr=False)
+    h: bytes  # the final handshake hash, 32 bytes; the same at both ends, and nowhere else
+    rs: bytes  # the peer's static public key, 32 bytes
+    payloads: tuple[bytes, ...] = field(repr=False)  # those that were received, in order
 
 
 Handshake = Generator[bytes | None, bytes | None, Split]
@@ -197,14 +186,12 @@ def handshake(
 ) -> Handshake:
     """One end of a handshake: yields a message to send, or None and is then sent the message received.
 
-    The ephemeral key is always fresh. `payloads` are for our own messages, in order; missing ones are empty.
-
-    Raises:
-        HandshakeError: a message is too short or too long, not authentic, or its keys are our own or of low order.
+    The ephemeral key is always fresh. `payloads` are for our own messages, in order; missing ones are empty. Raises
+    HandshakeError if a message is too short or too long, not authentic, or its keys are our own or of low order.
     """
     symmetric = SymmetricState(protocol_name)
     symmetric.mix_hash(prologue)
-    state = _State(symmetric, initiator, s)
+    state = _State(symmetric, initiator, {"s": s})
     mine, received, least = list(payloads), [], message_lengths(pattern)
     for number, tokens in enumerate(pattern):
         if (number % 2 == 0) == initiator:
@@ -224,15 +211,15 @@ def handshake(
     return Split(sending, receiving, symmetric.h, state.public["rs"], tuple(received))
 
 
+@dataclass
 class _State:
     """HandshakeState (section 5.3): the keys, and what each token does with them."""
 
-    def __init__(self, symmetric: SymmetricState, initiator: bool, s: KeyPair) -> None:
-        self.symmetric = symmetric
-        self.initiator = initiator
-        self.own: dict[str, KeyPair] = {"s": s}
-        self.public: dict[str, bytes] = {}  # the peer's, by "re", "rs" and "re1"
-        self.e1: KemKey | None = None
+    symmetric: SymmetricState
+    initiator: bool
+    own: dict[str, KeyPair]  # by "s" and "e"
+    public: dict[str, bytes] = field(default_factory=dict)  # the peer's, by "re", "rs" and "re1"
+    e1: KemKey | None = None
 
     def write(self, token: str) -> bytes:
         symmetric = self.symmetric

@@ -5,12 +5,10 @@
     message     one or more records of one type, contiguous, FIN on the last
 
 A record's number is implicit: it is the nonce, and both ends count. So a record that was deleted, replayed, moved or
-inserted fails authentication, without any comparison. Before each record whose number is a multiple of 1024, except 0,
-the key is replaced by a one-way function of itself. Padding is computed for the whole message and cut up with it: an
-observer sees one of few lengths.
+inserted fails authentication. Before each record whose number is a multiple of 1024, except 0, the key is replaced by a
+one-way function of itself. Padding is computed for the whole message and cut up with it: an observer sees one of few
+lengths.
 """
-
-from __future__ import annotations
 
 import struct
 import threading
@@ -44,8 +42,6 @@ class Type(IntEnum):
 
 
 class Message(NamedTuple):
-    """A message that arrived whole."""
-
     type: int
     body: bytes
 
@@ -93,17 +89,12 @@ PROCESS_BUDGET = Budget(256 * 2**20)  # 16 of the largest messages at once
 
 
 class Sealer:
-    """Our own direction: messages to records.
-
-    Attributes:
-        messages: records of type MESSAGE so far, the number that CLOSE carries.
-        records: of any type.
-    """
+    """Our own direction: messages to records."""
 
     def __init__(self, cipher: CipherState) -> None:
         self._cipher: CipherState | None = cipher
-        self.messages = 0
-        self.records = 0
+        self.messages = 0  # records of type MESSAGE so far, the number that CLOSE carries
+        self.records = 0  # of any type
 
     def discard(self) -> None:
         """Forgets the key: this direction has ended."""
@@ -149,24 +140,15 @@ def _record(cipher: CipherState, kind: Type, flags: int, body: bytes | memoryvie
 class Opener:
     """The peer's direction: bytes, in pieces of any size, to messages.
 
-    `feed` stores bytes, and `next` opens records until a message is complete. So what comes out before an error does
-    not depend on how the bytes were cut. After an error nothing more comes out.
-
-    Args:
-        limits: the types that are allowed now, with the largest body of each. The owner replaces it as the order
-            advances.
-        budget: for the fragments of incomplete messages.
-
-    Attributes:
-        messages: records of type MESSAGE so far.
+    What comes out before an error does not depend on how the bytes were cut. After an error nothing more comes out.
     """
 
     def __init__(self, cipher: CipherState, limits: Mapping[int, int], budget: Budget) -> None:
         self._cipher: CipherState | None = cipher
-        self.limits = limits
-        self.messages = 0
-        self.records = 0
-        self._budget = budget
+        self.limits = limits  # the types that are allowed now, with the largest body of each; the owner replaces it
+        self.messages = 0  # records of type MESSAGE so far
+        self.records = 0  # of any type
+        self._budget = budget  # for the fragments of incomplete messages
         self._buffer = bytearray()
         self._kind = 0  # of the message under way; 0 is none
         self._body = bytearray()  # one buffer, so that a flood of tiny fragments costs no more than their bytes
@@ -251,17 +233,15 @@ class Opener:
         if len(self._body) + end - _HEADER.size > largest or self._padded > padded_size(largest):
             raise LimitError(f"a message of type {kind} of more than {largest} bytes")
         if flags & FIN:
-            return self._finish(plaintext[_HEADER.size : end])
+            body = plaintext[_HEADER.size : end]
+            message = Message(kind, b"".join((self._body, body)) if self._body else body)
+            self._forget()
+            return message
         if len(plaintext) == _HEADER.size:
             raise self._error("nothing in it, though it is not the last record of its message")
         self._budget.reserve(end - _HEADER.size)
         self._body += memoryview(plaintext)[_HEADER.size : end]
         return None
-
-    def _finish(self, last: bytes) -> Message:
-        message = Message(self._kind, b"".join((self._body, last)) if self._body else last)
-        self._forget()
-        return message
 
     def _forget(self) -> None:
         """Ends the current message, and releases its budget."""

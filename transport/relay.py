@@ -1,28 +1,23 @@
 """A blind relay: it connects each connection at one address to another address, and passes bytes both ways.
 
-An enclave can reach only its parent's vsock, so on such a host everything between stages, or between a client and a
-stage, passes a relay. It has no keys and needs no trust: it sees ciphertext, its lengths and its times, and can stop
-it. The ends notice anything else it does, including an end without a CLOSE.
+An enclave can reach only its parent's vsock, so on such a host every link passes a relay. It has no keys and needs no
+trust: it sees ciphertext, its lengths and its times, and can stop it. The ends notice anything else it does, including
+an end without a CLOSE.
 
-Two threads carry a connection, one in each direction: read a piece, write it, repeat. So at most one piece each way is
-held, and a slow reader slows its sender down. The end of one direction is passed on, and the other continues.
+Two threads carry a connection, one in each direction, and hold at most one piece each: a slow reader slows its sender
+down. The end of one direction is passed on, and the other continues.
 """
-
-from __future__ import annotations
 
 import itertools
 import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING
+from socket import socket
 
 from transport.address import Address
 from transport.errors import TransportError
 from transport.sockets import Listener, Wire, connect
-
-if TYPE_CHECKING:
-    from socket import socket
 
 log = logging.getLogger("transport.relay")
 
@@ -32,18 +27,9 @@ _CONNECT = 10.0  # seconds that the target may take
 
 
 class Relay:
-    """Listens at one address for another.
+    """Takes what connects to `listen` on to `target`; any more than `connections` at once are turned away.
 
-    Args:
-        listen: where to accept connections.
-        target: where to take them.
-        connections: how many at once; any more are closed at once.
-
-    Attributes:
-        address: where it listens, with the port that the system chose if it was 0.
-
-    Raises:
-        Unreachable: `listen` cannot be bound.
+    Raises Unreachable if `listen` cannot be bound.
     """
 
     def __init__(self, listen: Address, target: Address, connections: int = CONNECTIONS) -> None:
@@ -52,7 +38,7 @@ class Relay:
         self._open: dict[int, _Connection] = {}
         self._lock = threading.Lock()
         self._listener = Listener(listen)
-        self.address = self._listener.address
+        self.address = self._listener.address  # with the port that the system chose if it was 0
 
     def serve(self) -> None:
         """Carries connections until `close` is called."""
@@ -61,14 +47,13 @@ class Relay:
             if accepted is None:
                 return
             sock, peer = accepted
-            with self._lock:
-                full = len(self._open) >= self._limit
-                if not full:
-                    connection = self._open[number] = _Connection(sock)
-            if full:
+            if len(self._open) >= self._limit:  # others only remove
                 log.warning("%s: turned away, %d connections are open", peer, self._limit)
                 sock.close()
                 continue
+            connection = _Connection(sock)
+            with self._lock:
+                self._open[number] = connection
             log.info("connection %d: open from %s", number, peer)
             name = f"connection {number}"
             threading.Thread(target=self._carry, args=(number, connection), name=name, daemon=True).start()
@@ -88,10 +73,10 @@ class Relay:
         while self._open and time.monotonic() < until:
             time.sleep(0.01)
 
-    def _carry(self, number: int, connection: _Connection) -> None:
+    def _carry(self, number: int, connection: "_Connection") -> None:
         try:
-            connection.run(self._target)
-            log.info("connection %d: closed, %d bytes there, %d back", number, *connection.carried)
+            there, back = connection.run(self._target)
+            log.info("connection %d: closed, %d bytes there, %d back", number, there, back)
         except TransportError as error:
             log.warning("connection %d: %s", number, error)
         finally:
@@ -107,16 +92,10 @@ class _Connection:
         self._far: Wire | None = None
         self._cut = threading.Event()
 
-    @property
-    def carried(self) -> tuple[int, int]:
-        """How many bytes were passed on, to the target and back."""
-        return self._far.bytes_sent if self._far else 0, self._near.bytes_sent
+    def run(self, target: Address) -> tuple[int, int]:
+        """Carries bytes to `target` and back until both directions have ended, or one is broken; returns how many.
 
-    def run(self, target: Address) -> None:
-        """Connects to `target`, and carries bytes until both directions have ended, or one is broken.
-
-        Raises:
-            Unreachable, TimedOut: the target is not there, and who came has been cut off.
+        Raises Unreachable or TimedOut if the target is not there; who came has been cut off.
         """
         try:
             far = self._far = Wire(connect(target, _CONNECT))
@@ -134,6 +113,7 @@ class _Connection:
                 wire.abort()
             else:
                 wire.close()
+        return far.bytes_sent, self._near.bytes_sent
 
     def cut(self) -> None:
         """Ends both directions, and wakes any thread that waits for either."""

@@ -4,8 +4,6 @@ Only MESSAGE carries application data; PING, CLOSE and ALERT are handled here. A
 connection open, is accepted and never sent.
 """
 
-from __future__ import annotations
-
 import struct
 import time
 from collections.abc import Callable
@@ -25,12 +23,6 @@ class Session:
     """An established link: seals messages, opens records, and keeps the rules of order.
 
     Sealing and opening are independent of each other, so one thread may do each.
-
-    Attributes:
-        peer: what the peer's evidence established.
-        peer_evidence, peer_binding: that evidence, and what it is bound to.
-        peer_static_key: 32 bytes.
-        handshake_hash: 32 bytes, h.
     """
 
     def __init__(
@@ -44,11 +36,11 @@ class Session:
         max_message: int = MAX_MESSAGE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.peer = peer
+        self.peer = peer  # what the peer's evidence established
         self.peer_evidence = evidence
-        self.peer_binding = binding
-        self.peer_static_key = binding.static_key
-        self.handshake_hash = binding.handshake_hash
+        self.peer_binding = binding  # what that evidence is bound to
+        self.peer_static_key = binding.static_key  # 32 bytes
+        self.handshake_hash = binding.handshake_hash  # 32 bytes, h
         self._sealer = sealer
         self._opener = opener
         opener.limits = {Type.MESSAGE: max_message, Type.ALERT: 1, Type.CLOSE: _COUNT.size, Type.PING: 0}
@@ -68,7 +60,7 @@ class Session:
 
     @property
     def buffered(self) -> int:
-        """Bytes that were fed and not opened yet."""
+        """How many bytes were fed and not opened yet."""
         return self._opener.buffered
 
     @property
@@ -97,18 +89,23 @@ class Session:
 
     def alert(self, code: Alert) -> bytes:
         """An ALERT. It ends this direction."""
-        return self._end(Type.ALERT, bytes([code]))
+        return self._last(Type.ALERT, bytes([code]))
 
     def close(self) -> bytes:
         """A CLOSE. It ends this direction."""
-        return self._end(Type.CLOSE, _COUNT.pack(self._sealer.messages))
+        return self._last(Type.CLOSE, _COUNT.pack(self._sealer.messages))
+
+    def _last(self, kind: Type, body: bytes) -> bytes:
+        records = self._sealer.seal(kind, body)
+        self.stop_sending()
+        return records
 
     def stop_sending(self) -> None:
-        """Ends this direction, because something of it was lost or its last record was sent."""
+        """Ends this direction: something of it was lost, or its last record was sealed."""
         self._sealer.discard()
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes bytes from the peer, in pieces of any size; `next_message` opens them."""
+        """Takes bytes in pieces of any size; `next_message` opens them."""
         self._opener.feed(data)
 
     def next_message(self) -> bytes | None:
@@ -158,8 +155,3 @@ class Session:
             if message.body != _COUNT.pack(self._opener.messages):
                 raise RecordError("a CLOSE whose count differs from the number of records received")
             self._peer_closed = True
-
-    def _end(self, kind: Type, body: bytes) -> bytes:
-        records = self._sealer.seal(kind, body)
-        self.stop_sending()
-        return records

@@ -3,8 +3,6 @@
 They are non-blocking underneath. Every wait is a poll with a deadline, in terms of `time.monotonic`, or `math.inf`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math
@@ -13,8 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from transport.address import Address
 from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
@@ -51,26 +48,24 @@ class Wire:
         """Sends all of `data`. Raises TimedOut, Truncated."""
         view = memoryview(data)
         while True:
+            sent, late = 0, False
             try:
                 sent = self._sock.send(view)
             except BlockingIOError:
-                if not _wait(self._writable, deadline):
-                    raise TimedOut("the peer did not take what was sent to it in time") from None
+                late = not _wait(self._writable, deadline)
             except OSError as error:
                 raise _lost(error) from None
-            else:
-                self.bytes_sent += sent
-                if sent == len(view):
-                    return
-                view = view[sent:]
-                if time.monotonic() > deadline:
-                    raise TimedOut("the peer did not take what was sent to it in time")
+            self.bytes_sent += sent
+            if sent == len(view):
+                return
+            view = view[sent:]
+            if late or time.monotonic() > deadline:
+                raise TimedOut("the peer did not take what was sent to it in time")
 
-    def wait(self, deadline: float, asker: Wire | None = None) -> bool:
+    def wait(self, deadline: float, asker: "Wire | None" = None) -> bool:
         """Waits until there is something to read, or the connection ends; False if the deadline passes first.
 
-        Raises:
-            Abandoned: the peer of `asker` left first.
+        Raises Abandoned if the peer of `asker` leaves first.
         """
         if asker is None:
             return _wait(self._readable, deadline)
@@ -91,8 +86,7 @@ class Wire:
     def read(self, count: int) -> bytes | None:
         """What has arrived, at most `count` bytes: b"" at the end of the connection, None if there is nothing.
 
-        Raises:
-            Truncated: the connection is dead.
+        Raises Truncated if the connection is dead.
         """
         try:
             data = self._sock.recv(count)
@@ -105,26 +99,38 @@ class Wire:
 
     def read_exactly(self, count: int, deadline: float) -> bytes:
         """Raises TimedOut, Truncated."""
+        data = self.read_at_most(count, deadline, "the peer did not finish the handshake in time")
+        if len(data) < count:
+            raise Truncated("the peer ended the connection inside the handshake")
+        return data
+
+    def read_at_most(self, count: int, deadline: float, late: str) -> bytes:
+        """`count` bytes, or fewer if the connection ends before. Raises TimedOut, which says `late`, and Truncated."""
         data = bytearray()
         while len(data) < count:
             if not self.wait(deadline) or time.monotonic() > deadline:  # a drip is always readable
-                raise TimedOut("the peer did not finish the handshake in time")
+                raise TimedOut(late)
             part = self.read(count - len(data))
             if part == b"":
-                raise Truncated("the peer ended the connection inside the handshake")
+                break
             data += part or b""
         return bytes(data)
 
     def readable(self) -> bool:
         """Whether there is something to read, or the peer is gone. Never blocks."""
-        return self._events(select.POLLIN | _RDHUP) != 0
+        return self._events() != 0
 
     def gone(self) -> bool:
         """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
-        events = self._events(select.POLLIN | _RDHUP)
-        if events & _GONE or not events:
-            return events != 0
-        return not _RDHUP and self._at_end()
+        events = self._events()
+        if events & _GONE or not events or _RDHUP:
+            return events & _GONE != 0
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def deafen(self) -> None:
         """Stops receiving, which wakes any thread that waits for the peer. Writing still works."""
@@ -152,30 +158,16 @@ class Wire:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self.close()
 
-    def _events(self, mask: int) -> int:
-        if self._sock.fileno() < 0:
-            return select.POLLNVAL
+    def _events(self) -> int:
         try:
-            found = _poller(self._sock, mask).poll(0)  # a new one: two threads cannot share it
-        except (OSError, ValueError):  # closed meanwhile
+            found = _poller(self._sock, select.POLLIN | _RDHUP).poll(0)  # a new one: two threads cannot share it
+        except (OSError, ValueError):  # it is closed
             return select.POLLNVAL
         return found[0][1] if found else 0
 
-    def _at_end(self) -> bool:
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
 
 class Listener:
-    """A listening socket.
-
-    Args:
-        place: an address to bind, or the descriptor of a listening socket handed down by a parent.
-        backlog: connections that the system queues.
+    """A listening socket: `place` is an address to bind, or the descriptor of one that a parent handed down.
 
     Raises:
         Unreachable: the address cannot be bound.
@@ -185,6 +177,7 @@ class Listener:
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
         self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
         self._sock.setblocking(False)
+        self._poller = _poller(self._sock, select.POLLIN)
         self._closed = False
         self._accepting = threading.RLock()
         self.address = _address(self._sock.family, self._sock.getsockname())
@@ -192,9 +185,8 @@ class Listener:
     def accept(self) -> tuple[socket.socket, str] | None:
         """The next connection and the peer's address, for logging; None once the listener is closed."""
         with self._accepting:
-            poller = None if self._closed else _poller(self._sock, select.POLLIN)
-            while poller is not None and not self._closed:
-                if not _wait(poller, time.monotonic() + _ACCEPT_POLL):
+            while not self._closed:
+                if not _wait(self._poller, time.monotonic() + _ACCEPT_POLL):
                     continue
                 try:
                     sock, peer = self._sock.accept()
@@ -215,7 +207,7 @@ class Listener:
         with self._accepting:
             self._sock.close()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -241,13 +233,12 @@ def connect(address: Address, timeout: float) -> socket.socket:
             try:
                 sock.settimeout(left)
                 sock.connect(sockaddr)
+                return sock
             except BaseException:
                 sock.close()
                 raise
         except OSError as error:  # without vsock in the kernel, or without free descriptors, the first line fails
             last = error
-        else:
-            return sock
     if last is None or isinstance(last, TimeoutError):
         raise TimedOut(f"{address} did not answer in {timeout} s")
     raise Unreachable(f"{address}: {_reason(last)}") from None
@@ -256,30 +247,22 @@ def connect(address: Address, timeout: float) -> socket.socket:
 def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
     """What the first connection to `address` sends, up to its end. It is not authenticated: verify it.
 
-    Args:
-        limit: bytes.
-        timeout: seconds from the connection on.
-
-    Raises:
-        Unreachable, TimedOut, Truncated; LimitError: it is more than `limit`.
+    The timeout is in seconds from the connection on. Raises Unreachable, TimedOut, Truncated; LimitError if it is more
+    than `limit` bytes.
     """
     with Listener(address, backlog=1) as listener:
         accepted = listener.accept()
     if accepted is None:
         raise Unreachable(f"{address}: closed")
-    wire, data = Wire(accepted[0]), bytearray()
-    deadline = time.monotonic() + timeout
+    wire = Wire(accepted[0])
     try:
-        while len(data) <= limit:
-            if not wire.wait(deadline) or time.monotonic() > deadline:
-                raise TimedOut(f"{address}: the sender did not finish in {timeout} s")
-            part = wire.read(limit + 1 - len(data))
-            if part == b"":
-                return bytes(data)
-            data += part or b""
+        late = f"{address}: the sender did not finish in {timeout} s"
+        data = wire.read_at_most(limit + 1, time.monotonic() + timeout, late)
     finally:
         wire.close()
-    raise LimitError(f"{address}: more than {limit} bytes")
+    if len(data) > limit:
+        raise LimitError(f"{address}: more than {limit} bytes")
+    return data
 
 
 def _poller(sock: socket.socket, events: int) -> select.poll:
@@ -298,37 +281,37 @@ def _wait(poller: select.poll, deadline: float) -> bool:
             return False
 
 
-def _places(address: Address) -> Iterator[tuple[int, Any]]:
+def _places(address: Address) -> list[tuple[int, Any]]:
     """Family and socket address of each place that `address` resolves to."""
     if address.scheme == "vsock":
         if not hasattr(socket, "AF_VSOCK"):
             raise Unreachable(f"{address}: this system has no vsock")
         port = address.port or socket.VMADDR_PORT_ANY  # in vsock, 0 is a port like any other
-        yield socket.AF_VSOCK, (int(address.host), port)
-        return
+        return [(socket.AF_VSOCK, (int(address.host), port))]
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise Unreachable(f"{address}: {_reason(error)}") from None
-    for family, _, _, _, sockaddr in found:
-        yield family, sockaddr
+    return [(family, sockaddr) for family, _, _, _, sockaddr in found]
 
 
 def _bind(address: Address, backlog: int) -> socket.socket:
-    for family, sockaddr in _places(address):
+    places = _places(address)
+    if not places:
+        raise Unreachable(f"cannot listen on {address}: the name has no address")
+    family, sockaddr = places[0]
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind(sockaddr)
-                sock.listen(backlog)
-            except BaseException:
-                sock.close()
-                raise
-        except OSError as error:
-            raise Unreachable(f"cannot listen on {address}: {_reason(error)}") from None
-        return sock
-    raise Unreachable(f"cannot listen on {address}: the name has no address")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(sockaddr)
+            sock.listen(backlog)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise Unreachable(f"cannot listen on {address}: {_reason(error)}") from None
+    return sock
 
 
 def _adopt(fd: int) -> socket.socket:
@@ -338,17 +321,13 @@ def _adopt(fd: int) -> socket.socket:
     except (OSError, ValueError, OverflowError) as error:
         raise AddressError(f"descriptor {fd}: {_reason(error)}, {wanted}") from None
     kinds = (*_INTERNET, getattr(socket, "AF_VSOCK", None))
-    if sock.family in kinds and sock.type == socket.SOCK_STREAM and _listens(sock):
+    listens = True
+    with contextlib.suppress(OSError):  # macOS does not tell
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+    if sock.family in kinds and sock.type == socket.SOCK_STREAM and listens:
         return sock
     sock.detach()  # not ours to close
     raise AddressError(f"descriptor {fd}: {wanted}")
-
-
-def _listens(sock: socket.socket) -> bool:
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
-    except OSError:  # macOS does not tell
-        return True
 
 
 def _address(family: int, sockaddr: Any) -> Address:
