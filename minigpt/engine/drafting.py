@@ -11,8 +11,6 @@ what was guessed wrong is rewound by the next step's smaller start.
 Letters: V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -5,8 +5,6 @@ parts that do not touch each other, so that results do not depend on the number 
 for it takes about 110 µs, so this pays only for work that takes several times that.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

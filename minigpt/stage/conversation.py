@@ -9,8 +9,6 @@ with it, and its sequence is dropped, here and in the stages after this one, as 
                    ending
 """
 
-from __future__ import annotations
-
 import enum
 import logging
 import time

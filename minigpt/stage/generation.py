@@ -9,8 +9,6 @@ is anything with the same `step`: another one in this process, or a link to the 
 Letters: T new positions, C n_embd, V vocabulary.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """From a stage's options to a stage that serves. Imported once the number of BLAS threads is set."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import signal

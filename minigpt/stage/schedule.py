@@ -3,8 +3,6 @@
 Today a pass computes the rows of one sequence, in the order of asking.
 """
 
-from __future__ import annotations
-
 import fcntl
 import threading
 import time

@@ -1,7 +1,5 @@
 """Accepts the channels of a stage, one thread for each, and makes room for newcomers."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import threading

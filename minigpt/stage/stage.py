@@ -1,7 +1,5 @@
 """What all channels of a stage share: its layers, its schedule, and its links to the next stage."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
