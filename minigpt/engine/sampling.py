@@ -60,8 +60,9 @@ def sample(logits: Logits, sampling: Sampling, position: int) -> int:  # (V,) ->
     if sampling.temperature == 0 or sampling.top_k == 1:
         return best
     ids, weights = _candidates(logits, sampling, best)
+    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position << 192))  # the highest word
     cumulative = weights.cumsum()
-    drawn = _uniform(sampling.seed, position) * cumulative[-1]
+    drawn = generator.random() * cumulative[-1]
     return int(ids[min(int(cumulative.searchsorted(drawn, side="right")), ids.size - 1)])
 
 
@@ -71,12 +72,9 @@ def logprob(logits: Logits, token: int) -> float:  # (V,) -> nats
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
 
 
-def _candidates(
-    logits: Logits, sampling: Sampling, best: int
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:  # (V,) -> (N,), (N,)
-    """The ids to draw from, and their probabilities up to a common factor."""
-    ids = np.arange(logits.size)
-    top_k = sampling.top_k
+def _candidates(logits: Logits, sampling: Sampling, best: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The ids to draw from (N,), and their probabilities (N,) up to a common factor."""
+    ids, top_k = np.arange(logits.size), sampling.top_k
     if 0 < top_k < logits.size:
         kth = np.partition(logits, -top_k)[-top_k]
         ids = _descending(logits, np.flatnonzero(logits >= kth))[:top_k]
@@ -84,10 +82,9 @@ def _candidates(
         weights = np.exp((logits[ids].astype(np.float64) - float(logits[best])) / sampling.temperature)
     if sampling.top_p < 1:
         # Those below (1 - top_p) / N cannot be in: all together they have less than 1 - top_p. It spares a long sort.
-        likely = np.flatnonzero(weights >= (1 - sampling.top_p) / ids.size * weights.sum())
-        wanted = sampling.top_p * weights.sum()
-        likely = _descending(weights, likely)
-        enough = int(weights[likely].cumsum().searchsorted(wanted)) + 1
+        total = weights.sum()
+        likely = _descending(weights, np.flatnonzero(weights >= (1 - sampling.top_p) / ids.size * total))
+        enough = int(weights[likely].cumsum().searchsorted(sampling.top_p * total)) + 1
         ids, weights = ids[likely[:enough]], weights[likely[:enough]]
     return ids, weights
 
@@ -95,8 +92,3 @@ def _candidates(
 def _descending(values: NDArray[np.floating], places: NDArray[np.intp]) -> NDArray[np.intp]:
     """The ascending places, sorted by falling value; equal ones stay in order."""
     return places[np.argsort(-values[places], kind="stable")]
-
-
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that belongs to this seed and position: the position is the counter's highest word."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position << 192)).random())
