@@ -23,9 +23,9 @@ from minigpt.engine.sampling import logprob, sample
 from minigpt.errors import RequestRefused
 from minigpt.protocol.messages import CHUNK, Answer, Generate, Logits, Reason, Span, Tokens, Wanted
 from minigpt.protocol.request import Ask, Traffic, ending, span, with_span
-from minigpt.stage.schedule import Pass, Schedule
+from minigpt.stage.schedule import Schedule
 
-# Positions computed in a batch, to be recomputed one by one as soon as nothing is guessed, if there are more of them. A
+# If more positions than this were computed in a batch, they are recomputed one by one as soon as nothing is guessed. A
 # wrong guess leaves one or two; without this, a near tie much later would go back to all of them.
 FEW = 2
 
@@ -70,13 +70,13 @@ class StageSequence:
             RequestRefused: as `check`; nothing has changed then.
         """
         self.check(start, rows)
-        wanted, following = Pass(self.cache, start, rows), self.following
+        compute, following = self._schedule.compute, self.following
         if following is None:
-            answer, computed = self._schedule.compute(wanted, lambda hidden: self._draw(hidden, start, ask))
+            answer, computed = compute(self.cache, start, rows, lambda hidden: self._draw(hidden, start, ask))
             if answer is None or not ask.spans:
                 return answer
             return with_span(answer, Span(computed, 0.0, 0.0, 0.0, 0.0))
-        hidden, computed = self._schedule.compute(wanted, lambda hidden: hidden)
+        hidden, computed = compute(self.cache, start, rows, lambda hidden: hidden)
         if not ask.spans:
             return following.step(start, hidden, ask)
         began, before = time.perf_counter(), following.traffic
@@ -87,17 +87,14 @@ class StageSequence:
 
     def check(self, start: int, rows: NDArray[Any]) -> None:
         """Raises RequestRefused for no rows, a gap, too many positions, or an id outside the vocabulary."""
-        config = self.model.config
+        config, known = self.model.config, self.cache.length
+        end, most = start + len(rows), config.n_positions
         if len(rows) == 0:
             raise self._refused("bad-request", "no token ids: a sequence needs at least one to go on from")
-        if start > self.cache.length:
-            raise self._refused(
-                "gap", f"start is {start}, but {self.cache.length} positions are known: send those between first"
-            )
-        if start + len(rows) > config.n_positions:
-            raise self._refused(
-                "too-long", f"{start + len(rows)} positions, and the model has {config.n_positions}: shorten the prompt"
-            )
+        if start > known:
+            raise self._refused("gap", f"start is {start}, but {known} positions are known: send those between first")
+        if end > most:
+            raise self._refused("too-long", f"{end} positions, and the model has {most}: shorten the prompt")
         if not self.model.is_first and rows.shape[1] != config.n_embd:
             raise self._refused("bad-request", f"{rows.shape[1]} columns, wanted {config.n_embd}")
         if self.model.is_first and ((rows < 0) | (rows >= config.vocab_size)).any():
@@ -132,7 +129,6 @@ def generate(
 
     Args:
         sequence: of the first stage.
-        request: what to feed and how to go on.
         check: called before each step; what it raises ends the generation there.
 
     Raises:
@@ -149,8 +145,7 @@ def generate(
         start, rows = start + CHUNK, rows[CHUNK:]
     check()
     answer = sequence.step(start, rows, ask)
-    if answer is None:
-        raise AssertionError("a step that wants an answer has one")
+    assert answer is not None, "a step that wants an answer has one"
     yield answer
     if isinstance(answer, Logits):
         return Reason.LOGITS
@@ -190,7 +185,7 @@ class Decoding:
     """
 
     def __init__(
-        self, sequence: StageSequence, request: Generate, ask: Ask, token: int, check: Callable[[], None] = lambda: None
+        self, sequence: StageSequence, request: Generate, ask: Ask, token: int, check: Callable[[], None]
     ) -> None:
         self._sequence = sequence
         self._ask = ask
@@ -208,19 +203,15 @@ class Decoding:
         """The next tokens, at least one and at most `most`."""
         position = self._start + len(self._ids) - 1  # of the last token, which is not fed yet
         guess = [] if self._open or self._lookup is None else self._lookup.guess(min(self._draft, most - 1))
-        if guess or (position - self._plain > FEW and not self._open):
-            answer = self._verified(position, guess)
-            if not answer.ids:
-                answer = self._plainly(position)
-        else:
-            answer = self._plainly(position)
+        verify = guess or (position - self._plain > FEW and not self._open)
+        answer = self._verified(position, guess) if verify else self._plainly(position)
         self._ids += answer.ids
         if self._lookup is not None:
             self._lookup.extend(answer.ids)
         return answer
 
     def _verified(self, position: int, guess: list[int]) -> Tokens:
-        """The settled tokens after `position` and after each right guess; none if the first is not settled."""
+        """The settled tokens after `position` and each right guess; the plain one if the first is not settled."""
         answer = self._asked(position, [self._ids[-1], *guess], Wanted.TOKENS)
         right = 0
         while right < min(len(guess), len(answer.ids)) and guess[right] == answer.ids[right]:
@@ -228,7 +219,7 @@ class Decoding:
         if guess and self._lookup is not None:
             self._lookup.learn(len(guess), right)
         self._open = right == len(answer.ids)
-        return first(answer, right + 1)
+        return first(answer, right + 1) if answer.ids else self._plainly(position)
 
     def _plainly(self, position: int) -> Tokens:
         """The token after `position`, as plain decoding gives it."""
@@ -240,8 +231,7 @@ class Decoding:
 
     def _asked(self, position: int, ids: list[int], wanted: Wanted) -> Tokens:
         answer = self._feed(position, ids, wanted)
-        if not isinstance(answer, Tokens):
-            raise AssertionError("a step that wants tokens is answered with them")
+        assert isinstance(answer, Tokens), "a step that wants tokens is answered with them"
         return answer
 
     def _feed(self, position: int, ids: list[int], wanted: Wanted) -> Answer | None:
