@@ -57,20 +57,21 @@ class Server:
             if accepted is None:
                 return
             sock, peer = accepted
+            conversation = Conversation(self.stage, number, peer, sock, self)
             with self._lock:
                 unwanted = self._least_wanted()
                 if unwanted is not None:
                     del self.open[unwanted.number]
                 full = len(self.open) >= self.stage.limits.channels
                 if not full:
-                    conversation = self.open[number] = Conversation(self.stage, number, peer, sock, self)
+                    self.open[number] = conversation
             if unwanted is not None:
                 unwanted.turn_out()
             if full:
                 log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
                 sock.close()
-                continue
-            threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
+            else:
+                threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
 
     def _least_wanted(self) -> Conversation | None:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.
@@ -78,9 +79,8 @@ class Server:
         With too many handshakes under way, the oldest of them: an honest one takes milliseconds. With too many
         channels, a handshake, else the channel that has been idle longest.
         """
-        waiting = sorted(
-            (one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)), key=lambda one: one.since
-        )
+        waiting = [one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)]
+        waiting.sort(key=lambda one: one.since)
         strangers = [one for one in waiting if one.state is State.OPENING]
         if len(strangers) >= self.stage.limits.handshakes:
             return strangers[0]

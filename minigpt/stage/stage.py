@@ -35,28 +35,14 @@ class Limits:
 
 
 class Stage:
-    """One stage of a pipeline.
-
-    Args:
-        manifest: the pipeline's.
-        index: of this stage in it.
-        model: the stage's layers.
-        attester: makes this stage's evidence.
-        limits: of this process.
-        cores: shared with other processes, as in `schedule.Turns`.
+    """Stage number `index` of the manifest's pipeline; `cores` as in `schedule.Turns`.
 
     Attributes:
         stopping: set when the process ends.
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        index: int,
-        model: GPT2,
-        attester: Attester,
-        limits: Limits,
-        cores: IO[bytes] | None = None,
+        self, manifest: Manifest, index: int, model: GPT2, attester: Attester, limits: Limits, cores: IO[bytes] | None
     ) -> None:
         self.manifest = manifest
         self.index = index
@@ -78,11 +64,8 @@ class Stage:
             StageError: the next stage cannot be reached, or is not accepted.
         """
         if not self._sequences.acquire(blocking=False):
-            raise RequestRefused(
-                f"stage {self.index} is busy with {self.limits.sequences} sequences: try again later",
-                reason="busy",
-                stage=self.index,
-            )
+            busy = f"stage {self.index} is busy with {self.limits.sequences} sequences: try again later"
+            raise RequestRefused(busy, reason="busy", stage=self.index)
         try:
             following = None if self.model.is_last else self.take_link(asker)
             return StageSequence(self.schedule, following, stage=self.index)
@@ -97,11 +80,7 @@ class Stage:
             self.give_back(sequence.following)
 
     def take_link(self, asker: Channel) -> StageLink:
-        """A link to the next stage that carries no sequence. Raises StageError if there is none.
-
-        Args:
-            asker: as in `StageLink`.
-        """
+        """A link to the next stage that carries no sequence; `asker` as in `StageLink`. Raises StageError."""
         index = self.index + 1
         # Each stage waits a little less than the one before it, so that a stage that hangs is named by its neighbour.
         timeout = max(self.limits.answer / 2, self.limits.answer - 5.0 * self.index)
