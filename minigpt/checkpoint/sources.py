@@ -31,17 +31,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine.
+    """A checkpoint on this machine."""
 
-    Attributes:
-        folder: has config.json, the weights, and perhaps a tokenizer.
-        name: a folder's own name, "tiny", or the hub id.
-        revision: the hub's commit; None where it did not come from the hub.
-    """
-
-    folder: Path
-    name: str
-    revision: str | None = None
+    folder: Path  # has config.json, the weights, and perhaps a tokenizer
+    name: str  # the folder's own name, "tiny", or the hub id
+    revision: str | None = None  # the hub's commit; None where it did not come from the hub
 
 
 def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:

@@ -62,17 +62,11 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a stage.
+    """The weights of a stage."""
 
-    Attributes:
-        tensors: by name without prefix, float32.
-        digest: 32 bytes, as defined above.
-        nbytes: the tensors' size in memory.
-    """
-
-    tensors: Mapping[str, Array]
-    digest: bytes
-    nbytes: int
+    tensors: Mapping[str, Array]  # by name without prefix
+    digest: bytes  # 32 bytes, as defined above
+    nbytes: int  # the tensors' size in memory
 
 
 @dataclass(frozen=True)

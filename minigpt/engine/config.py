@@ -140,9 +140,11 @@ def _token_ids(value: object) -> tuple[int, ...]:
 def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a stage with these layers needs, by the checkpoint's names without prefix.
 
-    The tied embedding is needed at both ends: to embed before the first layer, to score after the last.
+    The tied embedding is needed at both ends: to embed before the first layer, to score after the last. Raises
+    ValueError unless `layers` is a contiguous, non-empty range within the model.
     """
-    check_layers(config, layers)
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layer:
+        raise ValueError(f"layers {layers.start}..{layers.stop}: wanted a range within 0..{config.n_layer}")
     c, inner = config.n_embd, config.n_inner
     shapes: dict[str, tuple[int, ...]] = {}
     if layers.start == 0:
@@ -165,9 +167,3 @@ def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
     if layers.stop == config.n_layer:
         shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,), config.head: (config.vocab_size, c)}
     return shapes
-
-
-def check_layers(config: Config, layers: range) -> None:
-    """Raises ValueError unless layers is a contiguous, non-empty range within the model."""
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layer:
-        raise ValueError(f"layers {layers.start}..{layers.stop}: wanted a range within 0..{config.n_layer}")

@@ -69,14 +69,10 @@ class KVCache:
             self._kv[:, :, :, : self.length] = old[:, :, :, : self.length]
 
     def put(self, layer: int, kv: Array) -> Array:  # (2, H, T, D) -> (2, H, S, D)
-        """Write the new positions of a layer, and return all of them so far; `advance` makes them count."""
+        """Write the new positions of a layer, and return all of them so far; they count once `length` includes them."""
         end = self.length + kv.shape[2]
         self._kv[layer, :, :, self.length : end] = kv
         return self._kv[layer, :, :, :end]
-
-    def advance(self, rows: int) -> None:
-        """Count `rows` positions that every layer has put."""
-        self.length += rows
 
 
 Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and its number of rows
@@ -226,7 +222,7 @@ class GPT2:
         for layer, block in enumerate(self.h):
             x = block(x, layer, segments)
         for cache, rows in segments:
-            cache.advance(rows)
+            cache.length += rows
         return x
 
     def logits(self, x: Array) -> Array:  # (R, C) -> (R, V)

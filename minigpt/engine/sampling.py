@@ -20,22 +20,12 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. The filters apply in this order: temperature, then top_k, then top_p.
+    """How to draw a token. The filters apply in this order. Raises ValueError for a value out of its range."""
 
-    Args:
-        temperature: logits are divided by it; 0 is greedy: always the most likely token.
-        top_k: only the k most likely; 0 for all.
-        top_p: only the most likely that together have this probability, and at least one; 1 for all.
-        seed: 0 to 2**64 - 1.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # logits are divided by it; 0 is greedy: always the most likely token
+    top_k: int = 0  # only the k most likely; 0 for all
+    top_p: float = 1.0  # only the most likely that together have this probability, and at least one; 1 for all
+    seed: int = 0  # 0 to 2**64 - 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= MAX_TEMPERATURE:

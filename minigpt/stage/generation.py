@@ -41,13 +41,7 @@ class Following(Protocol):
 
 
 class StageSequence:
-    """One sequence in one stage.
-
-    Args:
-        schedule: computes the stage's layers.
-        following: what comes after them; None in the last stage.
-        stage: the stage's index, for error messages.
-    """
+    """One sequence in one stage: `following` is what comes after the stage's layers, None in the last stage."""
 
     def __init__(self, schedule: Schedule, following: Following | None = None, *, stage: int = 0) -> None:
         if (following is None) != schedule.model.is_last:
