@@ -222,8 +222,7 @@ def _index(path: Path) -> dict[str, str]:
         data = read_file(path, MAX_HEADER)
         if len(data) > MAX_HEADER:
             raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes")
-        weight_map = parse_json(data)["weight_map"]
-        entries = dict(weight_map.items())
+        entries = dict(parse_json(data)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
     for name, file_name in entries.items():

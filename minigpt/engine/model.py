@@ -26,8 +26,6 @@ from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
 
-__all__ = ["GPT2", "Config", "KVCache", "Segments"]
-
 # Queries computed at a time. This bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
 # 1024 positions; all at once would take 50), and skips most of what the causal mask would discard.
 QUERY_BLOCK = 128

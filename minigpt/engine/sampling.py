@@ -20,7 +20,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. The filters apply in this order. Raises ValueError for a value out of its range."""
+    """How to draw a token; its filters apply in the order of the fields. ValueError for a value out of its range."""
 
     temperature: float = 0.0  # logits are divided by it; 0 is greedy: always the most likely token
     top_k: int = 0  # only the k most likely; 0 for all

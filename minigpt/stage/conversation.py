@@ -53,18 +53,12 @@ class Host(Protocol):
 
 
 class Conversation:
-    """One channel of a stage.
-
-    Attributes:
-        state: changed by the conversation's own thread only.
-        since: time.monotonic() when it took that state.
-        sequence: None before the first request, and once it is dropped.
-    """
+    """One channel of a stage. Its own thread alone changes its state; `since` is time.monotonic() when it did."""
 
     def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
         self.number = number
         self.state, self.since = State.OPENING, time.monotonic()
-        self.sequence: StageSequence | None = None
+        self.sequence: StageSequence | None = None  # before the first request, and once it is dropped
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"

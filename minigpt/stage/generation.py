@@ -130,9 +130,9 @@ def generate(
     """
     ask = Ask(request.wanted, request.sampling, request.logprobs, request.spans)
     start, rows = request.start, np.asarray(request.ids, np.int64)
-    n_positions = sequence.model.config.n_positions
+    fed, n_positions = start + len(rows), sequence.model.config.n_positions
     sequence.check(start, rows)
-    sequence.cache.reserve(start + len(rows))  # at once: chunk by chunk it would be copied each time
+    sequence.cache.reserve(fed)  # at once: chunk by chunk it would be copied each time
     while len(rows) > CHUNK:
         check()
         sequence.step(start, rows[:CHUNK], replace(ask, wanted=Wanted.NOTHING))
@@ -143,11 +143,10 @@ def generate(
     yield answer
     if isinstance(answer, Logits):
         return Reason.LOGITS
-    produced = 1
-    reason = ending(request, n_positions, produced, answer.ids[0])
+    produced, reason = 1, ending(request, n_positions, 1, answer.ids[0])
     decoding = Decoding(sequence, request, ask, answer.ids[0], check)
     while reason is None:
-        last = request.start + len(request.ids) + produced - 1  # position of the last token
+        last = fed + produced - 1  # position of the last token
         answer = decoding.step(min(request.max_tokens - produced, n_positions - last))
         for told, token in enumerate(answer.ids, 1):
             reason = ending(request, n_positions, produced + told, token)
@@ -157,25 +156,21 @@ def generate(
         produced += len(answer.ids)
         yield answer
     # What was drafted past the end is not known to the client, so a later request must not go on from it.
-    sequence.cache.truncate(min(sequence.cache.length, request.start + len(request.ids) + produced - 1))
+    sequence.cache.truncate(min(sequence.cache.length, fed + produced - 1))
     return reason
 
 
 class Decoding:
     """The steps after the prompt: each feeds the last token back, alone or with guesses of what follows it.
 
+    `sequence`, of the first stage, has been fed `request.ids` in the steps of plain decoding, and `token` drawn then.
+
     Rows that are computed together differ in their last bits from rows computed alone, in what they give and in the
     keys and values that they leave, and so does all that is computed from those. (The length of the sequence adds
     nothing: a layer sees what the layers before it left, never its own errors.) The last stage therefore tells only
     tokens that are `settled`. What it leaves open is decided as plain decoding does, to the bit: the positions since
-    the last plain one are computed again, one by one, and then the token. Since no position is so computed twice, a
-    text costs its plain steps and its guesses at most.
-
-    Args:
-        sequence: of the first stage; it has been fed `request.ids`, in the steps of plain decoding.
-        ask: how to draw.
-        token: what was drawn then.
-        check: called before each step.
+    the last plain one are computed again, one by one, and then the token. No position is so computed twice: a text
+    costs its plain steps and its guesses at most.
     """
 
     def __init__(

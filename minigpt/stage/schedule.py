@@ -26,28 +26,24 @@ class Turns:
         cores: a file that every stage on these cores has open, and locks while it computes. BLAS's threads spin while
             they wait for each other: two stages that computed chunks of a prompt at once, on two cores, took up to
             twice as long as one after the other. None if the cores are not shared.
-
-    Attributes:
-        taken: turns so far.
     """
 
     def __init__(self, cores: IO[bytes] | None = None) -> None:
-        self.taken = 0
+        self.taken = 0  # turns so far
         self._cores = cores
         self._lock = threading.Lock()
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
+        mine = threading.Lock()
         with self._lock:
             self.taken += 1
-            mine = threading.Lock() if self._held else None
-            if mine is not None:
+            if self._held:
                 mine.acquire()
                 self._waiting.append(mine)
             self._held = True
-        if mine is not None:
-            mine.acquire()  # whoever goes before releases it
+        mine.acquire()  # at once, or when whoever goes before releases it
         if self._cores is not None:
             try:
                 fcntl.lockf(self._cores, fcntl.LOCK_EX)  # the system unlocks it if this process dies

@@ -36,15 +36,11 @@ class Pace:
 
 
 class Server:
-    """Serves a stage's channels.
-
-    Attributes:
-        open: the channels, by number; handshakes under way included.
-    """
+    """Serves a stage's channels."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.open: dict[int, Conversation] = {}
+        self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
         self._pace = Pace(HANDSHAKE_SHARE)
         self._began = time.monotonic()
         self._lock = threading.Lock()

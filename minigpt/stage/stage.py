@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO
 
 from attest import Attester
@@ -25,21 +25,17 @@ IDLE_LINKS = 4  # links to the next stage kept for the next sequence: evidence c
 class Limits:
     """What one stage process gives to all its peers together."""
 
-    channels: int = 64  # threads, and sockets
-    sequences: int = 8  # each has a cache, of 38 MB for six full layers of GPT-2 small
-    handshakes: int = 32  # under way at once; one more newcomer ends the oldest
+    channels: int  # threads, and sockets
+    sequences: int  # each has a cache, of 38 MB for six full layers of GPT-2 small
+    handshakes: int  # under way at once; one more newcomer ends the oldest
+    answer: float  # seconds that the next stage may take for one step
+    idle: float  # seconds that a channel may be silent
+    deadlines: Deadlines
     buffers: int = 256 * 2**20  # bytes of incoming messages that are not whole yet
-    answer: float = 120.0  # seconds that the next stage may take for one step
-    idle: float = 3600.0  # seconds that a channel may be silent
-    deadlines: Deadlines = field(default_factory=Deadlines)
 
 
 class Stage:
-    """Stage number `index` of the manifest's pipeline; `cores` as in `schedule.Turns`.
-
-    Attributes:
-        stopping: set when the process ends.
-    """
+    """Stage number `index` of the manifest's pipeline; `cores` as in `schedule.Turns`."""
 
     def __init__(
         self, manifest: Manifest, index: int, model: GPT2, attester: Attester, limits: Limits, cores: IO[bytes] | None
@@ -48,7 +44,7 @@ class Stage:
         self.index = index
         self.model = model
         self.limits = limits
-        self.stopping = threading.Event()
+        self.stopping = threading.Event()  # set when the process ends
         self.attester = links.OneAtATime(attester)
         self.schedule = Schedule(model, cores)
         self.budget = Budget(limits.buffers)
