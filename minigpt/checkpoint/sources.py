@@ -17,33 +17,25 @@ from minigpt.errors import CheckpointError, ConfigError
 TINY = "tiny"  # the embedded checkpoint's name
 MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
 
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs
 # What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [
     "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_FILES,
 ]
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine.
+    """A checkpoint on this machine."""
 
-    Attributes:
-        folder: has config.json, the weights, and perhaps a tokenizer.
-        name: a folder's own name, "tiny", or the hub id.
-        revision: the hub's commit; None where it did not come from the hub.
-    """
-
-    folder: Path
-    name: str
-    revision: str | None = None
+    folder: Path  # has config.json, the weights, and perhaps a tokenizer
+    name: str  # the folder's own name, "tiny", or the hub id
+    revision: str | None = None  # the hub's commit; None where it did not come from the hub
 
 
 def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:
@@ -95,21 +87,20 @@ def read_config(folder: Path) -> Config:
         ConfigError: it is missing, malformed, or asks for what is not supported.
     """
     path = folder / "config.json"
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
-        raise ConfigError(f"{path}: not a file")
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+            raise ConfigError("not a file")
         text = read_file(path, MAX_CONFIG)
         if len(text) > MAX_CONFIG:
-            raise ConfigError(f"{path}: more than {MAX_CONFIG} bytes")
-        data = parse_json(text)
+            raise ConfigError(f"more than {MAX_CONFIG} bytes")
+        return Config.from_json(parse_json(text))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: a checkpoint's folder has a config.json") from None
+        reason = f"{error.strerror}: a checkpoint's folder has a config.json"
     except DocumentError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    try:
-        return Config.from_json(data)
+        reason = f"not JSON: {error}"
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        reason = str(error)
+    raise ConfigError(f"{path}: {reason}")
 
 
 def _download(model: str, revision: str | None, files: list[str], download: bool) -> Checkpoint:

@@ -39,8 +39,8 @@ class Tokenizer:
     """A byte-level BPE.
 
     Attributes:
-        digest: SHA-256 over its files: u16 length of the name, the name, u64 length of the content, the content, of
-            tokenizer.json or else of vocab.json and merges.txt; big-endian.
+        digest: SHA-256 over tokenizer.json, or else vocab.json and merges.txt, of each: u16 length of the name, the
+            name, u64 length of the content, the content; big-endian.
     """
 
     def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes) -> None:
@@ -72,10 +72,8 @@ class Tokenizer:
         """The bytes of a token; none for a special one, or for an id outside the vocabulary."""
         if token in self._added:
             return b"" if self._added[token].special else self._added[token].content.encode()
-        characters = self._encoder.id_to_token(token) or ""
-        return b"".join(
-            bytes([_BYTES[character]]) if character in _BYTES else character.encode() for character in characters
-        )
+        text = self._encoder.id_to_token(token) or ""
+        return b"".join(bytes([_BYTES[letter]]) if letter in _BYTES else letter.encode() for letter in text)
 
 
 class Stream:
@@ -100,12 +98,10 @@ def load(folder: Path) -> Tokenizer | None:
     Raises:
         CheckpointError: it is damaged, or not a byte-level BPE.
     """
-    for names in (WHOLE, PARTS):
-        if all((folder / name).is_file() for name in names):
-            contents = [_content(folder / name) for name in names]
-            break
-    else:
+    names = next((names for names in (WHOLE, PARTS) if all((folder / name).is_file() for name in names)), None)
+    if names is None:
         return None
+    contents = [_content(folder / name) for name in names]
     digest = hashlib.sha256()
     for name, content in zip(names, contents, strict=True):
         digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)

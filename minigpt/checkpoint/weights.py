@@ -3,14 +3,14 @@
     model.safetensors                                       one file, or
     model.safetensors.index.json + model-*-of-*.safetensors   several, and which tensor is in which
 
-The `safetensors` package opens each file and checks its header; the bytes are then read directly, because its NumPy
-interface knows no bfloat16 and takes twice the memory. A stage reads only its own tensors, each once, in blocks. A
-block is digested as it arrived and then copied to its place as float32. So the digest covers the very bytes that are
-used, whatever happens to the file meanwhile, and loading needs only a few blocks of memory beside the tensors.
+The `safetensors` package checks each file's header; the bytes are then read directly, because its NumPy interface knows
+no bfloat16 and takes twice the memory. A stage reads only its own tensors, each once, in blocks, which are digested and
+then copied to their place as float32. So the digest covers the very bytes that are used, whatever happens to the file
+meanwhile, and loading needs only a few blocks of memory beside the tensors.
 
-All tensors are in one allocation, which Linux backs with huge pages: a token reads every weight, and with 4 KiB pages
-that costs many walks through the page tables. This took 4 % off a token's matrices on two threads, and 5 to 10 % on
-one. Matrices lie in memory as `linalg.by_columns` says.
+All tensors are in one allocation, which Linux backs with huge pages: a token reads every weight, and 4 KiB pages cost
+many walks through the page tables. This took 4 % off a token's matrices on two threads, and 5 to 10 % on one. Matrices
+lie in memory as `linalg.by_columns` says.
 
 The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
 
@@ -45,9 +45,7 @@ from minigpt.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 4 * 2**20  # bytes of a file's header, or of an index; GPT-2 XL's are 60 KB, with 1024 layers 1.5 MB
-BLOCK = (
-    2 * 2**20
-)  # bytes read, digested and widened at a time, so that they are still in the cache when they are hashed
+BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: few enough to be in the cache when they are hashed
 READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
 
 _ALIGN = 16  # numbers: a tensor begins with a cache line
@@ -64,17 +62,11 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a stage.
+    """The weights of a stage."""
 
-    Attributes:
-        tensors: by name without prefix, float32.
-        digest: 32 bytes, as defined above.
-        nbytes: the tensors' size in memory.
-    """
-
-    tensors: Mapping[str, Array]
-    digest: bytes
-    nbytes: int
+    tensors: Mapping[str, Array]  # by name without prefix
+    digest: bytes  # 32 bytes, as defined above
+    nbytes: int  # the tensors' size in memory
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
     for name, shape in shapes.items():
         if places[name].shape != shape:
             raise CheckpointError(f"tensor {name}: got shape {places[name].shape!s:.80}, the config wants {shape}")
-        if places[name].dtype not in ("F32", "F16", "BF16"):
+        if places[name].dtype not in _DTYPES:
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
     tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
     # The largest first, so that the readers finish together.
@@ -114,7 +106,9 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
         _check_tied(folder, digests["wte.weight"])
     digest = hashlib.sha256(_DOMAIN)
     for name in sorted(shapes, key=str.encode):
-        digest.update(_record(name, places[name]) + digests[name])
+        label, dtype, shape = name.encode(), places[name].dtype.encode(), shapes[name]
+        digest.update(len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype)
+        digest.update(bytes([len(shape)]) + b"".join(size.to_bytes(8, "big") for size in shape) + digests[name])
     return Weights(tensors, digest.digest(), sum(tensor.nbytes for tensor in tensors.values()))
 
 
@@ -128,21 +122,13 @@ def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
     tensors, start = {}, 0
     for name, shape in shapes.items():
         flat = room[start : start + math.prod(shape)]
-        turned = False
         if name == head:
             turned = not by_columns(shape[1], shape[0])
-        elif name.startswith("h.") and len(shape) == 2:
-            turned = by_columns(*shape)
+        else:
+            turned = name.startswith("h.") and len(shape) == 2 and by_columns(*shape)
         tensors[name] = flat.reshape(shape[::-1]).T if turned else flat.reshape(shape)
         start += sizes[name]
     return tensors
-
-
-def _record(name: str, place: _Stored) -> bytes:
-    """The part of the digest's input for a tensor that comes before the digest of its bytes."""
-    label, dtype = name.encode(), place.dtype.encode()
-    sizes = b"".join(size.to_bytes(8, "big") for size in place.shape)
-    return len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype + bytes([len(place.shape)]) + sizes
 
 
 def _read(name: str, place: _Stored, tensor: Array) -> bytes:
@@ -181,11 +167,10 @@ def _blocks(name: str, place: _Stored, size: int) -> Iterator[NDArray[np.uint8]]
 
 def _check_tied(folder: Path, embedding: bytes) -> None:
     """Refuses a stored head that differs from the embedding that the config ties it to."""
-    name = "lm_head.weight"
-    stored = _stored_names(folder)
+    name, stored, digest = "lm_head.weight", _stored_names(folder), hashlib.sha256()
     if name not in stored:
         return
-    place, digest = _header(folder / stored[name]).get(name), hashlib.sha256()
+    place = _header(folder / stored[name]).get(name)
     if place is None:
         raise CheckpointError(f"tensor {name} is not in {folder / stored[name]}")
     for block in _blocks(name, place, BLOCK):
@@ -237,8 +222,7 @@ def _index(path: Path) -> dict[str, str]:
         data = read_file(path, MAX_HEADER)
         if len(data) > MAX_HEADER:
             raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes")
-        weight_map = parse_json(data)["weight_map"]
-        entries = dict(weight_map.items())
+        entries = dict(parse_json(data)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
     for name, file_name in entries.items():

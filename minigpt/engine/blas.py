@@ -3,8 +3,6 @@
 So `import minigpt` sets them, and this module imports nothing but the standard library.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

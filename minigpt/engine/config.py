@@ -19,8 +19,7 @@ ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 class Config:
     """The fields of GPT-2's config.json that its results depend on, with transformers' defaults.
 
-    Dropout, initialisation and other fields that matter only in training are left out. `reorder_and_upcast_attn` asks
-    for scores in float32, which they always are here.
+    `reorder_and_upcast_attn` asks for scores in float32, which they always are here.
     """
 
     vocab_size: int = 50257
@@ -46,8 +45,7 @@ class Config:
     def from_json(cls, data: Mapping[str, Any]) -> "Config":
         """Reads a parsed config.json. ConfigError names the field that is malformed or not supported.
 
-        Fields that GPT-2 in transformers does not look at are ignored here too, unless they announce another
-        architecture.
+        Fields that transformers' GPT-2 ignores are ignored here too, unless they announce another architecture.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"config: got {type(data).__name__}, wanted a JSON object")
@@ -100,21 +98,19 @@ _ABSENT: tuple[object, ...] = (None, False, "absolute", 0)
 
 def _refuse_other_models(data: Mapping[str, Any]) -> None:
     """Raises ConfigError if the config describes anything but a plain GPT-2."""
+    got = data.get("model_type")
+    unnamed = got is None and "n_embd" in data  # as in the first checkpoints
+    if got != "gpt2" and not unnamed:
+        raise ConfigError(f"config: model_type is {_short(got)}, wanted 'gpt2', the only one this engine computes")
     architectures = data.get("architectures") or []
-    model_type = data.get("model_type")
-    if model_type != "gpt2" and not (
-        model_type is None and "n_embd" in data
-    ):  # the first checkpoints had no model_type
-        got = _short(model_type)
-        raise ConfigError(f"config: model_type is {got}, wanted 'gpt2', the only one this engine computes")
     known = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
     if not isinstance(architectures, list) or any(name not in known for name in architectures):
         raise ConfigError(f"config: architectures is {_short(architectures)}, wanted one of {', '.join(known)}")
     for name, value in data.items():
         absent = value in _ABSENT or (isinstance(value, list | dict) and not value)
         if _FOREIGN.search(str(name)) and not absent:
-            got = f"{_short(name)} is {_short(value)}"
-            raise ConfigError(f"config: {got}, which this engine does not support: wanted it absent")
+            field = f"{_short(name)} is {_short(value)}"
+            raise ConfigError(f"config: {field}, which this engine does not support: wanted it absent")
 
 
 def _checked(name: str, value: object, wanted: type) -> object:
@@ -144,9 +140,11 @@ def _token_ids(value: object) -> tuple[int, ...]:
 def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a stage with these layers needs, by the checkpoint's names without prefix.
 
-    The tied embedding is needed at both ends: to embed before the first layer, to score after the last.
+    The tied embedding is needed at both ends: to embed before the first layer, to score after the last. Raises
+    ValueError unless `layers` is a contiguous, non-empty range within the model.
     """
-    check_layers(config, layers)
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layer:
+        raise ValueError(f"layers {layers.start}..{layers.stop}: wanted a range within 0..{config.n_layer}")
     c, inner = config.n_embd, config.n_inner
     shapes: dict[str, tuple[int, ...]] = {}
     if layers.start == 0:
@@ -169,9 +167,3 @@ def tensor_shapes(config: Config, layers: range) -> dict[str, tuple[int, ...]]:
     if layers.stop == config.n_layer:
         shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,), config.head: (config.vocab_size, c)}
     return shapes
-
-
-def check_layers(config: Config, layers: range) -> None:
-    """Raises ValueError unless layers is a contiguous, non-empty range within the model."""
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.n_layer:
-        raise ValueError(f"layers {layers.start}..{layers.stop}: wanted a range within 0..{config.n_layer}")

@@ -1,17 +1,11 @@
-"""Drafted greedy decoding: several guessed tokens are verified in one step, and the text is exactly the plain one.
-
-    Lookup      guesses what follows, from where the end of the sequence occurred before
-    settled     whether a token stays the most likely one, however its row was computed
-    Decoding    the steps: guess, verify, keep what is right; and go back to plain steps where they must decide
+"""What drafted greedy decoding needs: guesses of what follows, and whether a verified one is beyond doubt.
 
 Guesses looked up in the sequence itself take no second model (prompt lookup decoding, Saxena, 2023). The stages compute
 the last token and the guesses as the rows of one step, the last stage tells the likeliest token after each row, and
-what was guessed wrong is rewound by the next step's smaller start.
+what was guessed wrong is rewound by the next step's smaller start: see `Decoding` in minigpt/stage/generation.py.
 
 Letters: V vocabulary.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 
@@ -21,13 +15,12 @@ from numpy.typing import NDArray
 from minigpt.engine.linalg import BLOCKED
 
 # Upper bound on how far a logit moves when its row is computed in another batch, relative to the largest logit: 128
-# roundings of float32.
-# The most seen was a sixth of it, 2.7e-6 (the embedded model; GPT-2 small and ten other shapes with random weights stay
-# below 1.1e-6). A larger bound costs time, since each tie that it sees leads to plain steps.
+# roundings of float32. The most seen was a sixth of it, 2.7e-6 (the embedded model; GPT-2 small and ten other shapes
+# with random weights stay below 1.1e-6). A larger bound costs time: each tie that it sees leads to plain steps.
 ROUNDING = 2.0**-16
 
-# Ids that are guessed ahead at most unless the request says how many. None where a step of a few rows costs twice one
-# of a single row: there they gain little on most texts.
+# Ids guessed ahead at most, unless the request says how many. None where a step of a few rows costs twice one of a
+# single row: there they gain little on most texts.
 DRAFT = 8 if BLOCKED else 0
 
 SHORTEST = 3  # ids that must have stood before; shorter runs recur in any text, and tell little of what follows
@@ -39,8 +32,8 @@ class Lookup:
 
     The longest run of ids that stands at its end and stood in it before is looked up, and what followed it the last
     time is guessed to follow again. A guess pays only if enough of it is right: so a run must have some length, which
-    doubles when a guess was mostly wrong and halves when it was mostly right, and no guess is longer than its run. This
-    follows from the sequence, and never from time or load: the same request makes the same guesses.
+    doubles when a guess was mostly wrong and halves when it was mostly right, and no guess is longer than its run. None
+    of this depends on time or load: the same request makes the same guesses.
 
     >>> lookup = Lookup([7, 1, 2, 3, 4, 5, 9, 1, 2, 3])
     >>> lookup.guess(2), lookup.guess(8)
@@ -80,14 +73,11 @@ class Lookup:
             ends, longest = longer, longest + 1
         if longest < self._demanded:
             return []
-        after = int(ends[-1])
-        guess: list[int] = []
-        for place in range(after, after + min(most, longest)):  # past the end, it goes on with what it guessed
-            guess.append(self._ids[place] if place < len(ids) else guess[place - len(ids)])
-        return guess
+        after = self._ids[int(ends[-1]) :]
+        return [after[i % len(after)] for i in range(min(most, longest))]  # past the end, it repeats what it guessed
 
     def learn(self, guessed: int, right: int) -> None:
-        """What came of a guess decides how long a run must be for the next one."""
+        """How much of a guess was right decides how long a run must be for the next one."""
         if 2 * right < guessed:
             self._demanded = min(2 * self._demanded, LONGEST)
         else:

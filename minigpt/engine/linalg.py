@@ -6,6 +6,7 @@ travel between machines, milliseconds do not.
 Letters: R rows, C n_embd, N any width, M matrix outputs, H heads, T new positions, S cached + new ones, D = C / H.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeAlias
@@ -18,7 +19,7 @@ from minigpt.engine.threads import THREADS, in_parts
 Array: TypeAlias = NDArray[np.float32]
 
 # Elementwise work runs over pieces of this many numbers, so that its temporaries stay in the second-level cache and
-# take little memory however long the prompt is. From FEW_PIECES on, the pieces are shared among threads.
+# need little memory. From FEW_PIECES on, threads share the pieces.
 PIECE = 32 * 1024
 FEW_PIECES = 8
 
@@ -46,8 +47,8 @@ def by_columns(inputs: int, outputs: int) -> bool:
     """Whether a matrix (inputs, outputs) should lie column by column in memory, or else row by row.
 
     With AVX-512 always, because of products of a few rows: see `product`. Otherwise the longer side is contiguous: BLAS
-    reads runs of 3072 numbers at 31 GB/s, and runs of 768 at 25. Of the matrices that a checkpoint stores the other
-    way, the MLP's second then takes 3.7 ms per token instead of 4.7, and the head 5.0 instead of 6.1.
+    reads runs of 3072 numbers at 31 GB/s, and runs of 768 at 25. The MLP's second matrix then takes 3.7 ms per token
+    instead of 4.7, and the head 5.0 instead of 6.1.
     """
     return BLOCKED or inputs > outputs
 
@@ -59,13 +60,12 @@ def product(x: Array, matrix: Array) -> Array:  # (R, N), (N, M) -> (R, M)
     With two or more rows OpenBLAS first repacks the matrix, at 2 to 2.9 times the cost of one row. So a few rows
     (drafted tokens, a short prompt) take another way:
 
-    - with AVX-512, block by block of the matrix's columns. The blocks are small enough not to be repacked: 2, 4 and 8
-      rows take 1.1, 1.2 and 1.5 times as long as one. This needs contiguous columns, which cost a single row nothing on
-      two threads, and 16 % on one.
+    - with AVX-512, in blocks of the matrix's columns, too small to be repacked: 2, 4 and 8 rows take 1.1, 1.2 and 1.5
+      times as long as one. This needs contiguous columns, which cost a single row 16 % on one thread, nothing on two.
     - otherwise row by row: 2 and 3 rows take 1.7 and 2.1 times as long as one, because all but the first find the
-      matrix in the third-level cache. More rows are filled up with zeros, to four per thread: OpenBLAS shares rows
-      among its threads and is slow where one gets another number. On two threads, 5, 6 and 7 rows then take 2.1 times
-      as long as one, like 8 rows; by themselves they take 3.2, 3.8 and 3.0 times as long.
+      matrix in the third-level cache. More rows are filled up with zeros, to four per thread: OpenBLAS is slow where
+      one thread gets another number of rows. On two threads, 5, 6 and 7 rows then take 2.1 times as long as one, like
+      8 rows; by themselves they take 3.2, 3.8 and 3.0 times as long.
     """
     rows, width = x.shape
     if rows == 1:
@@ -104,13 +104,6 @@ def _block_by_block(x: Array, columns: Array) -> Array:  # (R, N), (M, N) -> (R,
     return y
 
 
-def linear(x: Array, weight: Array, bias: Array) -> Array:  # (R, N), (N, M), (M,) -> (R, M)
-    """x @ weight + bias, the matrix as GPT-2 stores it ("Conv1D": inputs down, outputs across)."""
-    y = product(x, weight)
-    y += bias
-    return y
-
-
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  # (R, C), (C,), (C,) -> (R, C)
     """Layer normalisation over the last axis, variance without Bessel's correction (arXiv:1607.06450).
 
@@ -128,6 +121,35 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:  
     return y
 
 
+def in_pieces(work: Callable[[Array], None]) -> Callable[[Array], Array]:
+    """Makes of work that overwrites an array a function that does it piece by piece, and returns the array.
+
+    Pieces are views of a contiguous array: whole rows of its last axis, about PIECE numbers each. For a prompt of 512
+    tokens, the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
+    """
+
+    @functools.wraps(work)
+    def run(x: Array) -> Array:
+        if x.size <= PIECE:
+            work(x)
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(1, PIECE // rows.shape[1])
+        count = -(-len(rows) // step)
+
+        def pieces(part: slice) -> None:
+            for index in range(part.start, part.stop):
+                work(rows[index * step : (index + 1) * step])
+
+        if count < FEW_PIECES:
+            pieces(slice(0, count))
+        else:
+            in_parts(pieces, count)
+        return x
+
+    return run
+
+
 # sqrt(2 / π) (x + 0.044715 x³) is x (_LINEAR + _CUBIC x²). Made once: for a single row each ufunc takes 1 to 2 µs, and
 # making a number takes a good part of that.
 _LINEAR = np.float32(math.sqrt(2 / math.pi))
@@ -135,48 +157,36 @@ _CUBIC = np.float32(0.044715 * math.sqrt(2 / math.pi))
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 
 
-def softmax_numerators(scores: Array) -> Array:  # (H, T, S) -> the same array, overwritten
+@in_pieces
+def softmax_numerators(scores: Array) -> None:  # (H, T, S), overwritten
     """exp(scores - their maximum). Dividing by the sum comes after the product with the values, which is smaller."""
-    in_pieces(_softmax_numerators, scores)
-    return scores
+    scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
 
 
-def _softmax_numerators(part: Array) -> None:
-    part -= np.maximum.reduce(part, axis=-1, keepdims=True)
-    np.exp(part, out=part)
-
-
-def gelu_tanh(x: Array) -> Array:  # (R, N) -> the same array, overwritten
+@in_pieces
+def gelu_tanh(x: Array) -> None:  # (R, N), overwritten
     """GELU in its tanh approximation (arXiv:1606.08415, section 2): "gelu_new" and "gelu_pytorch_tanh".
 
     x³ is a product, because `x**3` calls pow for each number and takes at least ten times as long.
     """
-    in_pieces(_gelu_tanh, x)
-    return x
-
-
-def _gelu_tanh(part: Array) -> None:
-    u = part * part
+    u = x * x
     u *= _CUBIC
     u += _LINEAR
-    u *= part
+    u *= x
     np.tanh(u, out=u)
     u += _ONE
     u *= _HALF
-    part *= u
+    x *= u
 
 
-def gelu_erf(x: Array) -> Array:  # (R, N) -> the same array, overwritten
+@in_pieces
+def gelu_erf(x: Array) -> None:  # (R, N), overwritten
     """GELU as defined, x Φ(x) (arXiv:1606.08415); "gelu" in a config."""
-    in_pieces(_gelu_erf, x)
-    return x
-
-
-def _gelu_erf(part: Array) -> None:
-    u = erf(part * np.float32(math.sqrt(0.5)))
+    u = erf(x * np.float32(math.sqrt(0.5)))
     u += _ONE
     u *= _HALF
-    part *= u
+    x *= u
 
 
 def relu(x: Array) -> Array:  # (R, N) -> the same array, overwritten
@@ -210,28 +220,6 @@ def _polynomial(z: Array, coefficients: tuple[float, ...]) -> Array:
         value *= z
         value += np.float32(coefficient)
     return value
-
-
-def in_pieces(work: Callable[[Array], None], x: Array) -> None:
-    """Calls `work` with views that cover a contiguous array: whole rows of its last axis, about PIECE numbers each.
-
-    For a prompt of 512 tokens, the softmax took 39 ms on one thread and 26 on two, the GELUs 26 and 22.
-    """
-    if x.size <= PIECE:
-        work(x)
-        return
-    rows = x.reshape(-1, x.shape[-1])
-    step = max(1, PIECE // rows.shape[1])
-    count = -(-len(rows) // step)
-
-    def pieces(part: slice) -> None:
-        for index in range(part.start, part.stop):
-            work(rows[index * step : (index + 1) * step])
-
-    if count < FEW_PIECES:
-        pieces(slice(0, count))
-    else:
-        in_parts(pieces, count)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

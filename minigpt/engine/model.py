@@ -23,24 +23,21 @@ from numpy.typing import NDArray
 
 from minigpt.engine import blas
 from minigpt.engine.config import Config, tensor_shapes
-from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, linear, product, softmax_numerators
+from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
-
-__all__ = ["GPT2", "Config", "KVCache", "Segments"]
 
 # Queries computed at a time. This bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
 # 1024 positions; all at once would take 50), and skips most of what the causal mask would discard.
-QUERY_BLOCK = 128  # positions
+QUERY_BLOCK = 128
 
-CACHE_STEP = 64  # positions: the smallest cache: 4.5 MiB for GPT-2 small
+CACHE_STEP = 64  # positions of the smallest cache: 4.5 MiB for GPT-2 small
 
 
 class KVCache:
-    """Keys and values of one sequence's positions so far, for the layers of one range.
+    """Keys and values of one sequence's positions so far, for the layers of one range. Not thread-safe.
 
-    It is allocated with room for a quarter more, and grows the same way. So a new position is written in place, where
-    concatenating would copy the whole cache for every token; the first token after a prompt does not wait for a larger
-    cache; and a short sequence does not pay for n_positions. Not thread-safe.
+    It always has room for a quarter more: a new position is written in place, where concatenating would copy the whole
+    cache for every token, and a short sequence does not pay for n_positions.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, n_positions: int) -> None:
@@ -70,14 +67,10 @@ class KVCache:
             self._kv[:, :, :, : self.length] = old[:, :, :, : self.length]
 
     def put(self, layer: int, kv: Array) -> Array:  # (2, H, T, D) -> (2, H, S, D)
-        """Write the new positions of a layer, and return all of them so far; `advance` makes them count."""
+        """Write the new positions of a layer, and return all of them so far; they count once `length` includes them."""
         end = self.length + kv.shape[2]
         self._kv[layer, :, :, self.length : end] = kv
         return self._kv[layer, :, :, :end]
-
-    def advance(self, rows: int) -> None:
-        """Count `rows` positions that every layer has put."""
-        self.length += rows
 
 
 Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and its number of rows
@@ -115,7 +108,9 @@ class Conv1D:
     bias: Array  # (M,)
 
     def __call__(self, x: Array) -> Array:  # (R, N) -> (R, M)
-        return linear(x, self.weight, self.bias)
+        y = product(x, self.weight)
+        y += self.bias
+        return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +220,7 @@ class GPT2:
         for layer, block in enumerate(self.h):
             x = block(x, layer, segments)
         for cache, rows in segments:
-            cache.advance(rows)
+            cache.length += rows
         return x
 
     def logits(self, x: Array) -> Array:  # (R, C) -> (R, V)

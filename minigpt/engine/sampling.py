@@ -20,22 +20,12 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. The filters apply in this order: temperature, then top_k, then top_p.
+    """How to draw a token; its filters apply in the order of the fields. ValueError for a value out of its range."""
 
-    Args:
-        temperature: logits are divided by it; 0 is greedy: always the most likely token.
-        top_k: only the k most likely; 0 for all.
-        top_p: only the most likely that together have this probability, and at least one; 1 for all.
-        seed: 0 to 2**64 - 1.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # logits are divided by it; 0 is greedy: always the most likely token
+    top_k: int = 0  # only the k most likely; 0 for all
+    top_p: float = 1.0  # only the most likely that together have this probability, and at least one; 1 for all
+    seed: int = 0  # 0 to 2**64 - 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
@@ -60,8 +50,9 @@ def sample(logits: Logits, sampling: Sampling, position: int) -> int:  # (V,) ->
     if sampling.temperature == 0 or sampling.top_k == 1:
         return best
     ids, weights = _candidates(logits, sampling, best)
+    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position << 192))  # the highest word
     cumulative = weights.cumsum()
-    drawn = _uniform(sampling.seed, position) * cumulative[-1]
+    drawn = generator.random() * cumulative[-1]
     return int(ids[min(int(cumulative.searchsorted(drawn, side="right")), ids.size - 1)])
 
 
@@ -71,12 +62,9 @@ def logprob(logits: Logits, token: int) -> float:  # (V,) -> nats
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
 
 
-def _candidates(
-    logits: Logits, sampling: Sampling, best: int
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:  # (V,) -> (N,), (N,)
-    """The ids to draw from, and their probabilities up to a common factor."""
-    ids = np.arange(logits.size)
-    top_k = sampling.top_k
+def _candidates(logits: Logits, sampling: Sampling, best: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The ids to draw from (N,), and their probabilities (N,) up to a common factor."""
+    ids, top_k = np.arange(logits.size), sampling.top_k
     if 0 < top_k < logits.size:
         kth = np.partition(logits, -top_k)[-top_k]
         ids = _descending(logits, np.flatnonzero(logits >= kth))[:top_k]
@@ -84,10 +72,9 @@ def _candidates(
         weights = np.exp((logits[ids].astype(np.float64) - float(logits[best])) / sampling.temperature)
     if sampling.top_p < 1:
         # Those below (1 - top_p) / N cannot be in: all together they have less than 1 - top_p. It spares a long sort.
-        likely = np.flatnonzero(weights >= (1 - sampling.top_p) / ids.size * weights.sum())
-        wanted = sampling.top_p * weights.sum()
-        likely = _descending(weights, likely)
-        enough = int(weights[likely].cumsum().searchsorted(wanted)) + 1
+        total = weights.sum()
+        likely = _descending(weights, np.flatnonzero(weights >= (1 - sampling.top_p) / ids.size * total))
+        enough = int(weights[likely].cumsum().searchsorted(sampling.top_p * total)) + 1
         ids, weights = ids[likely[:enough]], weights[likely[:enough]]
     return ids, weights
 
@@ -95,8 +82,3 @@ def _candidates(
 def _descending(values: NDArray[np.floating], places: NDArray[np.intp]) -> NDArray[np.intp]:
     """The ascending places, sorted by falling value; equal ones stay in order."""
     return places[np.argsort(-values[places], kind="stable")]
-
-
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that belongs to this seed and position: the position is the counter's highest word."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position << 192)).random())

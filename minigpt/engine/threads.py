@@ -1,11 +1,8 @@
 """Parts of one computation on several threads, where BLAS itself uses one.
 
-OpenBLAS runs some of its work on threads of its own. The rest, and NumPy's elementwise functions, are cut here into
-parts that do not touch each other, so that results do not depend on the number of threads. Waking a thread and waiting
-for it takes about 110 µs, so this pays only for work that takes several times that.
+The parts do not touch each other, so results do not depend on the number of threads. Waking a thread and waiting for it
+takes about 110 µs, so this pays only for work that takes several times that.
 """
-
-from __future__ import annotations
 
 import functools
 import os
@@ -43,26 +40,22 @@ def native() -> list[int]:
 
 
 def spread(workers: Sequence[int]) -> None:
-    """Pins each computing thread to a processor of its own: the caller to the first, those of BLAS to the others.
+    """Pins each computing thread to a processor of its own: the caller to the first, `workers`, of BLAS, to the others.
 
-    For processes that compute in turns on the same processors. While the threads of one are about to sleep, those of
-    the next wake up, and the system often puts two of them on one processor and separates them milliseconds later: one
-    token in twenty took 5 to 15 ms longer, and three stages took 25 % longer than one instead of 14. Threads that the
-    caller starts later stay on its processor.
+    For processes that compute in turns on the same processors. While the threads of one fall asleep, those of the next
+    wake up, and the system often puts two on one processor for some milliseconds: one token in twenty took 5 to 15 ms
+    longer, and three stages took 25 % longer than one instead of 14. Threads that the caller starts later stay on its
+    processor.
 
     Does nothing unless there are as many threads as processors: otherwise the system knows better which are free.
-
-    Args:
-        workers: ids of BLAS's threads.
     """
     if sys.platform != "linux":
         return
     processors = sorted(os.sched_getaffinity(0))
-    if not len(processors) == THREADS == len(workers) + 1:
-        return
-    _processors[:] = processors
-    for thread, processor in zip([0, *workers], _processors, strict=True):
-        os.sched_setaffinity(thread, {processor})
+    if len(processors) == THREADS == len(workers) + 1:
+        _processors[:] = processors
+        for thread, processor in zip([0, *workers], processors, strict=True):
+            os.sched_setaffinity(thread, {processor})
 
 
 class _Helper:
@@ -106,21 +99,16 @@ class _Pool:
     """The helpers of this process, and the lock for their use."""
 
     def __init__(self) -> None:
-        self.reset()
+        self._reset()
+        if hasattr(os, "register_at_fork"):  # in the child no helper lives, and the lock may be held for ever
+            os.register_at_fork(after_in_child=self._reset)
 
-    def reset(self) -> None:
-        """Starts afresh; also in the child of a fork, where no helper lives and the lock may be held for ever."""
+    def _reset(self) -> None:
         self.helpers: list[_Helper] = []
         self.in_use = threading.Lock()
 
 
-@functools.cache
-def _pool() -> _Pool:
-    """The process's pool, made when it is first used."""
-    pool = _Pool()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=pool.reset)
-    return pool
+_pool = functools.cache(_Pool)  # the process's only one, made when it is first used
 
 
 def in_parts(work: Work, count: int) -> None:

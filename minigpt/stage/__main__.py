@@ -6,8 +6,6 @@ standard output when it is ready, and logs to standard error what an operator ne
 This module imports no NumPy before `main` has read --threads, because the BLAS library counts its threads at import.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import logging

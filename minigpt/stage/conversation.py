@@ -9,13 +9,10 @@ with it, and its sequence is dropped, here and in the stages after this one, as 
                    ending
 """
 
-from __future__ import annotations
-
 import enum
 import logging
 import time
 import traceback
-from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,18 +21,7 @@ from attest import AttestationError, dump_evidence
 from minigpt.errors import ManifestError, MessageError, MiniGPTError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import (
-    Answer,
-    Cancel,
-    Done,
-    Failure,
-    Generate,
-    Message,
-    Reason,
-    StageReport,
-    Step,
-    Wanted,
-)
+from minigpt.protocol.messages import Cancel, Done, Failure, Generate, Message, Reason, StageReport, Step, Wanted
 from minigpt.protocol.request import Ask
 from minigpt.stage.generation import StageSequence, generate
 from minigpt.stage.stage import Stage
@@ -48,8 +34,6 @@ STATUS_TIMEOUT = 5.0  # seconds for each stage that is still to be asked
 
 
 class State(enum.Enum):
-    """Of a conversation."""
-
     OPENING = enum.auto()  # the handshake is under way
     IDLE = enum.auto()  # nothing is asked
     WORKING = enum.auto()  # something is
@@ -69,18 +53,12 @@ class Host(Protocol):
 
 
 class Conversation:
-    """One channel of a stage.
-
-    Attributes:
-        state: changed by the conversation's own thread only.
-        since: time.monotonic() when it took that state.
-        sequence: None before the first request, and once it is dropped.
-    """
+    """One channel of a stage. Its own thread alone changes its state; `since` is time.monotonic() when it did."""
 
     def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
         self.number = number
         self.state, self.since = State.OPENING, time.monotonic()
-        self.sequence: StageSequence | None = None
+        self.sequence: StageSequence | None = None  # before the first request, and once it is dropped
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"
@@ -108,7 +86,7 @@ class Conversation:
         self.state, self.since = state, time.monotonic()
 
     def _serve(self, channel: Channel) -> None:
-        index = self._stage.index
+        here = f"stage {self._stage.index}"
         try:
             while not self._stage.stopping.is_set():
                 self._enter(State.IDLE)
@@ -126,11 +104,11 @@ class Conversation:
             log.warning("%s: %s", self._name, error)
             self._fail(channel, error)
         except ManifestError as error:  # it has expired
-            self._fail(channel, StageError(f"stage {index}: {error}", stage=index))
+            self._fail(channel, StageError(f"{here}: {error}"))
             raise
         except Exception:
             with suppress(TransportError):
-                self._fail(channel, StageError(f"stage {index} failed inside: its log says where", stage=index))
+                self._fail(channel, StageError(f"{here} failed inside: its log says where"))
             raise
 
     def _answer(self, channel: Channel, message: Message) -> None:
@@ -157,8 +135,11 @@ class Conversation:
 
     def _generate(self, channel: Channel, request: Generate) -> None:
         try:
-            steps = generate(self._begun(channel), request, lambda: self._check_client(channel))
-            reason = self._send_all(channel, steps)
+            answers = generate(self._begun(channel), request, lambda: self._check_client(channel))
+            while True:
+                self._send(channel, next(answers))
+        except StopIteration as end:
+            reason = Reason(end.value)
         except _Cancelled:
             reason = Reason.CANCELLED
             if (link := self._link) is not None and link.due:
@@ -169,14 +150,6 @@ class Conversation:
             self._send(channel, messages.refusal(error))
             return
         self._send(channel, Done(reason))
-
-    def _send_all(self, channel: Channel, steps: Generator[Answer, None, Reason]) -> Reason:
-        while True:
-            try:
-                answer = next(steps)
-            except StopIteration as end:
-                return Reason(end.value)
-            self._send(channel, answer)
 
     def _check_client(self, channel: Channel) -> None:
         """Between two steps: is the client still there, and does it want to go on?"""
@@ -270,11 +243,9 @@ class Conversation:
     def stop(self) -> None:
         """Called by another thread: ends the channel now if it is idle, and wakes it up otherwise."""
         channel = self._channel
-        if channel is None:
-            return
-        if self.state is State.IDLE:
+        if channel is not None and self.state is State.IDLE:
             channel.close()
-        else:
+        elif channel is not None:
             channel.deafen()
 
     def turn_out(self) -> None:
@@ -299,8 +270,5 @@ class Conversation:
         try:
             self._forget()
         finally:
-            if self._channel is not None:
-                self._channel.close()
-            else:
-                self._sock.close()
+            (self._channel or self._sock).close()
             self._host.forget(self.number)

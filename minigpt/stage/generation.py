@@ -9,8 +9,6 @@ is anything with the same `step`: another one in this process, or a link to the 
 Letters: T new positions, C n_embd, V vocabulary.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -25,9 +23,9 @@ from minigpt.engine.sampling import logprob, sample
 from minigpt.errors import RequestRefused
 from minigpt.protocol.messages import CHUNK, Answer, Generate, Logits, Reason, Span, Tokens, Wanted
 from minigpt.protocol.request import Ask, Traffic, ending, span, with_span
-from minigpt.stage.schedule import Pass, Schedule
+from minigpt.stage.schedule import Schedule
 
-# Positions computed in a batch, to be recomputed one by one as soon as nothing is guessed, if there are more of them. A
+# If more positions than this were computed in a batch, they are recomputed one by one as soon as nothing is guessed. A
 # wrong guess leaves one or two; without this, a near tie much later would go back to all of them.
 FEW = 2
 
@@ -43,13 +41,7 @@ class Following(Protocol):
 
 
 class StageSequence:
-    """One sequence in one stage.
-
-    Args:
-        schedule: computes the stage's layers.
-        following: what comes after them; None in the last stage.
-        stage: the stage's index, for error messages.
-    """
+    """One sequence in one stage: `following` is what comes after the stage's layers, None in the last stage."""
 
     def __init__(self, schedule: Schedule, following: Following | None = None, *, stage: int = 0) -> None:
         if (following is None) != schedule.model.is_last:
@@ -72,13 +64,13 @@ class StageSequence:
             RequestRefused: as `check`; nothing has changed then.
         """
         self.check(start, rows)
-        wanted, following = Pass(self.cache, start, rows), self.following
+        compute, following = self._schedule.compute, self.following
         if following is None:
-            answer, computed = self._schedule.compute(wanted, lambda hidden: self._draw(hidden, start, ask))
+            answer, computed = compute(self.cache, start, rows, lambda hidden: self._draw(hidden, start, ask))
             if answer is None or not ask.spans:
                 return answer
             return with_span(answer, Span(computed, 0.0, 0.0, 0.0, 0.0))
-        hidden, computed = self._schedule.compute(wanted, lambda hidden: hidden)
+        hidden, computed = compute(self.cache, start, rows, lambda hidden: hidden)
         if not ask.spans:
             return following.step(start, hidden, ask)
         began, before = time.perf_counter(), following.traffic
@@ -89,17 +81,14 @@ class StageSequence:
 
     def check(self, start: int, rows: NDArray[Any]) -> None:
         """Raises RequestRefused for no rows, a gap, too many positions, or an id outside the vocabulary."""
-        config = self.model.config
+        config, known = self.model.config, self.cache.length
+        end, most = start + len(rows), config.n_positions
         if len(rows) == 0:
             raise self._refused("bad-request", "no token ids: a sequence needs at least one to go on from")
-        if start > self.cache.length:
-            raise self._refused(
-                "gap", f"start is {start}, but {self.cache.length} positions are known: send those between first"
-            )
-        if start + len(rows) > config.n_positions:
-            raise self._refused(
-                "too-long", f"{start + len(rows)} positions, and the model has {config.n_positions}: shorten the prompt"
-            )
+        if start > known:
+            raise self._refused("gap", f"start is {start}, but {known} positions are known: send those between first")
+        if end > most:
+            raise self._refused("too-long", f"{end} positions, and the model has {most}: shorten the prompt")
         if not self.model.is_first and rows.shape[1] != config.n_embd:
             raise self._refused("bad-request", f"{rows.shape[1]} columns, wanted {config.n_embd}")
         if self.model.is_first and ((rows < 0) | (rows >= config.vocab_size)).any():
@@ -134,7 +123,6 @@ def generate(
 
     Args:
         sequence: of the first stage.
-        request: what to feed and how to go on.
         check: called before each step; what it raises ends the generation there.
 
     Raises:
@@ -142,25 +130,23 @@ def generate(
     """
     ask = Ask(request.wanted, request.sampling, request.logprobs, request.spans)
     start, rows = request.start, np.asarray(request.ids, np.int64)
-    n_positions = sequence.model.config.n_positions
+    fed, n_positions = start + len(rows), sequence.model.config.n_positions
     sequence.check(start, rows)
-    sequence.cache.reserve(start + len(rows))  # at once: chunk by chunk it would be copied each time
+    sequence.cache.reserve(fed)  # at once: chunk by chunk it would be copied each time
     while len(rows) > CHUNK:
         check()
         sequence.step(start, rows[:CHUNK], replace(ask, wanted=Wanted.NOTHING))
         start, rows = start + CHUNK, rows[CHUNK:]
     check()
     answer = sequence.step(start, rows, ask)
-    if answer is None:
-        raise AssertionError("a step that wants an answer has one")
+    assert answer is not None, "a step that wants an answer has one"
     yield answer
     if isinstance(answer, Logits):
         return Reason.LOGITS
-    produced = 1
-    reason = ending(request, n_positions, produced, answer.ids[0])
+    produced, reason = 1, ending(request, n_positions, 1, answer.ids[0])
     decoding = Decoding(sequence, request, ask, answer.ids[0], check)
     while reason is None:
-        last = request.start + len(request.ids) + produced - 1  # position of the last token
+        last = fed + produced - 1  # position of the last token
         answer = decoding.step(min(request.max_tokens - produced, n_positions - last))
         for told, token in enumerate(answer.ids, 1):
             reason = ending(request, n_positions, produced + told, token)
@@ -170,29 +156,25 @@ def generate(
         produced += len(answer.ids)
         yield answer
     # What was drafted past the end is not known to the client, so a later request must not go on from it.
-    sequence.cache.truncate(min(sequence.cache.length, request.start + len(request.ids) + produced - 1))
+    sequence.cache.truncate(min(sequence.cache.length, fed + produced - 1))
     return reason
 
 
 class Decoding:
     """The steps after the prompt: each feeds the last token back, alone or with guesses of what follows it.
 
+    `sequence`, of the first stage, has been fed `request.ids` in the steps of plain decoding, and `token` drawn then.
+
     Rows that are computed together differ in their last bits from rows computed alone, in what they give and in the
     keys and values that they leave, and so does all that is computed from those. (The length of the sequence adds
     nothing: a layer sees what the layers before it left, never its own errors.) The last stage therefore tells only
     tokens that are `settled`. What it leaves open is decided as plain decoding does, to the bit: the positions since
-    the last plain one are computed again, one by one, and then the token. Since no position is so computed twice, a
-    text costs its plain steps and its guesses at most.
-
-    Args:
-        sequence: of the first stage; it has been fed `request.ids`, in the steps of plain decoding.
-        ask: how to draw.
-        token: what was drawn then.
-        check: called before each step.
+    the last plain one are computed again, one by one, and then the token. No position is so computed twice: a text
+    costs its plain steps and its guesses at most.
     """
 
     def __init__(
-        self, sequence: StageSequence, request: Generate, ask: Ask, token: int, check: Callable[[], None] = lambda: None
+        self, sequence: StageSequence, request: Generate, ask: Ask, token: int, check: Callable[[], None]
     ) -> None:
         self._sequence = sequence
         self._ask = ask
@@ -210,19 +192,15 @@ class Decoding:
         """The next tokens, at least one and at most `most`."""
         position = self._start + len(self._ids) - 1  # of the last token, which is not fed yet
         guess = [] if self._open or self._lookup is None else self._lookup.guess(min(self._draft, most - 1))
-        if guess or (position - self._plain > FEW and not self._open):
-            answer = self._verified(position, guess)
-            if not answer.ids:
-                answer = self._plainly(position)
-        else:
-            answer = self._plainly(position)
+        verify = guess or (position - self._plain > FEW and not self._open)
+        answer = self._verified(position, guess) if verify else self._plainly(position)
         self._ids += answer.ids
         if self._lookup is not None:
             self._lookup.extend(answer.ids)
         return answer
 
     def _verified(self, position: int, guess: list[int]) -> Tokens:
-        """The settled tokens after `position` and after each right guess; none if the first is not settled."""
+        """The settled tokens after `position` and each right guess; the plain one if the first is not settled."""
         answer = self._asked(position, [self._ids[-1], *guess], Wanted.TOKENS)
         right = 0
         while right < min(len(guess), len(answer.ids)) and guess[right] == answer.ids[right]:
@@ -230,7 +208,7 @@ class Decoding:
         if guess and self._lookup is not None:
             self._lookup.learn(len(guess), right)
         self._open = right == len(answer.ids)
-        return first(answer, right + 1)
+        return first(answer, right + 1) if answer.ids else self._plainly(position)
 
     def _plainly(self, position: int) -> Tokens:
         """The token after `position`, as plain decoding gives it."""
@@ -242,8 +220,7 @@ class Decoding:
 
     def _asked(self, position: int, ids: list[int], wanted: Wanted) -> Tokens:
         answer = self._feed(position, ids, wanted)
-        if not isinstance(answer, Tokens):
-            raise AssertionError("a step that wants tokens is answered with them")
+        assert isinstance(answer, Tokens), "a step that wants tokens is answered with them"
         return answer
 
     def _feed(self, position: int, ids: list[int], wanted: Wanted) -> Answer | None:

@@ -1,7 +1,5 @@
 """From a stage's options to a stage that serves. Imported once the number of BLAS threads is set."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import signal
@@ -35,8 +33,9 @@ def run(options: argparse.Namespace) -> None:
     listener = _listener(options.listen, entry)
     model = _model(manifest, entry, options.model)
     _check_own_evidence(manifest, entry.index, attester)
-    cores = _shared(options.turns)
-    if cores is not None:
+    cores = None
+    if options.turns is not None:
+        cores = _opened(options.turns)
         threads.spread(blas)
     limits = Limits(
         channels=options.max_channels,
@@ -68,9 +67,8 @@ def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
     if index >= len(manifest.stages):
         raise UsageError(f"--index {index}, but the manifest has {len(manifest.stages)} stages, from 0 on")
     if manifest.simulated and not options.allow_mock:
-        raise ManifestError(
-            "the manifest accepts mock evidence, which proves nothing about hardware: refused without --allow-mock"
-        )
+        mock = "the manifest accepts mock evidence, which proves nothing about hardware"
+        raise ManifestError(f"{mock}: refused without --allow-mock")
     return manifest.stages[index]
 
 
@@ -79,10 +77,8 @@ def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
     folder = sources.local(model or manifest.model)
     loaded = weights.load(folder, manifest.config, entry.layers)
     if loaded.digest != entry.weights_sha256:
-        raise WeightsMismatch(
-            f"weights sha256 {loaded.digest.hex()}, the manifest wants {entry.weights_sha256.hex()}: "
-            f"{folder} is another checkpoint, or damaged"
-        )
+        found = f"weights sha256 {loaded.digest.hex()}, the manifest wants {entry.weights_sha256.hex()}"
+        raise WeightsMismatch(f"{found}: {folder} is another checkpoint, or damaged")
     return GPT2(manifest.config, entry.layers, loaded.tensors)
 
 
@@ -95,10 +91,8 @@ def _check_own_evidence(manifest: Manifest, index: int, attester: Attester) -> N
         log.warning("peers will refuse this stage's evidence: %s", error)
 
 
-def _shared(path: str | None) -> IO[bytes] | None:
+def _opened(path: str) -> IO[bytes]:
     """The file of --turns, open for locking."""
-    if path is None:
-        return None
     try:
         return open(path, "r+b", buffering=0)
     except OSError as error:

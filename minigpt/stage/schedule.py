@@ -3,14 +3,12 @@
 Today a pass computes the rows of one sequence, in the order of asking.
 """
 
-from __future__ import annotations
-
 import fcntl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -22,35 +20,30 @@ T = TypeVar("T")
 class Turns:
     """A lock, granted in the order of asking: a channel waits for at most one step of each other channel.
 
-    A class rather than a generator: on a token's way between two stages the caches no longer hold our code, and the end
-    of a turn took 50 µs with two nested generators, where it takes 30.
+    A class rather than a generator: the end of a turn took 50 µs with two nested generators, where it takes 30.
 
     Args:
-        cores: a file that every stage which shares this machine's cores has open; a stage locks it while it computes.
-            BLAS's threads spin while they wait for each other: two stages that computed chunks of a prompt at once, on
-            two cores, took up to twice as long as one after the other. None if the cores are not shared.
-
-    Attributes:
-        taken: turns so far.
+        cores: a file that every stage on these cores has open, and locks while it computes. BLAS's threads spin while
+            they wait for each other: two stages that computed chunks of a prompt at once, on two cores, took up to
+            twice as long as one after the other. None if the cores are not shared.
     """
 
     def __init__(self, cores: IO[bytes] | None = None) -> None:
-        self.taken = 0
+        self.taken = 0  # turns so far
         self._cores = cores
         self._lock = threading.Lock()
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
+        mine = threading.Lock()
         with self._lock:
             self.taken += 1
-            mine = threading.Lock() if self._held else None
-            if mine is not None:
+            if self._held:
                 mine.acquire()
                 self._waiting.append(mine)
             self._held = True
-        if mine is not None:
-            mine.acquire()  # whoever goes before releases it
+        mine.acquire()  # at once, or when whoever goes before releases it
         if self._cores is not None:
             try:
                 fcntl.lockf(self._cores, fcntl.LOCK_EX)  # the system unlocks it if this process dies
@@ -73,27 +66,8 @@ class Turns:
                 self._held = False
 
 
-class Pass(NamedTuple):
-    """The rows that a sequence wants computed next.
-
-    Args:
-        cache: the sequence's; it is cut to `start` positions first.
-        start: position of the first row.
-        rows: (T,) token ids in the first stage, (T, C) hidden states in the others.
-    """
-
-    cache: KVCache
-    start: int
-    rows: NDArray[Any]
-
-
 class Schedule:
-    """Computes passes through a stage's layers. Any thread may ask.
-
-    Args:
-        model: the stage's layers.
-        cores: as in `Turns`.
-    """
+    """Computes passes through a stage's layers. Any thread may ask. `cores` as in `Turns`."""
 
     def __init__(self, model: GPT2, cores: IO[bytes] | None = None) -> None:
         self.model = model
@@ -104,11 +78,19 @@ class Schedule:
         """Passes asked for so far."""
         return self._turns.taken
 
-    def compute(self, wanted: Pass, finish: Callable[[NDArray[Any]], T]) -> tuple[T, float]:
-        """Computes a pass and `finish` of its result, the hidden states (T, C); and the seconds that both took."""
+    def compute(
+        self, cache: KVCache, start: int, rows: NDArray[Any], finish: Callable[[NDArray[Any]], T]
+    ) -> tuple[T, float]:
+        """Computes a pass and `finish` of its result, the hidden states (T, C); and the seconds that both took.
+
+        Args:
+            cache: the sequence's; it is cut to `start` positions first.
+            start: position of the first row.
+            rows: (T,) token ids in the first stage, (T, C) hidden states in the others.
+        """
         with self._turns:
             began = time.perf_counter()
-            wanted.cache.truncate(wanted.start)
-            hidden = self.model.embed(wanted.rows, wanted.start) if self.model.is_first else wanted.rows
-            hidden = self.model.forward(hidden, [(wanted.cache, len(wanted.rows))])
+            cache.truncate(start)
+            hidden = self.model.embed(rows, start) if self.model.is_first else rows
+            hidden = self.model.forward(hidden, [(cache, len(rows))])
             return finish(hidden), time.perf_counter() - began

@@ -1,7 +1,5 @@
 """Accepts the channels of a stage, one thread for each, and makes room for newcomers."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import threading
@@ -38,15 +36,11 @@ class Pace:
 
 
 class Server:
-    """Serves a stage's channels.
-
-    Attributes:
-        open: the channels, by number; handshakes under way included.
-    """
+    """Serves a stage's channels."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.open: dict[int, Conversation] = {}
+        self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
         self._pace = Pace(HANDSHAKE_SHARE)
         self._began = time.monotonic()
         self._lock = threading.Lock()
@@ -59,20 +53,21 @@ class Server:
             if accepted is None:
                 return
             sock, peer = accepted
+            conversation = Conversation(self.stage, number, peer, sock, self)
             with self._lock:
                 unwanted = self._least_wanted()
                 if unwanted is not None:
                     del self.open[unwanted.number]
                 full = len(self.open) >= self.stage.limits.channels
                 if not full:
-                    conversation = self.open[number] = Conversation(self.stage, number, peer, sock, self)
+                    self.open[number] = conversation
             if unwanted is not None:
                 unwanted.turn_out()
             if full:
                 log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
                 sock.close()
-                continue
-            threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
+            else:
+                threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
 
     def _least_wanted(self) -> Conversation | None:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.
@@ -80,9 +75,8 @@ class Server:
         With too many handshakes under way, the oldest of them: an honest one takes milliseconds. With too many
         channels, a handshake, else the channel that has been idle longest.
         """
-        waiting = sorted(
-            (one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)), key=lambda one: one.since
-        )
+        waiting = [one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)]
+        waiting.sort(key=lambda one: one.since)
         strangers = [one for one in waiting if one.state is State.OPENING]
         if len(strangers) >= self.stage.limits.handshakes:
             return strangers[0]

@@ -1,11 +1,9 @@
 """What all channels of a stage share: its layers, its schedule, and its links to the next stage."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO
 
 from attest import Attester
@@ -27,44 +25,26 @@ IDLE_LINKS = 4  # links to the next stage kept for the next sequence: evidence c
 class Limits:
     """What one stage process gives to all its peers together."""
 
-    channels: int = 64  # threads, and sockets
-    sequences: int = 8  # each has a cache, of 38 MB for six full layers of GPT-2 small
-    handshakes: int = 32  # under way at once; one more newcomer ends the oldest
+    channels: int  # threads, and sockets
+    sequences: int  # each has a cache, of 38 MB for six full layers of GPT-2 small
+    handshakes: int  # under way at once; one more newcomer ends the oldest
+    answer: float  # seconds that the next stage may take for one step
+    idle: float  # seconds that a channel may be silent
+    deadlines: Deadlines
     buffers: int = 256 * 2**20  # bytes of incoming messages that are not whole yet
-    answer: float = 120.0  # seconds that the next stage may take for one step
-    idle: float = 3600.0  # seconds that a channel may be silent
-    deadlines: Deadlines = field(default_factory=Deadlines)
 
 
 class Stage:
-    """One stage of a pipeline.
-
-    Args:
-        manifest: the pipeline's.
-        index: of this stage in it.
-        model: the stage's layers.
-        attester: makes this stage's evidence.
-        limits: of this process.
-        cores: shared with other processes, as in `schedule.Turns`.
-
-    Attributes:
-        stopping: set when the process ends.
-    """
+    """Stage number `index` of the manifest's pipeline; `cores` as in `schedule.Turns`."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        index: int,
-        model: GPT2,
-        attester: Attester,
-        limits: Limits,
-        cores: IO[bytes] | None = None,
+        self, manifest: Manifest, index: int, model: GPT2, attester: Attester, limits: Limits, cores: IO[bytes] | None
     ) -> None:
         self.manifest = manifest
         self.index = index
         self.model = model
         self.limits = limits
-        self.stopping = threading.Event()
+        self.stopping = threading.Event()  # set when the process ends
         self.attester = links.OneAtATime(attester)
         self.schedule = Schedule(model, cores)
         self.budget = Budget(limits.buffers)
@@ -80,11 +60,8 @@ class Stage:
             StageError: the next stage cannot be reached, or is not accepted.
         """
         if not self._sequences.acquire(blocking=False):
-            raise RequestRefused(
-                f"stage {self.index} is busy with {self.limits.sequences} sequences: try again later",
-                reason="busy",
-                stage=self.index,
-            )
+            busy = f"stage {self.index} is busy with {self.limits.sequences} sequences: try again later"
+            raise RequestRefused(busy, reason="busy", stage=self.index)
         try:
             following = None if self.model.is_last else self.take_link(asker)
             return StageSequence(self.schedule, following, stage=self.index)
@@ -99,11 +76,7 @@ class Stage:
             self.give_back(sequence.following)
 
     def take_link(self, asker: Channel) -> StageLink:
-        """A link to the next stage that carries no sequence. Raises StageError if there is none.
-
-        Args:
-            asker: as in `StageLink`.
-        """
+        """A link to the next stage that carries no sequence; `asker` as in `StageLink`. Raises StageError."""
         index = self.index + 1
         # Each stage waits a little less than the one before it, so that a stage that hangs is named by its neighbour.
         timeout = max(self.limits.answer / 2, self.limits.answer - 5.0 * self.index)
