@@ -25,8 +25,7 @@ class KemKey:
 def encapsulate(public: bytes) -> tuple[bytes, bytes]:
     """A ciphertext for the owner of `public`, and the shared secret, 32 bytes.
 
-    Raises:
-        ValueError: it is not an encapsulation key, by its length or by FIPS 203's modulus check (section 7.2).
+    Raises ValueError if that is no encapsulation key, by its length or FIPS 203's modulus check (section 7.2).
     """
     shared, ciphertext = MLKEM.construct(param_set=MLKEM.ML_KEM_768, ek=public)._encaps()
     return bytes(ciphertext), bytes(shared)

@@ -191,7 +191,7 @@ def handshake(
     """
     symmetric = SymmetricState(protocol_name)
     symmetric.mix_hash(prologue)
-    state = _State(symmetric, initiator, {"s": s})
+    state = _State(symmetric, initiator, s)
     mine, received, least = list(payloads), [], message_lengths(pattern)
     for number, tokens in enumerate(pattern):
         if (number % 2 == 0) == initiator:
@@ -211,15 +211,15 @@ def handshake(
     return Split(sending, receiving, symmetric.h, state.public["rs"], tuple(received))
 
 
-@dataclass
 class _State:
     """HandshakeState (section 5.3): the keys, and what each token does with them."""
 
-    symmetric: SymmetricState
-    initiator: bool
-    own: dict[str, KeyPair]  # by "s" and "e"
-    public: dict[str, bytes] = field(default_factory=dict)  # the peer's, by "re", "rs" and "re1"
-    e1: KemKey | None = None
+    def __init__(self, symmetric: SymmetricState, initiator: bool, s: KeyPair) -> None:
+        self.symmetric = symmetric
+        self.initiator = initiator
+        self.own: dict[str, KeyPair] = {"s": s}
+        self.public: dict[str, bytes] = {}  # the peer's, by "re", "rs" and "re1"
+        self.e1: KemKey | None = None
 
     def write(self, token: str) -> bytes:
         symmetric = self.symmetric

@@ -27,7 +27,7 @@ _CONNECT = 10.0  # seconds that the target may take
 
 
 class Relay:
-    """Takes what connects to `listen` on to `target`; any more than `connections` at once are turned away.
+    """Carries what connects to `listen` on to `target`. Any more than `connections` at once are closed.
 
     Raises Unreachable if `listen` cannot be bound.
     """
