@@ -36,8 +36,9 @@ CACHE_STEP = 64  # positions of the smallest cache: 4.5 MiB for GPT-2 small
 class KVCache:
     """Keys and values of one sequence's positions so far, for the layers of one range. Not thread-safe.
 
-    It always has room for a quarter more: a new position is written in place, where concatenating would copy the whole
-    cache for every token, and a short sequence does not pay for n_positions.
+    It grows to a quarter more than is needed. So a new position is written in place, where concatenating would copy the
+    whole cache for every token; the first token after a prompt does not wait for a larger cache; and a short sequence
+    does not pay for n_positions.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, n_positions: int) -> None:

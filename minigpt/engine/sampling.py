@@ -50,9 +50,9 @@ def sample(logits: Logits, sampling: Sampling, position: int) -> int:  # (V,) ->
     if sampling.temperature == 0 or sampling.top_k == 1:
         return best
     ids, weights = _candidates(logits, sampling, best)
-    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position << 192))  # the highest word
     cumulative = weights.cumsum()
-    drawn = generator.random() * cumulative[-1]
+    philox = np.random.Philox(key=sampling.seed, counter=position << 192)  # the position is the counter's highest word
+    drawn = np.random.Generator(philox).random() * cumulative[-1]
     return int(ids[min(int(cumulative.searchsorted(drawn, side="right")), ids.size - 1)])
 
 

@@ -40,7 +40,7 @@ def native() -> list[int]:
 
 
 def spread(workers: Sequence[int]) -> None:
-    """Pins each computing thread to a processor of its own: the caller to the first, `workers`, of BLAS, to the others.
+    """Pins each computing thread to a processor of its own: the caller to the first, BLAS's `workers` to the others.
 
     For processes that compute in turns on the same processors. While the threads of one fall asleep, those of the next
     wake up, and the system often puts two on one processor for some milliseconds: one token in twenty took 5 to 15 ms

@@ -76,7 +76,7 @@ class Stage:
             self.give_back(sequence.following)
 
     def take_link(self, asker: Channel) -> StageLink:
-        """A link to the next stage that carries no sequence; `asker` as in `StageLink`. Raises StageError."""
+        """A link to the next stage without a sequence; `asker` as in `StageLink`. StageError if there is none."""
         index = self.index + 1
         # Each stage waits a little less than the one before it, so that a stage that hangs is named by its neighbour.
         timeout = max(self.limits.answer / 2, self.limits.answer - 5.0 * self.index)
