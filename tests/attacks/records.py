@@ -146,8 +146,8 @@ def splice(arena: Arena) -> Seen:
                 return (frame.data,)
             return (taps[0].sent(place[1], "record")[place[2]].data,)
 
-        count = 60
-        arena.begin({link: rule}, count=count, client=second)  # one that goes on for a while, and is not touched
+        count = 300  # tokens: it must still run when the second session has begun, on a machine under load too
+        arena.begin({link: rule}, count=count, client=second)  # it is not touched
         taps = arena.stages.proxies[link].taps
         require(
             eventually(lambda taps=taps: taps and len(taps[0].sent("R", "record")) > 3, PATIENCE), "no first session"
@@ -156,12 +156,12 @@ def splice(arena: Arena) -> Seen:
         order = {"manifest": str(arena.stages.path), "allow_mock": True, "timeout": PATIENCE}
         arena.client.order(ids=[arena.prompt()], max_tokens=TOKENS, **order)
         answer = arena.client.answer()
+        require(len(taps) > 1, "there was no second connection: the first session ended too early")
         shown = arena.grade(answer, [arena.prompt()], TOKENS)
         untouched = second.answer()
         require(
             untouched["tokens"] == [arena.expected(arena.prompt(), count)], "the session spliced from was disturbed"
         )
-        require(len(taps) > 1, "there was no second connection")
         require(eventually(lambda taps=taps: taps[1].dead, PATIENCE), "not closed")
         seen.append(Seen(shown, arena.verdict(link)))
         arena.control()
