@@ -21,11 +21,12 @@ def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
     top = float(logits.max())
     weights = [math.exp((float(logits[token]) - top) / sampling.temperature) for token in order]
     total, cumulative, kept = sum(weights), 0.0, set()
+    exact = set(weights) <= {0.0, 1.0}  # then no sum is rounded
     for token, weight in zip(order, weights, strict=True):
         kept.add(token)
         cumulative += weight
         excess = cumulative - sampling.top_p * total
-        if excess == 0 or excess > 1e-14 * total:  # between the two, rounding may decide either way
+        if excess > 1e-14 * total or (exact and excess >= 0):  # below that, rounding may decide either way
             break
     return kept if sampling.top_p < 1 else set(order)
 
