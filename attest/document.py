@@ -18,8 +18,8 @@ class DocumentError(ValueError):
     """A document is too long, not JSON, or a value in it is not what its place wants."""
 
 
-def read_file(path: str | Path, limit: int) -> bytes:
-    """At most `limit` bytes of a file, and one more if it has more. Raises OSError."""
+def read_file(path: str | Path | int, limit: int) -> bytes:
+    """At most `limit` bytes of a file or a descriptor, and one more if it has more. Raises OSError."""
     with open(path, "rb") as file:
         return file.read(limit + 1)
 

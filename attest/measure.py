@@ -16,7 +16,9 @@ in circles), compiled modules (an `x.so` beside `x.py` is imported instead of it
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from attest import AttestationError
@@ -32,11 +34,12 @@ class MeasurementError(AttestationError):
 
 
 def measure(root: Path | None = None) -> bytes:
-    """The 48-byte measurement of the packages that lie in the folder `root`: by default, those beside this one.
+    """The 48-byte measurement of the packages that lie in the folder `root`: by default, those that run here.
 
-    Raises MeasurementError if there are none, one holds what is refused (above), or a file cannot be read.
+    Raises MeasurementError if there are none, one holds what is refused (above), or a file cannot be read; by default
+    also if a module of theirs was loaded from anywhere else, because then it is not what runs that was measured.
     """
-    folder = Path(__file__).resolve().parent.parent if root is None else root
+    folder = Path(os.path.abspath(__file__)).parent.parent if root is None else root
     sources: list[Path] = []
     digest = hashlib.sha384()
     try:
@@ -52,7 +55,24 @@ def measure(root: Path | None = None) -> bytes:
                 digest.update(len(item).to_bytes(8, "big") + item)
     except OSError as error:
         raise MeasurementError(f"{error.filename}: cannot be measured: {error.strerror}") from error
+    if root is None:
+        _check_loaded(folder)
     return digest.digest()
+
+
+def _check_loaded(folder: Path) -> None:
+    """Raises MeasurementError unless the loaded modules came from this folder's files, and later ones will."""
+    for key, module in list(sys.modules.items()):
+        spec = getattr(module, "__spec__", None)
+        for name in {key, getattr(spec, "name", key)}:  # a program run with -m is called __main__
+            if name.partition(".")[0] not in PACKAGES:
+                continue
+            path = os.path.join(folder, *name.split("."))
+            file, places = getattr(module, "__file__", None), list(getattr(module, "__path__", []))
+            wanted = os.path.join(path, "__init__.py") if places else path + ".py"
+            plain = isinstance(getattr(spec, "loader", None), SourceFileLoader) and places in ([], [path])
+            if not plain or file is None or os.path.abspath(file) != wanted:
+                raise MeasurementError(f"{name} was loaded from {file}, wanted {wanted}, the code that is measured")
 
 
 def _sources(folder: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from typing import Any, Self
 from transport import codec, link
 from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
+from transport.fork import own
 from transport.records import PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, hang_up, receive_once
 
@@ -67,6 +68,13 @@ class Channel:
         self.made = self._active = time.monotonic()
         self.seal_seconds = 0.0  # spent on encryption of messages
         self.open_seconds = 0.0  # and on decryption
+        own(self)
+
+    def disown(self) -> None:
+        """In the child of a fork: nothing can be sent or received any more. The parent's link goes on."""
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._ended = True
+        self._session.disown()
 
     @classmethod
     def connect(
@@ -171,7 +179,7 @@ class Channel:
         except BaseException as error:
             self._session.stop_sending()  # half a record may have been sent: nothing can follow it
             if self._ended and isinstance(error, TransportError):
-                raise _closed() from None
+                raise self._closed() from None
             raise
 
     def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> dict[str, Any]:
@@ -195,7 +203,7 @@ class Channel:
             raise
         except BaseException as error:
             if self._ended and isinstance(error, TransportError):
-                raise _closed() from None
+                raise self._closed() from None
             if isinstance(error, ProtocolError | LimitError):
                 alert = error.alert
                 self._part(lambda: self._session.alert(alert))
@@ -229,7 +237,7 @@ class Channel:
             if data == b"":
                 session.eof()
             session.feed(data or b"")
-        raise _closed()
+        raise self._closed()
 
     def _limit(self, partial: bool) -> float:
         """When the wait for more bytes must end."""
@@ -289,6 +297,5 @@ class Channel:
             finish()
             self._session.discard()
 
-
-def _closed() -> Closed:
-    return Closed("this end of the link is closed")
+    def _closed(self) -> Closed:
+        return self._session.foreign or Closed("this end of the link is closed")

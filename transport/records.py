@@ -10,6 +10,7 @@ one-way function of itself. Padding is computed for the whole message and cut up
 lengths.
 """
 
+import os
 import struct
 import threading
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from transport.aead import TAGLEN
 from transport.errors import Closed, LimitError, RecordError, TransportError
+from transport.fork import own
 from transport.noise import CipherState
 
 REKEY_INTERVAL = 1024  # records
@@ -66,7 +68,13 @@ class Budget:
     def __init__(self, total: int) -> None:
         if total < MAX_PLAINTEXT:
             raise ValueError(f"budget: got {total} bytes, wanted at least {MAX_PLAINTEXT}, one record")
-        self._total = self._left = total
+        self._total = total
+        self.disown()
+        own(self)
+
+    def disown(self) -> None:
+        """In the child of a fork, which has no messages yet: starts afresh."""
+        self._left = self._total
         self._lock = threading.Lock()
 
     @property
@@ -93,12 +101,21 @@ class Sealer:
 
     def __init__(self, cipher: CipherState) -> None:
         self._cipher: CipherState | None = cipher
+        self._process = os.getpid()
         self.messages = 0  # records of type MESSAGE so far, the number that CLOSE carries
         self.records = 0  # of any type
 
     def discard(self) -> None:
         """Forgets the key: this direction has ended."""
         self._cipher = None
+
+    @property
+    def foreign(self) -> Closed | None:
+        """In any process but the one that made it: why nothing is sealed. Two messages under one key and nonce would
+        give each other away."""
+        if self._process == os.getpid():
+            return None
+        return Closed(f"this link belongs to process {self._process}; in a forked child, make a new one")
 
     def seal(self, kind: Type, body: bytes | memoryview = b"", least: int = 0) -> bytes:
         """All records of one message, padded as if it had at least `least` bytes.
@@ -110,6 +127,8 @@ class Sealer:
         size = padded_size(max(len(body), least))
         count = -(-size // _ROOM)
         cipher = self._cipher
+        if (foreign := self.foreign) is not None:
+            raise foreign
         if cipher is None:
             raise Closed("this end of the link is closed")
         if cipher.n + count > MAX_RECORDS:
@@ -189,6 +208,12 @@ class Opener:
         self._cipher = None
         self._buffer.clear()
         self._forget()
+
+    def disown(self) -> None:
+        """In the child of a fork: as `discard`, but what the budget lent is the parent's to give back."""
+        self._cipher = None
+        self._buffer, self._body = bytearray(), bytearray()
+        self._kind = self._padded = 0
 
     def _open(self) -> bytes | None:
         """The plaintext of the next record."""

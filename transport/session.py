@@ -143,6 +143,16 @@ class Session:
         self.stop_sending()
         self._opener.discard()
 
+    def disown(self) -> None:
+        """In the child of a fork: forgets everything, without a word or a lock."""
+        self.stop_sending()
+        self._opener.disown()
+
+    @property
+    def foreign(self) -> Closed | None:
+        """What to raise where this session is another process's; None where it is ours."""
+        return self._sealer.foreign
+
     def _control(self, message: Message) -> None:
         if message.type == Type.PING:
             self._pings += 1

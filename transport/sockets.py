@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from transport.address import Address
 from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
+from transport.fork import own
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
@@ -40,6 +41,11 @@ class Wire:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # eventually notices that a host is gone
         self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
+        own(self)
+
+    def disown(self) -> None:
+        """In the child of a fork: close(2) and nothing else, which the parent's connection does not notice."""
+        self.close()
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -180,6 +186,7 @@ class Listener:
         self._poller = _poller(self._sock, select.POLLIN)
         self._closed = False
         self._accepting = threading.RLock()
+        own(self)
         self.address = _address(self._sock.family, self._sock.getsockname())
 
     def accept(self) -> tuple[socket.socket, str] | None:
@@ -206,6 +213,11 @@ class Listener:
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._accepting:
             self._sock.close()
+
+    def disown(self) -> None:
+        """In the child of a fork: closes the descriptor. The parent listens on."""
+        self._closed = True
+        self._sock.close()
 
     def __enter__(self) -> Self:
         return self

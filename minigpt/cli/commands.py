@@ -239,6 +239,7 @@ def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
         "provider": entry.platform.name,
         "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
         "error": report.error or None,
+        "exposed": report.exposed or None,
         "uptime_s": report.uptime,
         **{name: getattr(report, name) for name in names},
     }
@@ -254,6 +255,7 @@ def _load(report: StageReport) -> str:
     return (
         f"up {report.uptime:.0f} s, {report.weights_bytes / 1e6:.1f} MB of weights, {report.channels} channels, "
         f"{report.sequences} sequences, {report.cache_bytes / 1e6:.1f} MB of cache, {report.steps} steps"
+        + (f"; not locked down: {report.exposed}" if report.exposed else "")
     )
 
 

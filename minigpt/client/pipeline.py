@@ -6,6 +6,7 @@ other stages are met by measured code that enforces the same manifest.
 """
 
 import time
+import weakref
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
@@ -66,7 +67,7 @@ class Pipeline(TextModel):
         self._key = client_key
         self._link: StageLink | None = None
         self._closed = False
-        self._running: Generation | None = None
+        self._running: weakref.ref[Generation] | None = None  # weak, so that dropping it ends it
         self._stages: Launcher | None = None
 
     @classmethod
@@ -147,7 +148,7 @@ class Pipeline(TextModel):
 
     def _started(self, generation: Generation) -> Generation:
         self._finish_running()
-        self._running = generation
+        self._running = weakref.ref(generation)
         return generation
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
@@ -215,9 +216,9 @@ class Pipeline(TextModel):
             self._link = None
 
     def _finish_running(self) -> None:
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        running, self._running = self._running, None
+        if running is not None and (generation := running()) is not None:
+            generation.close()
 
     def _guarded(self, link: StageLink, message: Message) -> Message:
         """Asks. Any failure ends the link; a refusal does not."""

@@ -1,20 +1,20 @@
 """A pipeline of child processes on this machine, for a demonstration, a test or a measurement.
 
-The keys are made here and never touch a disk: each stage gets the manifest and its mock key through a pipe. The ports
-are bound here, so that the manifest can name them, and listening sockets are handed down; so is a file by which the
-stages take turns at the cores. The children live as long as a pipe to each of them: if this process dies, even by kill
--9, they end too.
+The keys are made here and never touch a disk: each stage gets its mock key through a pipe. The ports are bound here, so
+that the manifest can name them, and listening sockets are handed down; so is a file by which the stages take turns at
+the cores. The children live as long as a pipe to each of them: if this process dies, even by kill -9, or forgets its
+`LocalStages`, they end too. A fork of this process has nothing to do with them.
 """
 
 import contextlib
+import math
 import os
 import select
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+import weakref
 from typing import IO, NamedTuple
 
 from attest.measure import measure
@@ -22,20 +22,24 @@ from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.checkpoint import sources
 from minigpt.checkpoint.sources import Checkpoint
 from minigpt.errors import CheckpointError, ManifestError, StageError, UsageError, WeightsMismatch
+from minigpt.launch import isolated
 from minigpt.launch.plan import plan, split_layers
 from minigpt.protocol.manifest import Manifest
+from transport.fork import own
 
 READY = 300.0  # seconds that a stage may take to load
 PATIENCE = 5.0  # seconds that it may take to end
+LIFETIME = 36_500.0  # days: stages that end with this process must not expire before it
 
 # By a stage's exit code, what its end means to us.
 _KINDS = {kind.exit_code: kind for kind in (CheckpointError, UsageError, ManifestError, WeightsMismatch)}
 
 
 class _Child(NamedTuple):
-    """A stage's process, and the file that it logs to."""
+    """A stage's process, the pipe by which it says that it serves, and the file that takes all else that it says."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
+    ready: int
     log: IO[bytes]
 
 
@@ -58,6 +62,8 @@ class LocalStages:
         self._root = MockRoot.generate()
         self._children: dict[int, _Child] = {}
         self._open = contextlib.ExitStack()  # what every stage shares
+        self._finish = weakref.finalize(self, _finish, self._children, self._open)
+        own(self)
         try:
             self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
             self._turns = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
@@ -66,7 +72,7 @@ class LocalStages:
                 split,
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
                 addresses=self.addresses,
-                days=1.0,
+                days=LIFETIME,
             )
             self.manifest = Manifest.parse(self._manifest)
             for index in range(count):
@@ -94,44 +100,62 @@ class LocalStages:
         with contextlib.ExitStack() as handed:
             listener = handed.enter_context(_bound(self._ports[index].getsockname()[1]))
             listener.listen()
-            pipes = [_pipe(handed) for _ in range(2)]
-            readers = [reading for reading, _ in pipes]
-            command = [
-                sys.executable, "-P", "-m", "minigpt.stage", "--index", str(index), "--model", str(self._folder),
-                "--manifest", f"/dev/fd/{readers[0]}", "--mock-key", f"/dev/fd/{readers[1]}", "--allow-mock",
-                "--listen", f"fd:{listener.fileno()}", "--turns", f"/dev/fd/{self._turns.fileno()}", "--until-eof",
-            ]  # fmt: skip
+            manifest = handed.enter_context(tempfile.TemporaryFile())
+            manifest.write(self._manifest)
+            manifest.seek(0)
+            secret, keyhole = os.pipe()
+            handed.callback(os.close, secret)
+            with open(keyhole, "wb") as writer:  # a key fits into a pipe, whether or not anybody reads it
+                writer.write(key)
+            ready, serving = os.pipe()
+            handed.callback(os.close, serving)
+            descriptors = {
+                "--manifest": manifest.fileno(),
+                "--mock-key": secret,
+                "--listen": listener.fileno(),
+                "--turns": self._turns.fileno(),
+                "--ready": serving,
+            }
+            options = ["--index", str(index), "--model", str(self._folder), "--allow-mock", "--until-eof"]
+            for flag, descriptor in descriptors.items():
+                options += [flag, f"fd:{descriptor}"]
             if self._threads is not None:
-                command += ["--threads", str(self._threads)]
-            home = str(Path(__file__).resolve().parents[2])  # the child runs the code that this process runs
-            paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                pass_fds=[listener.fileno(), self._turns.fileno(), *readers],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,  # Ctrl-C is for this process, which ends them in order
-            )
-            self._children[index] = _Child(process, log)
-            for (_, writer), data in zip(pipes, (self._manifest, key), strict=True):
-                with contextlib.suppress(BrokenPipeError), writer:  # a child that is dead already says why itself
-                    writer.write(data)
+                options += ["--threads", str(self._threads)]
+            try:
+                process = subprocess.Popen(
+                    isolated.command("minigpt.stage", *options),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=descriptors.values(),
+                    start_new_session=True,  # Ctrl-C is for this process, which ends them in order
+                )
+            except OSError as error:
+                os.close(ready)
+                log.close()
+                raise StageError(f"stage {index} cannot be started: {error}", stage=index) from error
+            self._children[index] = _Child(process, ready, log)
 
     def wait(self, index: int) -> None:
         """Waits for the line by which stage `index` says that it serves."""
-        process, log = self._children[index]
-        if process.stdout is None:
-            raise AssertionError("standard output is a pipe")
-        readable, _, _ = select.select([process.stdout], [], [], READY)
-        if not readable:
-            raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
-        line = process.stdout.readline()  # empty when the child has ended
-        if line.startswith(f"stage {index} ready"):
+        process, ready, log = self._children[index]
+        until = time.monotonic() + READY
+        line = b""
+        while not line.endswith(b"\n"):
+            poller = select.poll()
+            poller.register(ready, select.POLLIN)
+            if not poller.poll(max(0, math.ceil(1000 * (until - time.monotonic())))):
+                raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
+            part = os.read(ready, 4096)
+            if not part:  # the child has ended
+                break
+            line += part
+        if line.startswith(b"stage %d ready" % index):
             return
-        code = process.wait()
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise StageError(f"stage {index} runs, but will never say that it serves", stage=index) from None
         log.seek(0)
         words = log.read().decode(errors="replace").strip().splitlines()
         how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
@@ -146,25 +170,42 @@ class LocalStages:
 
     def stop(self) -> None:
         """Ends the stages, and waits for them."""
-        children, self._children = self._children, {}
-        _end(list(children.values()))
+        self._finish()
+
+    def disown(self) -> None:
+        """In the child of a fork: closes what leads to the stages, which are the parent's and go on."""
+        self._finish.detach()
+        for process, ready, log in self._children.values():
+            process.returncode = 0  # it is not this process's to wait for
+            if process.stdin is not None:
+                process.stdin.close()
+            os.close(ready)
+            log.close()
+        self._children.clear()
         self._open.close()
+
+
+def _finish(children: dict[int, _Child], shared: contextlib.ExitStack) -> None:
+    """Ends all stages. Not a method: it also runs once nothing refers to their `LocalStages` any more."""
+    _end(list(children.values()))
+    children.clear()
+    shared.close()
 
 
 def _end(children: list[_Child]) -> None:
     """Ends processes together: politely, then by force."""
-    for child in children:
-        if child.process.stdin is not None:
-            child.process.stdin.close()  # they end with their standard input
+    for process, _, _ in children:
+        if process.stdin is not None:
+            process.stdin.close()  # they end with their standard input
+        process.terminate()  # or so, if somebody else holds that pipe open
     until = time.monotonic() + PATIENCE
-    for process, log in children:
+    for process, ready, log in children:
         try:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        os.close(ready)
         log.close()
 
 
@@ -178,10 +219,3 @@ def _bound(port: int = 0) -> socket.socket:
         made.close()
         raise
     return made
-
-
-def _pipe(ends: contextlib.ExitStack) -> tuple[int, IO[bytes]]:
-    """A pipe: the descriptor to read from, which is closed with `ends`, and a file to write to."""
-    reading, writing = os.pipe()
-    ends.callback(os.close, reading)
-    return reading, open(writing, "wb")

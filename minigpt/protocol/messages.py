@@ -216,6 +216,7 @@ class StageReport:
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
+    exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 
 
 @dataclass(frozen=True, slots=True)

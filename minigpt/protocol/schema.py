@@ -55,10 +55,11 @@ def number(low: float, high: float) -> Field:
     )
 
 
-def text(limit: int) -> Field:
-    """A string of at most `limit` characters; a longer one is cut when it is sent."""
+def text(limit: int, *, absent: bool = False) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent. `absent` leaves an empty one out."""
     wanted = f"a string of at most {limit} characters"
-    return _field(lambda value: type(value) is str and len(value) <= limit, wanted, lambda value: value[:limit])
+    rule = _field(lambda value: type(value) is str and len(value) <= limit, wanted, lambda value: value[:limit])
+    return rule._replace(absent=absent)
 
 
 def boolean(*, absent: bool = False) -> Field:

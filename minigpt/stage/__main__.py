@@ -2,6 +2,7 @@
 
 It reads the manifest, loads its own layers, checks their digest, and serves until SIGTERM. It prints one line on
 standard output when it is ready, and logs to standard error what an operator needs: never a prompt, a token or a key.
+Launchers start it with `minigpt.launch.isolated`, so that no code runs in it that is not measured.
 
 This module imports no NumPy before `main` has read --threads, because the BLAS library counts its threads at import.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import minigpt
-from minigpt.cli.values import natural, positive, seconds
+from minigpt.cli.values import descriptor, natural, place, positive, seconds
 
 log = logging.getLogger("minigpt.stage")
 
@@ -37,13 +38,15 @@ def parser() -> argparse.ArgumentParser:
     def switch(flag: str, text: str) -> None:
         options.add_argument(flag, action="store_true", help=text)
 
+    options.epilog = "fd:N is a descriptor handed down by whoever starts the stage."
     options.add_argument("--version", action="version", version=f"minigpt {minigpt.__version__}")
-    add("--manifest", "FILE|ADDR", "the pipeline's manifest, or where to receive it, once")
+    add("--manifest", "FILE|ADDR|fd:N", "the pipeline's manifest, or where to receive it, once", place)
     add("--index", "I", "which stage this is, from 0", natural)
     add("--model", "DIR", "the checkpoint's folder, or tiny (default: the manifest's model)")
-    add("--listen", "ADDR|fd:N", "where to serve; fd:N is a socket handed down (default: the manifest's address)")
+    add("--listen", "ADDR|fd:N", "where to serve (default: the manifest's address)", place)
     add("--threads", "N", "BLAS threads (default: MINIGPT_THREADS, or one for each core)", positive)
-    add("--mock-key", "FILE|ADDR", "this stage's mock key, from `python -m attest keygen`, or where to receive it")
+    add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
+        place)  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 64)
     add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 8)
@@ -52,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)
     add("--message-timeout", "S", "seconds that a message may take once it has begun", seconds, 60.0)
     add("--idle-timeout", "S", "seconds that a channel may be silent", seconds, 3600.0)
-    add("--turns", "FILE", "take turns at computing with the stages that name the same file: they share the cores")
+    add(
+        "--turns",
+        "FILE|fd:N",
+        "take turns at computing with the stages that name the same file: they share the cores",
+        place,
+    )
+    add("--ready", "fd:N", "where to write the line that says that it serves (default: standard output)", descriptor)
     switch("--until-eof", "end when standard input does, so that a parent that dies takes its stages along")
     return options
 
@@ -60,9 +69,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stage; returns its exit code."""
     options = parser().parse_args(argv)
-    lock_down()
+    exposed = lock_down()
     logging.basicConfig(level=logging.INFO, format=f"stage {options.index}: %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(0))  # until there is something to end in order
+    if exposed:
+        log.warning("not locked down: %s", exposed)
+    if not (sys.flags.isolated and sys.flags.no_site):
+        log.warning(
+            "not isolated: sitecustomize, .pth files and PYTHON variables may have run code here that is not measured"
+        )
+    ending = Ending()
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: ending.begin())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a parent may have blocked SIGTERM, and children inherit that
     minigpt.set_threads(options.threads)
 
     from attest import AttestationError
@@ -72,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if options.until_eof:
-            threading.Thread(target=_end_with_stdin, name="standard input", daemon=True).start()
-        run(options)
+            threading.Thread(target=_end_with_stdin, args=(ending,), name="standard input", daemon=True).start()
+        run(options, exposed, ending.replace)
     except KeyboardInterrupt:
         return 130
     except (MiniGPTError, AttestationError, TransportError) as error:
@@ -82,20 +99,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def lock_down() -> None:
+class Ending:
+    """How this process ends: at once, until something replaces that by an end in order."""
+
+    def __init__(self) -> None:
+        self._act: Callable[[], object] = lambda: os._exit(0)
+
+    def replace(self, act: Callable[[], object]) -> None:
+        self._act = act
+
+    def begin(self) -> None:
+        self._act()
+
+
+def lock_down() -> str:
     """Keeps weights, prompts and keys in this process: no core dumps, and on Linux no other process of this user may
-    attach to it or read its memory. Root still can."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        pr_set_dumpable = 4  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+    attach to it or read its memory. Root still can. Returns what the system refused, for people; "" if nothing."""
+    refused = []
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (OSError, ValueError):
+        refused.append("a core dump would hold its memory")
+    set_dumpable, get_dumpable = 4, 3  # PR_SET_DUMPABLE and PR_GET_DUMPABLE of linux/prctl.h
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    if prctl is None or prctl(set_dumpable, 0, 0, 0, 0) or prctl(get_dumpable, 0, 0, 0, 0):
+        refused.append("other processes of its user can read its memory")
+    return "; ".join(refused)
 
 
-def _end_with_stdin() -> None:
+def _end_with_stdin(ending: Ending) -> None:
     with suppress(OSError):  # it is closed
         while os.read(0, 4096):
             pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    ending.begin()
 
 
 if __name__ == "__main__":

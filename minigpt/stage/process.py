@@ -2,8 +2,8 @@
 
 import argparse
 import logging
-import signal
 import time
+from collections.abc import Callable
 from typing import IO
 
 from attest import AttestationError, Attester, Binding
@@ -22,8 +22,13 @@ log = logging.getLogger("minigpt.stage")
 MAX_KEY = 2**16  # bytes of a key's file; a mock key's has 500
 
 
-def run(options: argparse.Namespace) -> None:
-    """Loads what the options name, and serves until a signal comes."""
+def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[[], object]], None]) -> None:
+    """Loads what the options name, and serves.
+
+    Args:
+        exposed: what could not be locked down, for `status`.
+        end_with: is given what ends the serving, from any thread, once there is something to end.
+    """
     blas = threads.native()
     manifest = Manifest.parse(_receive(options.manifest, MAX_MANIFEST))
     entry = _entry(manifest, options)
@@ -45,11 +50,12 @@ def run(options: argparse.Namespace) -> None:
         idle=options.idle_timeout,
         deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
     )
-    server = Server(Stage(manifest, entry.index, model, attester, limits, cores))
+    server = Server(Stage(manifest, entry.index, model, attester, limits, cores), exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())  # and `serve` returns
+    end_with(listener.close)  # and `serve` returns
     try:
-        print(f"stage {entry.index} ready: {layers}, {listener.address}", flush=True)
+        with open(1 if options.ready is None else options.ready, "w", closefd=options.ready is not None) as ready:
+            ready.write(f"stage {entry.index} ready: {layers}, {listener.address}\n")
         size, kind = model.nbytes / 1e6, entry.platform.name
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         server.serve(listener)
@@ -91,27 +97,23 @@ def _check_own_evidence(manifest: Manifest, index: int, attester: Attester) -> N
         log.warning("peers will refuse this stage's evidence: %s", error)
 
 
-def _opened(path: str) -> IO[bytes]:
+def _opened(place: str | int) -> IO[bytes]:
     """The file of --turns, open for locking."""
     try:
-        return open(path, "r+b", buffering=0)
+        return open(place, "r+b", buffering=0)
     except OSError as error:
-        raise UsageError(f"--turns {path}: {error.strerror}; wanted a file that can be read and written") from None
+        raise UsageError(f"--turns {place}: {error.strerror}; wanted a file that can be read and written") from None
 
 
-def _listener(listen: str | None, entry: StageEntry) -> Listener:
-    if listen is None:
+def _listener(place: str | int | None, entry: StageEntry) -> Listener:
+    if place is None:
         return Listener(entry.address)
-    if not listen.startswith("fd:"):
-        return Listener(Address.parse(listen))
-    if not listen[3:].isdecimal():
-        raise UsageError(f"--listen {listen}: wanted fd: and the number of an open, listening socket")
-    return Listener(int(listen[3:]))
+    return Listener(Address.parse(place) if isinstance(place, str) else place)
 
 
-def _receive(source: str, limit: int) -> bytes:
+def _receive(source: str | int, limit: int) -> bytes:
     """The bytes of a file; or of the first connection to an address: an enclave has no files at run time."""
-    if "://" in source:
+    if isinstance(source, str) and "://" in source:
         return receive_once(Address.parse(source), limit)
     try:
         return read_file(source, limit)

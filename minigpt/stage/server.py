@@ -38,8 +38,9 @@ class Pace:
 class Server:
     """Serves a stage's channels."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, exposed: str = "") -> None:
         self.stage = stage
+        self._exposed = exposed  # what this process could not lock down
         self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
         self._pace = Pace(HANDSHAKE_SHARE)
         self._began = time.monotonic()
@@ -123,4 +124,5 @@ class Server:
             sequences=len(sequences),
             cache_bytes=sum(sequence.cache.nbytes for sequence in sequences),
             steps=self.stage.schedule.steps,
+            exposed=self._exposed,
         )

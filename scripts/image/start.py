@@ -33,4 +33,5 @@ def drop_privileges() -> None:
 
 if __name__ == "__main__":
     drop_privileges()
-    os.execv(sys.executable, [sys.executable, "-IB", "-m", "minigpt.stage", *sys.argv[1:]])
+    isolated = Path(__file__).with_name("minigpt") / "launch" / "isolated.py"
+    os.execv(sys.executable, [sys.executable, "-IBS", str(isolated), "", "minigpt.stage", *sys.argv[1:]])

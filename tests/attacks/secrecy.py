@@ -1,7 +1,8 @@
-"""Attacks 47 to 50: what a host that only watches can learn. What still leaks is told in notes, with numbers."""
+"""Attacks 47 to 50 and 56: what a host that only watches can learn. What still leaks is told in notes, with numbers."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import statistics
@@ -20,6 +21,7 @@ from attacks.rogue import ATTEST, Rogue
 from attest.providers.mock import MockRoot
 from minigpt.checkpoint.weights import load
 from minigpt.engine.model import GPT2
+from transport.aead import Cipher
 from transport.link import dump_attest
 
 RUN = 12  # bytes: three token ids, or three numbers; shorter ones are found in any noise
@@ -282,3 +284,33 @@ def remembered(pipes: Pipes, ids: Sequence[int]) -> str:
     except PermissionError:
         return "this process may not read it"
     return f"{counts} copies of the prompt's first ids"
+
+
+def same_key_stream(one: bytes, other: bytes) -> bool:
+    """Whether two ciphertexts look as if sealed with one key and one nonce: their XOR is then that of the plaintexts,
+    which are alike where headers, field names and padding are. Of different key streams, one byte in 256 is zero."""
+    length = min(len(one), len(other))
+    return sum(a == b for a, b in zip(one[:length], other[:length], strict=True)) > length / 8
+
+
+@attack(56, "a client forks, and both processes ask on the link they share", "no two records under one key and nonce")
+def fork(arena: Arena) -> Seen:
+    cipher = Cipher(bytes(32))
+    texts = [b"\x02\x01\x00\x64" + name + bytes(200) for name in (b"the prompt of one", b"and of the other")]
+    twice = [cipher.encrypt(7, b"", text) for text in texts]
+    require(same_key_stream(*twice), "positive control: the search does not find two texts under one key and nonce")
+
+    asked = [arena.prompt(), arena.prompt(9, 20)]
+    for requests in (1, 3):  # of the parent: one before the fork, and the others after it
+        own = [arena.prompt(9, 9 * number) for number in range(requests)]
+        answer = arena.run(ids=own, fork=[list(ids) for ids in asked])
+        taps = arena.stages.proxies[0].taps
+        sealed = [frame.data[2:] for tap in taps for frame in tap.sent("I", "record")]
+        pairs = list(itertools.combinations(sealed, 2))
+        require(not any(same_key_stream(*pair) for pair in pairs), "two records were sealed with one key and nonce")
+        require(len(taps) == 2, f"{len(taps)} connections, wanted the parent's and the child's own")
+        require(answer["error"] is None, f"the parent failed: {answer['error']}")
+        wanted = [arena.expected(ids) for ids in (*asked, *own)]
+        require(answer["tokens"] == wanted, "the parent or its child was given other tokens, or none")
+    arena.control()
+    return Seen(f"{len(pairs)} pairs of records compared", "both processes were given the right tokens")
