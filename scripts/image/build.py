@@ -103,7 +103,7 @@ def command(plan: Plan) -> list[str]:
     )
     flags |= {flag: f"{plan.link}://{host}:{port}" for flag, port in ports.items()}
     words = [str(word) for pair in flags.items() for word in pair]
-    return [f"/{ramdisk.PYTHON}", "-IB", f"/{ramdisk.START}", *words, *(["--allow-mock"] if plan.allow_mock else [])]
+    return [f"/{ramdisk.PYTHON}", "-IBS", f"/{ramdisk.START}", *words, *(["--allow-mock"] if plan.allow_mock else [])]
 
 
 def _plain(plan: Plan, cache: Path) -> tuple[bytes, bytes, bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 NOBODY = 65534
 PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 23, 24, 38
+ISOLATED = "/usr/lib/python3/dist-packages/minigpt/launch/isolated.py"  # all packages of the image lie there
 NSM = Path("/dev/nsm")  # a Nitro enclave's own device, for evidence: the stage may use it, and nothing else
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -33,5 +34,4 @@ def drop_privileges() -> None:
 
 if __name__ == "__main__":
     drop_privileges()
-    isolated = Path(__file__).with_name("minigpt") / "launch" / "isolated.py"
-    os.execv(sys.executable, [sys.executable, "-IBS", str(isolated), "", "minigpt.stage", *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-IBS", ISOLATED, "", "minigpt.stage", *sys.argv[1:]])
