@@ -1,6 +1,9 @@
 """What the tests share: where the vectors lie, and small models made on the spot."""
 
+import itertools
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +21,33 @@ def vectors() -> Path:
     if not VECTORS.is_dir():
         pytest.skip("the published test vectors are not beside this checkout")
     return VECTORS
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Callable[[str], Path]]:
+    """Makes an empty control group (version 1) of a controller, "cpu" or "cpuset"; it is removed after the test."""
+    made: list[Path] = []
+
+    def make(controller: str) -> Path:
+        path = Path("/sys/fs/cgroup", controller, f"minigpt-test-{os.getpid()}-{next(_groups)}")
+        try:
+            path.mkdir()
+        except OSError as error:
+            pytest.skip(f"no control group can be made: {path}: {error.strerror}")
+        made.append(path)
+        return path
+
+    yield make
+    for path in made:
+        until = time.monotonic() + 60
+        while True:  # until its last process has been reaped
+            try:
+                path.rmdir()
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+
+
+_groups = itertools.count()

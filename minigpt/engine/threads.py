@@ -4,6 +4,7 @@ The parts do not touch each other, so results do not depend on the number of thr
 takes about 110 µs, so this pays only for work that takes several times that.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -22,6 +23,8 @@ def available() -> int:
 
 
 THREADS = available()
+
+_LOOK = 1.0  # seconds between two looks at whether a thread that is waited for still lives
 
 _processors: list[int] = []  # of each computing thread, once they are spread
 
@@ -55,7 +58,13 @@ def spread(workers: Sequence[int]) -> None:
     if len(processors) == THREADS == len(workers) + 1:
         _processors[:] = processors
         for thread, processor in zip([0, *workers], processors, strict=True):
-            os.sched_setaffinity(thread, {processor})
+            _pin(thread, processor)
+
+
+def _pin(thread: int, processor: int) -> None:
+    """A refusal costs some speed and nothing else: the process's cpuset may have shrunk meanwhile."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(thread, {processor})
 
 
 class _Helper:
@@ -68,21 +77,28 @@ class _Helper:
         self._end.acquire()
         self._job: tuple[Work, slice] | None = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="helper", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="helper", daemon=True)
+        self._thread.start()
 
     def begin(self, work: Work, part: slice) -> None:
         self._job = work, part
         self._begin.release()
 
     def end(self) -> BaseException | None:
-        """Waits until the part is computed; returns what it raised."""
-        self._end.acquire()
+        """Waits until the part is computed, or the thread is dead; returns what the part raised."""
+        while not self._end.acquire(timeout=_LOOK):
+            if not self._thread.is_alive() and not self._end.acquire(blocking=False):
+                return RuntimeError("a thread ended before its part of a computation did: try again")
         error, self._error = self._error, None
         return error
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         if _processors:
-            os.sched_setaffinity(0, {_processors[self._place]})
+            _pin(0, _processors[self._place])
         while True:
             self._begin.acquire()
             assert self._job is not None
@@ -114,18 +130,22 @@ _pool = functools.cache(_Pool)  # the process's only one, made when it is first 
 def in_parts(work: Work, count: int) -> None:
     """Calls `work` with slices that cover range(count), in parallel on all threads.
 
-    If another computation uses the threads already, this one runs on the calling thread alone.
+    If another computation uses the threads already, this one runs on the calling thread alone. Where the system refuses
+    more threads, or this process is ending, it runs on those that there are.
     """
     parts, pool = min(THREADS, count), _pool()
-    if parts < 2 or not pool.in_use.acquire(blocking=False):
+    if parts < 2 or sys.is_finalizing() or not pool.in_use.acquire(blocking=False):
         work(slice(0, count))
         return
     errors: list[BaseException | None] = []
     try:
-        while len(pool.helpers) < parts - 1:
-            pool.helpers.append(_Helper(len(pool.helpers) + 1))
-        bounds = [count * part // parts for part in range(parts + 1)]
+        pool.helpers = [helper for helper in pool.helpers if helper.alive]
+        with contextlib.suppress(RuntimeError):  # "can't start new thread"
+            while len(pool.helpers) < parts - 1:
+                pool.helpers.append(_Helper(len(pool.helpers) + 1))
         helpers = pool.helpers[: parts - 1]
+        parts = len(helpers) + 1
+        bounds = [count * part // parts for part in range(parts + 1)]
         for helper, start, stop in zip(helpers, bounds[1:], bounds[2:], strict=False):
             helper.begin(work, slice(start, stop))
         try:

@@ -239,11 +239,11 @@ def machine() -> str:
     simd = next((level for level in ("avx512f", "avx2") if level in fields.get("flags", [])), "neither AVX2 nor more")
     built = np.show_config(mode="dicts")
     assert isinstance(built, dict)
-    blas = built["Build Dependencies"]["blas"]
+    blas = built.get("Build Dependencies", {}).get("blas", {})  # what is empty is left out
     facts = [
         f"{' '.join(fields.get('model name', [])) or platform.machine()}, {CORES} cores, {simd.removesuffix('f')}",
         f"Python {platform.python_version()}",
-        f"NumPy {np.__version__} with {blas['name']} {blas['version']}",
+        f"NumPy {np.__version__} with {blas.get('name', 'no BLAS')} {blas.get('version', '')}",
     ]
     for package in ("torch", "transformers", "ctranslate2", "onnxruntime"):
         try:

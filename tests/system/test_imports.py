@@ -1,10 +1,12 @@
 """What a process has imported: a stage only what it needs, and the package nothing heavy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages
 
@@ -29,6 +31,15 @@ def test_importing_numpy_first_is_warned_of() -> None:
     environment = {"PATH": "/usr/bin:/bin"}
     run = subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, capture_output=True, env=environment)
     assert "Import minigpt before numpy" in run.stderr
+
+
+def test_a_cpu_without_any_feature_that_numpy_dispatches_to_generates() -> None:
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]
+    environment = os.environ | {"NPY_DISABLE_CPU_FEATURES": " ".join(simd.get("found", []))}
+    code = "import minigpt, numpy; print(numpy.show_config(mode='dicts')['SIMD Extensions'].get('found'));"
+    code += "print(''.join(token.text for token in minigpt.load('tiny').generate('The capital of France is')))"
+    run = subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, capture_output=True, env=environment)
+    assert run.stdout.startswith("None\n Paris"), run.stderr
 
 
 WATCHED = """

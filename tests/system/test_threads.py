@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +176,91 @@ def test_the_helpers_do_not_keep_a_process_from_ending() -> None:
     code = f"import time, minigpt\nfrom minigpt.engine import threads\nthreads.THREADS = 3\n{work}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_thread_that_died_is_not_waited_for_and_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "THREADS", 2)
+    threads._pool().helpers.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(threads._Helper, "_run", lambda _helper: time.sleep(0.1))  # it ends before its part begins
+        with pytest.raises(RuntimeError, match="a thread ended before its part"):
+            threads.in_parts(lambda _part: None, 2)
+    seen: list[int] = []
+    threads.in_parts(lambda part: seen.append(part.start), 2)
+    assert sorted(seen) == [0, 1]
+
+
+def test_where_no_thread_can_be_started_one_computes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "THREADS", 3)
+    threads._pool().helpers.clear()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    seen: list[slice] = []
+    threads.in_parts(seen.append, 6)
+    assert seen == [slice(0, 6)]
+
+
+REFUSED = """
+import json, minigpt, os, sys
+def refuse(*_): raise OSError(22, "Invalid argument")
+os.sched_setaffinity = refuse
+from minigpt.engine import threads
+threads._processors[:] = [0, 1]  # as `spread` leaves it
+threads.spread(threads.native())
+threads.THREADS = 2
+seen = []
+threads.in_parts(lambda part: seen.append(part.start), 2)
+print(json.dumps(sorted(seen)))
+"""
+
+
+def test_a_refused_affinity_is_ignored() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("[0, 1]\n", 0), done.stderr
+
+
+FORKED = """
+import os, minigpt
+model = minigpt.load("tiny")
+def ids(): return [token.id for token in model.generate([5 + i % 50 for i in range(400)], max_tokens=4)]
+if generates_first: wanted = ids()
+if os.fork() == 0:
+    os._exit(7 if ids() == (wanted if generates_first else ids()) else 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]), len(ids()))
+"""
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_model_that_was_loaded_before_a_fork_generates_in_both_processes(first: bool) -> None:
+    code = f"generates_first = {first}\n{FORKED}"
+    environment = os.environ | {"MINIGPT_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout == "7 4\n", done.stderr
+
+
+SHRUNK = """
+import os, sys
+from pathlib import Path
+import minigpt
+group = Path(sys.argv[1])
+(group / "cgroup.procs").write_text(str(os.getpid()))
+with minigpt.Pipeline.local("tiny", 1, timeout=60, threads=2) as pipeline:  # its threads lie on a processor each
+    (group / "cpuset.cpus").write_text(sys.argv[2])
+    print(len(list(pipeline.generate([5 + i % 50 for i in range(400)], max_tokens=4))))
+"""
+
+
+def test_a_stage_goes_on_when_its_cpuset_shrinks(cgroup: Callable[[str], Path]) -> None:
+    group = cgroup("cpuset")
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) != 2:
+        pytest.skip(f"threads are spread over all processors: this needs 2, and there are {len(processors)}")
+    (group / "cpuset.mems").write_text((group.parent / "cpuset.mems").read_text())
+    (group / "cpuset.cpus").write_text(",".join(map(str, processors)))
+    command = [sys.executable, "-c", SHRUNK, str(group), str(processors[0])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "4\n", done.stderr

@@ -1,9 +1,11 @@
 """The wheel holds every package: it is built, installed elsewhere, and does the main job from another folder."""
 
+import configparser
 import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -53,3 +55,29 @@ def test_it_does_the_main_job_from_another_folder(wheel: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" Paris")
     assert "stage 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_it_does_the_main_job_with_the_lowest_versions_that_it_allows(wheel: Path, tmp_path: Path) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    options = config["options"]
+    if sys.version_info[:2] != (lowest := tuple(map(int, options["python_requires"].strip(">=").split(".")))):
+        pytest.skip(f"the lowest versions are built for the lowest Python, {lowest}")
+    wanted = [line.partition(",")[0].replace(">=", "==") for line in options["install_requires"].split("\n") if line]
+    assert all("==" in requirement for requirement in wanted)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", str(wheel), *wanted]
+    subprocess.run(install, check=True, timeout=600, env=environment)
+    for command in (
+        ["generate", "The capital of France is"],
+        ["generate", "The capital of France is", "--stages", "1"],
+    ):
+        done = subprocess.run(
+            [python, "-m", "minigpt", *command],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(" Paris")
