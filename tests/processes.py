@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from attest.measure import measure
 from attest.providers.mock import MockKey, MockPins, MockRoot
@@ -39,6 +42,38 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def out_of_threads(pid: int, more: int = 0) -> Iterator[None]:
+    """The system gives this process `more` threads, and then none. Skips the test where that cannot be had."""
+    if os.geteuid() != 0 and more:
+        pytest.skip("a limit counts all threads of the user")
+    if os.geteuid() != 0:  # root has no limit
+        usual = resource.prlimit(pid, resource.RLIMIT_NPROC, (1, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+        yield
+        resource.prlimit(pid, resource.RLIMIT_NPROC, usual)
+        return
+    roots = [root for root in map(Path, ("/sys/fs/cgroup/pids", "/sys/fs/cgroup")) if (root / "cgroup.procs").exists()]
+    try:
+        group = Path(tempfile.mkdtemp(dir=roots[0]))
+        (group / "cgroup.procs").write_text(str(pid))
+        limit = group / "pids.max"
+        limit.write_text(str(int((group / "pids.current").read_text()) + more))
+    except (OSError, IndexError):
+        pytest.skip("no control group for the number of threads")
+    try:
+        yield
+        limit.write_text("max")
+    finally:
+        (roots[0] / "cgroup.procs").write_text(str(pid))
+        assert eventually(lambda: not group.exists() or _removed(group))
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):  # the process has not moved yet
+        group.rmdir()
+    return not group.exists()
 
 
 class Stages:
@@ -110,7 +145,7 @@ class Stages:
                 stdout=subprocess.PIPE,
                 stderr=self._logs[index],
                 text=True,
-                pass_fds=[listener.fileno()],
+                pass_fds=[listener.fileno(), *more.get("pass_fds", [])],
             )
         self.processes[index] = process
         return process

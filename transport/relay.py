@@ -6,6 +6,10 @@ an end without a CLOSE.
 
 Two threads carry a connection, one in each direction, and hold at most one piece each: a slow reader slows its sender
 down. The end of one direction is passed on, and the other continues.
+
+A connection may be silent for as long as its ends like, once both have spoken. Before that, after one of them has
+ended, and while one does not read, there is a deadline; and a newcomer that finds the relay full takes the place of a
+connection of the first two kinds.
 """
 
 import itertools
@@ -13,10 +17,11 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from socket import socket
 
 from transport.address import Address
-from transport.errors import TransportError
+from transport.errors import LimitError, TimedOut, TransportError
 from transport.sockets import Listener, Wire, connect
 
 log = logging.getLogger("transport.relay")
@@ -24,10 +29,12 @@ log = logging.getLogger("transport.relay")
 CONNECTIONS = 256  # at once: two sockets and two threads each, and 1024 descriptors are usual
 _PIECE = 1 << 16  # bytes; a record of a link is not longer
 _CONNECT = 10.0  # seconds that the target may take
+_FIRST = 30.0  # seconds until the first byte, from either end; whoever connects to a stage speaks at once
+_STALL = 120.0  # seconds that an end may read nothing, or say nothing after the other has ended; stages allow less
 
 
 class Relay:
-    """Carries what connects to `listen` on to `target`. Any more than `connections` at once are closed.
+    """Takes what connects to `listen` on to `target`, at most `connections` at once.
 
     Raises Unreachable if `listen` cannot be bound.
     """
@@ -47,16 +54,36 @@ class Relay:
             if accepted is None:
                 return
             sock, peer = accepted
-            if len(self._open) >= self._limit:  # others only remove
+            connection = _Connection(sock)
+            with self._lock:
+                unwanted = self._made_room()
+                full = len(self._open) >= self._limit
+                if not full:
+                    self._open[number] = connection
+            if unwanted is not None:
+                unwanted.cut("ended for a newcomer")
+            if full:
                 log.warning("%s: turned away, %d connections are open", peer, self._limit)
                 sock.close()
                 continue
-            connection = _Connection(sock)
-            with self._lock:
-                self._open[number] = connection
             log.info("connection %d: open from %s", number, peer)
-            name = f"connection {number}"
-            threading.Thread(target=self._carry, args=(number, connection), name=name, daemon=True).start()
+            try:
+                _start(f"connection {number}", self._carry, number, connection)
+            except LimitError as error:
+                log.warning("connection %d: %s", number, error)
+                self._forget(number)
+                sock.close()
+
+    def _made_room(self) -> "_Connection | None":
+        """The connection to end for a newcomer, taken out: of those that are not in use, the one silent longest.
+
+        None if there is room, or if all are in use.
+        """
+        if len(self._open) < self._limit:
+            return None
+        unused = [number for number, one in self._open.items() if not one.in_use]
+        number = min(unused, key=lambda number: self._open[number].heard, default=None)
+        return None if number is None else self._open.pop(number)
 
     def close(self) -> None:
         """Stops accepting. A signal handler may call this. Connections continue until `stop`."""
@@ -80,8 +107,11 @@ class Relay:
         except TransportError as error:
             log.warning("connection %d: %s", number, error)
         finally:
-            with self._lock:
-                del self._open[number]
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._open.pop(number, None)
 
 
 class _Connection:
@@ -91,47 +121,102 @@ class _Connection:
         self._near = Wire(sock)
         self._far: Wire | None = None
         self._cut = threading.Event()
+        self._why = ""  # it was cut
+        self._there, self._back = threading.Event(), threading.Event()  # set when that direction has ended
+        self.heard = time.monotonic()  # when a byte was last read from either end
+
+    @property
+    def in_use(self) -> bool:
+        """Whether both ends have spoken and neither has ended; or it is not known yet whether the target is there."""
+        if self._far is None:
+            return True  # a thread that connects cannot be woken
+        spoken = self._near.bytes_received and self._far.bytes_received
+        return bool(spoken) and not self._there.is_set() and not self._back.is_set()
 
     def run(self, target: Address) -> tuple[int, int]:
         """Carries bytes to `target` and back until both directions have ended, or one is broken; returns how many.
 
-        Raises Unreachable or TimedOut if the target is not there; who came has been cut off.
+        Raises:
+            Unreachable, TimedOut: the target is not there; who came has been cut off.
+            TimedOut: an end was silent or did not read, or a newcomer took the place; both have been cut off.
+            LimitError: the system gives no second thread; both have been cut off.
         """
         try:
             far = self._far = Wire(connect(target, _CONNECT))
         except TransportError:
             self._near.abort()
             raise
+        self.heard = time.monotonic()
         if self._cut.is_set():  # before there was anything to wake
             far.shut()
-        back = threading.Thread(target=self._pass, args=(far, self._near), daemon=True)
-        back.start()
-        self._pass(self._near, far)
+        name = f"{threading.current_thread().name}, back"
+        try:
+            back = _start(name, self._pass, far, self._near, self._back, self._there)
+        except LimitError:
+            self._near.abort()
+            far.abort()
+            raise
+        self._pass(self._near, far, self._there, self._back)
         back.join()
         for wire in (self._near, far):
             if self._cut.is_set():
                 wire.abort()
             else:
                 wire.close()
+        if self._why:
+            raise TimedOut(self._why)
         return far.bytes_sent, self._near.bytes_sent
 
-    def cut(self) -> None:
-        """Ends both directions, and wakes any thread that waits for either."""
+    def cut(self, why: str = "") -> None:
+        """Ends both directions, and wakes any thread that waits for either. `run` raises what the first caller says."""
+        if not self._cut.is_set():
+            self._why = why
         self._cut.set()
         for wire in (self._near, self._far):
             if wire is not None:
                 wire.shut()
 
-    def _pass(self, source: Wire, sink: Wire) -> None:
-        """Carries one direction to its end. If it breaks, so does the other."""
+    def _pass(self, source: Wire, sink: Wire, ended: threading.Event, other: threading.Event) -> None:
+        """Carries one direction to its end, and sees to it that the other then does not last for ever.
+
+        If one breaks, so does the other.
+        """
         try:
-            while True:
-                source.wait(math.inf)
-                data = source.read(_PIECE)
-                if data == b"":
-                    sink.finish()
-                    return
-                if data is not None:
-                    sink.write(data, math.inf)
+            self._copy(source, sink)
+            ended.set()
+            while not other.wait(left := self.heard + _STALL - time.monotonic()):
+                if left <= 0:
+                    raise TimedOut(f"one end has ended, and the other was silent for {_STALL:.0f} s")
+        except TimedOut as error:
+            self.cut(str(error))
         except TransportError:
             self.cut()
+        finally:
+            ended.set()
+
+    def _copy(self, source: Wire, sink: Wire) -> None:
+        """Carries one direction to its end. Raises TimedOut, Truncated."""
+        deadline = self.heard + _FIRST
+        while True:
+            if not source.wait(deadline):
+                if not source.bytes_received and not sink.bytes_received:
+                    raise TimedOut(f"neither end said anything in {_FIRST:.0f} s")
+                deadline = math.inf
+                continue
+            data = source.read(_PIECE)
+            if data == b"":
+                sink.finish()
+                return
+            if data is not None:
+                self.heard = time.monotonic()
+                sink.write(data, self.heard + _STALL)
+
+
+def _start(name: str, work: Callable[..., None], *args: object) -> threading.Thread:
+    """A new thread. Raises LimitError if the system gives none."""
+    thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise LimitError("the system gives no more threads") from None
+    return thread

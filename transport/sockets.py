@@ -181,6 +181,7 @@ class Listener:
     """
 
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
+        self._own = isinstance(place, Address)  # bound here, and not shared with whoever handed it down
         self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
         self._sock.setblocking(False)
         self._poller = _poller(self._sock, select.POLLIN)
@@ -207,10 +208,15 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Stops listening, and wakes a thread in `accept`."""
+        """Stops listening, and wakes a thread in `accept`: within a second if the socket was handed down.
+
+        Such a socket goes on listening for the process that has it too: the next one may be started for what is still
+        in its queue, as socket activation does.
+        """
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._own:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         with self._accepting:
             self._sock.close()
 

@@ -67,8 +67,13 @@ class Server:
             if full:
                 log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
                 sock.close()
-            else:
+                continue
+            try:
                 threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
+            except RuntimeError:  # the system gives no thread: this stage is as full as one with all its channels
+                log.warning("%s: turned away, the system gives no more threads", peer)
+                self.forget(number)
+                sock.close()
 
     def _least_wanted(self) -> Conversation | None:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.

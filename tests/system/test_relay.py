@@ -1,5 +1,6 @@
 """The relay: what goes in comes out, both ways, whatever either end does; and it sees nothing but ciphertext."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -12,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made import SMALL, random_tensors, write
 from places import VSOCK, anywhere
-from processes import ROOT, Stages, eventually
+from processes import ROOT, Stages, eventually, out_of_threads
 
 import minigpt
 from minigpt.client.pipeline import Pipeline
@@ -205,6 +207,97 @@ def test_a_target_that_is_down_closes_the_connection_and_the_relay_lives(way: tu
                 assert served.recv(1) == b"x"
 
 
+def speaking(running: Running) -> socket.socket:
+    """A connection in use, however late this process was with its first byte."""
+    while not answers(sock := running.connect()):
+        sock.close()
+    return sock
+
+
+def ends(sock: socket.socket) -> bool:
+    """Waits for the end, or for a byte."""
+    sock.settimeout(PATIENCE)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def is_cut_off(sock: socket.socket) -> bool:
+    with sock:
+        return ends(sock)
+
+
+def test_newcomers_make_room_for_themselves_but_not_at_the_cost_of_connections_in_use(way: tuple[str, str]) -> None:
+    def hang_up_on_silence(sock: socket.socket) -> None:
+        with sock:
+            sock.settimeout(0.2)
+            try:
+                if sock.recv(1):
+                    sock.sendall(b"x")
+                    sock.settimeout(PATIENCE)
+                    echo(sock)
+            except TimeoutError:
+                pass
+
+    with Running(way, hang_up_on_silence, connections=5) as running, speaking(running) as used:
+        strangers = [running.connect() for _ in range(8)]
+        assert is_cut_off(strangers.pop(0))
+        assert eventually(lambda: reaches(running))  # while some are silent …
+        assert eventually(lambda: sum(thread.is_alive() for thread in running.served) == 1)
+        assert eventually(lambda: reaches(running))  # … and when the target has hung up on them all
+        assert answers(used)
+        for sock in strangers:
+            sock.close()
+
+
+def test_silence_at_the_beginning_has_a_deadline(way: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "_FIRST", 0.2)
+    with Running(way, echo) as running, speaking(running) as used:
+        assert is_cut_off(running.connect())
+        assert eventually(lambda: len(threads_of_connections()) == 2)
+        assert answers(used)  # later silence has none
+
+
+@pytest.mark.parametrize("who", ["client", "target"])
+def test_when_one_end_has_ended_the_silence_of_the_other_has_a_deadline(
+    who: str, way: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "_STALL", 0.5)
+    done = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        with sock:
+            sock.sendall(sock.recv(1))
+            if who == "target":
+                sock.shutdown(socket.SHUT_WR)
+            done.wait(PATIENCE)
+
+    with Running(way, serve) as running, running.connect() as sock:
+        assert answers(sock)
+        if who == "client":
+            sock.shutdown(socket.SHUT_WR)
+        ended = eventually(lambda: not threads_of_connections())
+        done.set()
+        assert ended
+
+
+def test_an_end_that_does_not_read_has_a_deadline(way: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "_STALL", 0.5)
+    done = threading.Event()
+
+    def deaf(sock: socket.socket) -> None:
+        with sock:
+            done.wait(PATIENCE)
+
+    with Running(way, deaf) as running, running.connect() as sock:
+        with pytest.raises(ConnectionError):
+            sock.sendall(bytes(1 << 28))
+        ended = eventually(lambda: not threads_of_connections())
+        done.set()
+        assert ended
+
+
 def test_stopping_ends_every_connection_and_leaves_no_thread(way: tuple[str, str]) -> None:
     with Running(way, echo) as running:
         socks = [running.connect() for _ in range(5)]
@@ -300,6 +393,49 @@ def test_a_reader_that_does_not_read_costs_no_memory_and_loses_nothing(tmp_path:
                 assert same(read_all(served), data, sent[number])
                 sock.close()
                 served.close()
+            assert running.end(signal.SIGTERM) == 0
+        finally:
+            running.process.kill()
+            running.process.wait()
+
+
+def test_three_hundred_silent_strangers_do_not_keep_a_client_out(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with socket.create_server(("127.0.0.1", 0)) as keeper, ExitStack() as stack:
+        running = Process(Address("tcp", "127.0.0.1", keeper.getsockname()[1]), tmp_path / "log")
+        stack.callback(running.end, signal.SIGKILL)
+        stages = stack.enter_context(Stages(folder, "4", tmp_path, addresses=[str(running.address)]))
+        handed = ("--listen", f"fd:{keeper.fileno()}", "--handshake-timeout", "1")
+        stages.start(0, *handed, pass_fds=[keeper.fileno()])
+        for wait in (False, True):  # at once, and long after the stage has hung up on them all
+            strangers = [stack.enter_context(connect(running.address, PATIENCE)) for _ in range(300)]
+            if wait:
+                assert all(map(ends, strangers))
+            with Pipeline.connect(stages.bytes, allow_mock=True, timeout=PATIENCE) as pipeline:
+                assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
+
+
+def test_a_thread_that_the_system_refuses_costs_the_relay_one_connection(tmp_path: Path) -> None:
+    with Listener(anywhere("tcp")) as target:
+        running = Process(target.address, tmp_path / "log")
+        try:
+
+            def refused(count: int) -> bool:
+                return running.log.read_text().count("the system gives no more threads") == count
+
+            for threads in (0, 1):  # none for the connection; or one, and none for the way back
+                with out_of_threads(running.process.pid, threads):
+                    for number in range(13):
+                        with contextlib.suppress(Unreachable):  # cut off before `connect` had seen that it was there
+                            assert is_cut_off(connect(running.address, PATIENCE))
+                        assert eventually(partial(refused, 13 * threads + number + 1))
+            with connect(running.address, PATIENCE) as sock:
+                sock.sendall(b"x")
+                while (accepted := target.accept()) is not None:
+                    with accepted[0] as served:  # those before it were cut off
+                        served.settimeout(PATIENCE)
+                        if not ends(served):
+                            break
             assert running.end(signal.SIGTERM) == 0
         finally:
             running.process.kill()

@@ -1,7 +1,9 @@
 """A stage process by itself: how it gets its manifest, what memory it takes, how it takes turns."""
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made import SMALL, random_tensors, write
-from processes import ROOT, Stages, eventually
+from processes import ROOT, Stages, eventually, out_of_threads
 
 import minigpt
 from minigpt.client.pipeline import Pipeline
@@ -55,6 +57,37 @@ def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path
             assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
     for keeper, _ in keepers:
         keeper.close()
+
+
+def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0)
+        process = stages.processes[0]
+        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            expected = [token.id for token in pipeline.generate([1, 2], max_tokens=3)]
+            with out_of_threads(process.pid):
+                for _ in range(13):
+                    with socket.create_connection(("127.0.0.1", stages.ports[0]), timeout=60) as stranger:
+                        assert stranger.recv(1) == b""  # turned away
+                assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
+            assert stages.log(0).count("turned away, the system gives no more threads") == 13
+            assert pipeline.status()[0].channels == 1
+        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:  # it lives, and has threads again
+            assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_socket_that_was_handed_down_serves_one_process_after_another(how: signal.Signals, tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keeper = socket.create_server(("127.0.0.1", 0))  # as systemd keeps it
+    os.set_inheritable(keeper.fileno(), True)
+    with keeper, Stages(folder, "4", tmp_path, addresses=[f"tcp://127.0.0.1:{keeper.getsockname()[1]}"]) as stages:
+        for _ in range(3):
+            stages.start(0, "--listen", f"fd:{keeper.fileno()}", pass_fds=[keeper.fileno()])
+            with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+                assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
+            stages.kill(0, how)
 
 
 def test_a_stage_takes_its_own_tensors_and_at_most_100_mb_more(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Listeners, connections and addresses."""
 
 import contextlib
+import os
 import socket
 import time
 
@@ -49,6 +50,22 @@ def test_a_listener_that_a_parent_hands_down():
     one.sendall(b"still open")
     one.close()
     two.close()
+
+
+def test_a_listener_that_was_handed_down_leaves_the_socket_listening():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(2):
+            listener = Listener(os.dup(server.fileno()))
+            waiting = background(listener.accept)
+            listener.close()
+            assert waiting.join() is None
+        with socket.create_connection(server.getsockname(), timeout=60) as one:  # and its queue is whole
+            with Listener(os.dup(server.fileno())) as listener:
+                accepted, _ = listener.accept()
+            with accepted:
+                one.sendall(b"x")
+                accepted.settimeout(60)
+                assert accepted.recv(1) == b"x"
 
 
 def test_nobody_there_is_unreachable_and_silence_times_out():
