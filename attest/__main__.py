@@ -5,10 +5,10 @@ Results go to standard output, advice and errors to standard error.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
-from attest.document import read_file, write_private
+from attest.document import read_file, show, write_private
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, date, decode_claims, show_scalar
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
@@ -29,29 +29,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Only usage errors leave by SystemExit (argparse)."""
     parser = _parser()
     try:
-        options = parser.parse_args(arguments)
-        code, text = options.run(options, parser)
+        try:
+            options = parser.parse_args(arguments)
+            code, text = options.run(options, parser)
+        except SystemExit:  # argparse has printed a help, a version or a usage error
+            _print("")
+            raise
         _print(text)
         return int(code)
-    except SystemExit:  # argparse has printed a help, a version or a usage error
-        _print("")
-        raise
     except KeyboardInterrupt:
         return 130
     except AttestationError as error:
         print(f"attest: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"attest: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"attest: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 1
 
 
 def _print(text: str) -> None:
     """Prints and flushes. A reader that has gone has seen enough: that is no error, and the exit code stands."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at exit
+    with suppress(BrokenPipeError):
+        show(text)
 
 
 def _parser() -> argparse.ArgumentParser:

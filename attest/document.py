@@ -6,8 +6,11 @@ manifest.stages[1].layers: got 7, wanted a list of 1 to 2
 import datetime
 import json
 import os
+import secrets
+import stat
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,9 +28,80 @@ def read_file(path: str | Path | int, limit: int) -> bytes:
 
 
 def write_private(path: str | Path, text: str) -> None:
-    """Writes a new file that only its owner may read. Raises FileExistsError: nothing is ever overwritten."""
-    with open(path, "x", encoding="ascii", opener=partial(os.open, mode=0o600)) as file:  # "x" follows no link either
-        file.write(text)
+    """Writes a new file that only its owner may read, or leaves none.
+
+    Raises OSError, which names the file: FileExistsError if there is one, because nothing is ever overwritten.
+    """
+    try:
+        _create(path, text.encode("ascii"), 0o600)
+    except OSError as error:
+        raise _about(path, error) from None
+
+
+def write_file(path: str | Path, data: bytes | str) -> None:
+    """Writes a file whole, or leaves what was there: it is written beside its place, and renamed.
+
+    A link stays a link. What is there and is not a file, such as /dev/stdout, is written into. Raises OSError, which
+    names the file.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb", buffering=0) as file:
+                _write_all(file.fileno(), data)
+        else:
+            _replace(os.path.realpath(path), data)
+    except OSError as error:
+        raise _about(path, error) from None
+
+
+def _replace(path: str, data: bytes) -> None:
+    before = os.stat(path) if os.path.exists(path) else None
+    beside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.new")
+    _create(beside, data, 0o666)
+    try:
+        if before is not None:
+            with suppress(PermissionError):  # it may not be ours to give away
+                os.chown(beside, before.st_uid, before.st_gid)
+            os.chmod(beside, stat.S_IMODE(before.st_mode))
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _create(path: str | Path, data: bytes, mode: int) -> None:
+    """A new file with all of `data`, on the disk, or none."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)  # follows no link
+    try:
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)  # some file systems find out only now that they are full
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _about(path: str | Path, error: OSError) -> OSError:
+    """The same error, about the file that was asked for: a write names none, and a rename two."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def show(text: str) -> None:
+    """Prints to standard output, and flushes. Raises OSError, which names standard output."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes, so that exit is quiet
+        raise _about("standard output", error) from None
 
 
 def parse_json(data: bytes | str) -> Any:

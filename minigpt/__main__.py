@@ -21,24 +21,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to end
-    options = parser().parse_args(argv)
     from attest import AttestationError
+    from attest.document import show
     from minigpt.errors import MiniGPTError
     from transport.errors import TransportError
 
     try:
+        try:
+            options = parser().parse_args(argv)
+        except SystemExit:  # argparse has printed a help, a version or a usage error
+            show("")
+            raise
         from minigpt.cli import commands
 
         code: int = getattr(commands, options.command)(options)
-        sys.stdout.flush()
     except (MiniGPTError, AttestationError, TransportError) as error:
         print(f"minigpt: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's own last flush is quiet too
         return 141
     except OSError as error:
-        print(f"minigpt: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -18,6 +18,7 @@ from Crypto.PublicKey import MLKEM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 from attest import NO_CLAIMS, Binding, Evidence
+from attest.document import write_file
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
@@ -280,4 +281,4 @@ def answers() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(json.dumps(answers(), indent=1) + "\n")
+    write_file(TARGET, json.dumps(answers(), indent=1) + "\n")

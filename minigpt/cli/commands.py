@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from attest.document import parse_json, read_file, write_private
+from attest.document import parse_json, read_file, show, write_file, write_private
 from attest.measure import measure
 from attest.providers import Pins
 from attest.providers.mock import MockPins
@@ -65,15 +65,15 @@ def generate(options: argparse.Namespace) -> int:
             for token in generation:
                 tokens.append(token)
                 if not options.json:
-                    print(f"{token.id} " if token.text is None else token.text, end="", flush=True)
+                    show(f"{token.id} " if token.text is None else token.text)
         finally:
             if tokens and not options.json:
-                print(flush=True)  # so that what follows, an error too, is on a line of its own
+                show("\n")  # so that what follows, an error too, is on a line of its own
         summary = _summary(pipeline, generation)
         if options.json:
             listed = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
             text = None if pipeline.tokenizer is None else "".join(token.text or "" for token in tokens)
-            print(json.dumps({"text": text, "tokens": listed, **summary}))
+            show(json.dumps({"text": text, "tokens": listed, **summary}) + "\n")
         else:
             _say_summary(summary)
     return 0
@@ -156,8 +156,8 @@ def plan(options: argparse.Namespace) -> int:
         clients=[_hex("--client", text, 32) for text in options.client] or None,
         days=options.days,
     )
-    Path(options.output).write_bytes(data)
-    print(hashlib.sha256(data).hexdigest())
+    write_file(options.output, data)
+    show(hashlib.sha256(data).hexdigest() + "\n")
     for stage in manifest.Manifest.parse(data).stages:
         say(f"stage {stage.index}  layers {stage.layers.start}-{stage.layers.stop - 1}  {stage.address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
@@ -216,13 +216,13 @@ def status(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for report in reports:
             if report.evidence:
-                (folder / f"stage-{report.stage}.json").write_text(report.evidence)
+                write_file(folder / f"stage-{report.stage}.json", report.evidence)
     stages = [_stage_state(entry, report) for entry, report in zip(entries, reports, strict=True)]
     if options.json:
-        print(json.dumps({"stages": stages}))
+        show(json.dumps({"stages": stages}) + "\n")
     else:
         for entry, report in zip(entries, reports, strict=True):
-            print(_stage_line(_stage_state(entry, report)) + "  " + (report.error or _load(report)))
+            show(_stage_line(_stage_state(entry, report)) + "  " + (report.error or _load(report)) + "\n")
         say(MOCK_NOTICE)
     if any(report.reason == "attestation" for report in reports):
         return UntrustedStage.exit_code
@@ -267,7 +267,8 @@ def bench(options: argparse.Namespace) -> int:
         results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=progress)
     finally:
         progress("")
-    print(json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results))
+    text = json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results)
+    show(text + "\n")
     return 0
 
 
@@ -278,7 +279,7 @@ def keygen(options: argparse.Namespace) -> int:
         write_private(options.output, private.hex() + "\n")
     except FileExistsError:
         raise UsageError(f"{options.output} exists, and a key file is never overwritten: choose another name") from None
-    print(public.hex())
+    show(public.hex() + "\n")
     say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
     return 0
 
@@ -290,7 +291,7 @@ def relay(options: argparse.Namespace) -> int:
     passing = Relay(Address.parse(options.listen), target, options.connections)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: passing.close())
     try:
-        print(f"relay ready: {passing.address} to {target}", flush=True)
+        show(f"relay ready: {passing.address} to {target}\n")
         passing.serve()
     finally:
         passing.stop()

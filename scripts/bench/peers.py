@@ -42,6 +42,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
 
+from attest.document import write_file
 from minigpt.cli.bench import estimate
 from scripts.bench.contestants import CORES, SMALL, TINY, Request, Times, make_checkpoint
 
@@ -269,7 +270,7 @@ def main() -> None:
     for row in (HEADER, ["---", "---", "---:", "---:", "---", "---:", "---:"], *rows(results)):
         print("| " + " | ".join(row) + " |")
     if given.json:
-        Path(given.json).write_text(json.dumps(results))
+        write_file(given.json, json.dumps(results))
 
 
 if __name__ == "__main__":

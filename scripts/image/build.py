@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
 
 import minigpt
+from attest.document import write_file
 from attest.measure import measure
 from minigpt.checkpoint import sources, weights
 from minigpt.engine.config import tensor_shapes
@@ -88,10 +89,10 @@ def rootfs(plan: Plan, cache: Path) -> Tree:
 def write_container(plan: Plan, cache: Path, folder: Path) -> None:
     """Writes a folder for `docker build`: the same files as in the other layouts, on top of nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rootfs.tar").write_bytes(ramdisk.tar(rootfs(plan, cache)))
+    write_file(folder / "rootfs.tar", ramdisk.tar(rootfs(plan, cache)))
     settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
     lines = ["FROM scratch", "ADD rootfs.tar /", f"ENV {settings}", f"CMD {json.dumps(command(plan))}"]
-    (folder / "Dockerfile").write_text("".join(f"{line}\n" for line in lines))
+    write_file(folder / "Dockerfile", "".join(f"{line}\n" for line in lines))
 
 
 def command(plan: Plan) -> list[str]:
@@ -179,7 +180,7 @@ def own_tensors(plan: Plan) -> Tree:
     text += b" " * (-len(text) % 8)
     data = b"".join([len(text).to_bytes(8, "little"), text, *parts])
     with tempfile.TemporaryDirectory() as made:
-        Path(made, weights.SINGLE).write_bytes(data)
+        write_file(Path(made, weights.SINGLE), data)
         loaded = weights.load(Path(made), config, stage.layers)
     _check_digest(loaded.digest, stage, plan.folder)
     return {f"{ramdisk.MODEL}/{weights.SINGLE}": Entry.file(data)}
@@ -270,7 +271,7 @@ def run(options: argparse.Namespace) -> None:
         return
     image = build(plan, options.cache)
     data = eif.write(image)
-    Path(options.output).write_bytes(data)
+    write_file(options.output, data)
     print(json.dumps(eif.describe(image), indent=2))
     print(f"wrote {options.output}, {len(data) / 1e6:.1f} MB", file=sys.stderr)
 

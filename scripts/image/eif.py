@@ -33,6 +33,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
+
+from attest.document import write_file
+
 MAGIC = b".eif"
 VERSION = 4
 ARM64 = 1  # the one flag
@@ -264,7 +268,7 @@ def extract(image: Image, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"kernel": image.kernel, "cmdline": image.cmdline, "initrd": b"".join(image.ramdisks)}
     for name, data in (parts | {"metadata.json": image.metadata or b"null"}).items():
-        (folder / name).write_bytes(data)
+        write_file(folder / name, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

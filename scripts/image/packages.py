@@ -18,7 +18,6 @@ import io
 import json
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -28,6 +27,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
+
+from attest.document import write_file
 
 LOCK = Path(__file__).with_name("image.lock")
 FORMAT = "minigpt-image-lock-1"
@@ -118,7 +121,7 @@ def update(path: Path, cache: Path) -> Lock:
         for package in lock[group]:
             fetch(group, package, cache)
     document = {group: [vars(package) for package in packages] for group, packages in lock.items()}
-    path.write_text(json.dumps({"format": FORMAT} | document, indent=2) + "\n")
+    write_file(path, json.dumps({"format": FORMAT} | document, indent=2) + "\n")
     return lock
 
 
@@ -129,9 +132,7 @@ def _sha256(path: Path) -> str:
 
 def _keep(found: Path, kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    shutil.copyfile(found, partial)
-    partial.replace(kept)  # whole or not at all, whoever else fetches it
+    write_file(kept, found.read_bytes())  # whole or not at all, whoever else fetches it
 
 
 def _download(group: str, wanted: list[str], folder: Path) -> list[Path]:
@@ -239,7 +240,7 @@ def unpack(package: Path, folder: Path) -> None:
         if file.target is not None:
             place.symlink_to(file.target)
         else:
-            place.write_bytes(file.data)
+            write_file(place, file.data)
             place.chmod(0o755 if file.executable else 0o644)
 
 
@@ -259,5 +260,5 @@ def unpacked(lock: Lock, group: str, cache: Path) -> Path:
 if __name__ == "__main__":
     try:
         print(unpacked(read_lock(), UML, cache_folder()))
-    except PackageError as problem:
+    except (PackageError, OSError) as problem:
         sys.exit(f"packages.py: {problem}")

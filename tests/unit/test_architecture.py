@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "attest.__init__": {"attest.document"},
     "transport": {"transport", "=attest"},
     "minigpt.__init__": {"minigpt.client", "minigpt.engine.blas"},
-    "minigpt.__main__": {"minigpt.cli", "minigpt.errors", "=attest", "transport.errors"},
+    "minigpt.__main__": {"minigpt.cli", "minigpt.errors", "=attest", "attest.document", "transport.errors"},
     "minigpt.errors": set(),
     "minigpt.engine": {"minigpt.engine", "minigpt.errors"},
     "minigpt.checkpoint": {
