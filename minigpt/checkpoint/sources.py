@@ -17,7 +17,14 @@ from minigpt.errors import CheckpointError, ConfigError
 TINY = "tiny"  # the embedded checkpoint's name
 MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
 
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs
+TOKENIZER_FILES = [  # what a client needs
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+]
 # What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [
     "config.json",

@@ -22,7 +22,10 @@ NAME = "someone/small-gpt2"
 def hub(tmp_path: Path) -> Iterator[Hub]:
     folder = write(tmp_path / "repository", SMALL, random_tensors(SMALL), shards=2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    more = {"tokenizer.json": b"{}", "pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"other"}
+    more = dict.fromkeys(sources.TOKENIZER_FILES, b"{}") | {
+        "pytorch_model.bin": b"pickle",
+        "onnx/model.safetensors": b"other",
+    }
     with Hub(NAME, files | more).serving() as hub:
         yield hub
 
