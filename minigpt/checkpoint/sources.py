@@ -7,14 +7,17 @@ progress bar on a terminal.
 import importlib.resources
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attest.document import DocumentError, parse_json, read_file
 from minigpt.engine.config import Config
 from minigpt.errors import CheckpointError, ConfigError
 
 TINY = "tiny"  # the embedded checkpoint's name
+CONFIG, GENERATION = "config.json", "generation_config.json"
 MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
 
 TOKENIZER_FILES = [  # what a client needs
@@ -27,7 +30,8 @@ TOKENIZER_FILES = [  # what a client needs
 ]
 # What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [
-    "config.json",
+    CONFIG,
+    GENERATION,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -88,21 +92,35 @@ def _embedded() -> Path | None:
 
 
 def read_config(folder: Path) -> Config:
-    """The folder's config.json.
+    """The folder's config.json, with the stop ids of its generation_config.json if there is one.
+
+    As in transformers, the latter then decides alone which ids end a generation: without `eos_token_id`, none does.
 
     Raises:
-        ConfigError: it is missing, malformed, or asks for what is not supported.
+        ConfigError: config.json is missing, malformed, or asks for what is not supported, or the other is malformed.
     """
-    path = folder / "config.json"
+    config = _read(folder / CONFIG, Config.from_json)
+    if not (folder / GENERATION).exists():
+        return config
+    fields = config.to_json()
+    return _read(
+        folder / GENERATION, lambda data: Config.from_json(fields | {"eos_token_id": data.get("eos_token_id")})
+    )
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
             raise ConfigError("not a file")
         text = read_file(path, MAX_CONFIG)
         if len(text) > MAX_CONFIG:
             raise ConfigError(f"more than {MAX_CONFIG} bytes")
-        return Config.from_json(parse_json(text))
+        data = parse_json(text)
+        if not isinstance(data, dict):
+            raise ConfigError(f"got {type(data).__name__}, wanted a JSON object")
+        return parse(data)
     except OSError as error:
-        reason = f"{error.strerror}: a checkpoint's folder has a config.json"
+        reason = f"{error.strerror}" + (f": a checkpoint's folder has a {CONFIG}" if path.name == CONFIG else "")
     except DocumentError as error:
         reason = f"not JSON: {error}"
     except ConfigError as error:
