@@ -49,10 +49,13 @@ class Checkpoint:
     revision: str | None = None  # the hub's commit; None where it did not come from the hub
 
 
-def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:
+def find(
+    model: str | Path, revision: str | None = None, *, files: list[str] = FILES, download: bool = True
+) -> Checkpoint:
     """The checkpoint that `model` names: a folder, else "tiny", else a hub id, which is downloaded if necessary.
 
     Args:
+        model: a pathlib.Path is never a hub id.
         revision: of a hub id: a branch, a tag or a commit; the main branch by default.
         files: patterns of the files to fetch from a hub's repository.
         download: False to use only what was downloaded before, without asking the hub.
@@ -62,15 +65,15 @@ def find(model: str, revision: str | None = None, *, files: list[str] = FILES, d
     """
     if os.path.isdir(model) or model == TINY:
         if revision is not None:
-            raise CheckpointError(f"revision {revision}: {model!r} is not on the hub, and has no revisions")
+            raise CheckpointError(f"revision {revision}: {str(model)!r} is not on the hub, and has no revisions")
         folder = local(model)
         return Checkpoint(folder, TINY if folder == _embedded() else folder.name)
-    if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"model {model!r}: no such folder, and not a hub id such as openai-community/gpt2")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"model {str(model)!r}: no such folder, and not a hub id such as openai-community/gpt2")
     return _download(model, revision, files, download)
 
 
-def local(model: str) -> Path:
+def local(model: str | Path) -> Path:
     """The folder of a checkpoint that is on this machine: a folder, or "tiny". Never asks the hub.
 
     Raises:
@@ -79,7 +82,7 @@ def local(model: str) -> Path:
     if os.path.isdir(model):
         return Path(model).resolve()
     if model != TINY:
-        raise CheckpointError(f"model {model!r}: there is no such folder")
+        raise CheckpointError(f"model {str(model)!r}: there is no such folder")
     folder = _embedded()
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError("the embedded checkpoint is missing: reinstall the package, unzipped")
