@@ -7,20 +7,31 @@ progress bar on a terminal.
 import importlib.resources
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attest.document import DocumentError, parse_json, read_file
 from minigpt.engine.config import Config
 from minigpt.errors import CheckpointError, ConfigError
 
 TINY = "tiny"  # the embedded checkpoint's name
+CONFIG, GENERATION = "config.json", "generation_config.json"
 MAX_CONFIG = 2**20  # bytes; GPT-2's is 665
 
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # what a client needs
+TOKENIZER_FILES = [  # what a client needs
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+]
 # What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [
-    "config.json",
+    CONFIG,
+    GENERATION,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -38,10 +49,13 @@ class Checkpoint:
     revision: str | None = None  # the hub's commit; None where it did not come from the hub
 
 
-def find(model: str, revision: str | None = None, *, files: list[str] = FILES, download: bool = True) -> Checkpoint:
+def find(
+    model: str | Path, revision: str | None = None, *, files: list[str] = FILES, download: bool = True
+) -> Checkpoint:
     """The checkpoint that `model` names: a folder, else "tiny", else a hub id, which is downloaded if necessary.
 
     Args:
+        model: a pathlib.Path is never a hub id.
         revision: of a hub id: a branch, a tag or a commit; the main branch by default.
         files: patterns of the files to fetch from a hub's repository.
         download: False to use only what was downloaded before, without asking the hub.
@@ -51,15 +65,15 @@ def find(model: str, revision: str | None = None, *, files: list[str] = FILES, d
     """
     if os.path.isdir(model) or model == TINY:
         if revision is not None:
-            raise CheckpointError(f"revision {revision}: {model!r} is not on the hub, and has no revisions")
+            raise CheckpointError(f"revision {revision}: {str(model)!r} is not on the hub, and has no revisions")
         folder = local(model)
         return Checkpoint(folder, TINY if folder == _embedded() else folder.name)
-    if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"model {model!r}: no such folder, and not a hub id such as openai-community/gpt2")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"model {str(model)!r}: no such folder, and not a hub id such as openai-community/gpt2")
     return _download(model, revision, files, download)
 
 
-def local(model: str) -> Path:
+def local(model: str | Path) -> Path:
     """The folder of a checkpoint that is on this machine: a folder, or "tiny". Never asks the hub.
 
     Raises:
@@ -68,7 +82,7 @@ def local(model: str) -> Path:
     if os.path.isdir(model):
         return Path(model).resolve()
     if model != TINY:
-        raise CheckpointError(f"model {model!r}: there is no such folder")
+        raise CheckpointError(f"model {str(model)!r}: there is no such folder")
     folder = _embedded()
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError("the embedded checkpoint is missing: reinstall the package, unzipped")
@@ -81,21 +95,35 @@ def _embedded() -> Path | None:
 
 
 def read_config(folder: Path) -> Config:
-    """The folder's config.json.
+    """The folder's config.json, with the stop ids of its generation_config.json if there is one.
+
+    As in transformers, the latter then decides alone which ids end a generation: without `eos_token_id`, none does.
 
     Raises:
-        ConfigError: it is missing, malformed, or asks for what is not supported.
+        ConfigError: config.json is missing, malformed, or asks for what is not supported, or the other is malformed.
     """
-    path = folder / "config.json"
+    config = _read(folder / CONFIG, Config.from_json)
+    if not (folder / GENERATION).exists():
+        return config
+    fields = config.to_json()
+    return _read(
+        folder / GENERATION, lambda data: Config.from_json(fields | {"eos_token_id": data.get("eos_token_id")})
+    )
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
             raise ConfigError("not a file")
         text = read_file(path, MAX_CONFIG)
         if len(text) > MAX_CONFIG:
             raise ConfigError(f"more than {MAX_CONFIG} bytes")
-        return Config.from_json(parse_json(text))
+        data = parse_json(text)
+        if not isinstance(data, dict):
+            raise ConfigError(f"got {type(data).__name__}, wanted a JSON object")
+        return parse(data)
     except OSError as error:
-        reason = f"{error.strerror}: a checkpoint's folder has a config.json"
+        reason = f"{error.strerror}" + (f": a checkpoint's folder has a {CONFIG}" if path.name == CONFIG else "")
     except DocumentError as error:
         reason = f"not JSON: {error}"
     except ConfigError as error:

@@ -9,20 +9,15 @@ The package is imported on first use: stages never need it.
 import codecs
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attest.document import read_file
+from minigpt.checkpoint import tokenizer_files
 from minigpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
-
-WHOLE = ("tokenizer.json",)
-PARTS = ("vocab.json", "merges.txt")
-MAX_FILE = 16 * 2**20  # bytes; GPT-2's tokenizer.json has 1.3 MB, and JSON of 16 MiB may become 400 MB of objects
 
 
 def _byte_characters() -> dict[str, int]:
@@ -39,8 +34,8 @@ class Tokenizer:
     """A byte-level BPE.
 
     Attributes:
-        digest: SHA-256 over tokenizer.json, or else vocab.json and merges.txt, of each: u16 length of the name, the
-            name, u64 length of the content, the content; big-endian.
+        digest: SHA-256 over the files of `tokenizer_files.read`, of each: u16 length of the name, the name, u64 length
+            of the content, the content; big-endian.
     """
 
     def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes) -> None:
@@ -48,7 +43,9 @@ class Tokenizer:
         encoder.no_padding()
         self.digest = digest
         self._encoder = encoder
-        self._added = encoder.get_added_tokens_decoder()
+        # Of a token that was declared twice, the flag shown is not always the one that counts: so the package is asked.
+        added = encoder.get_added_tokens_decoder()
+        self._special = {token for token in added if not encoder.decode([token], skip_special_tokens=True)}
 
     def encode(self, text: str) -> list[int]:
         """The text's token ids; names of special tokens in the text, such as <|endoftext|>, become those tokens.
@@ -70,10 +67,10 @@ class Tokenizer:
 
     def bytes(self, token: int) -> bytes:
         """The bytes of a token; none for a special one, or for an id outside the vocabulary."""
-        if token in self._added:
-            return b"" if self._added[token].special else self._added[token].content.encode()
-        text = self._encoder.id_to_token(token) or ""
-        return b"".join(bytes([_BYTES[letter]]) if letter in _BYTES else letter.encode() for letter in text)
+        text = "" if token in self._special else self._encoder.id_to_token(token) or ""
+        if all(letter in _BYTES for letter in text):
+            return bytes(_BYTES[letter] for letter in text)
+        return text.encode()  # an added token, which stands for itself
 
 
 class Stream:
@@ -96,17 +93,19 @@ def load(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder, None if it has none.
 
     Raises:
-        CheckpointError: it is damaged, or not a byte-level BPE.
+        CheckpointError: it is damaged, not a byte-level BPE, or has what is not supported and might change ids.
     """
-    names = next((names for names in (WHOLE, PARTS) if all((folder / name).is_file() for name in names)), None)
-    if names is None:
-        return None
-    contents = [_content(folder / name) for name in names]
+    try:
+        files = tokenizer_files.read(folder)
+        if not files:
+            return None
+        with _refused(f"{next(iter(files))}: not a byte-level BPE that can be loaded"):
+            encoder = tokenizer_files.build(files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from None
     digest = hashlib.sha256()
-    for name, content in zip(names, contents, strict=True):
+    for name, content in files.items():
         digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
-    with _refused(f"{folder / names[0]}: not a byte-level BPE that can be loaded"):
-        encoder = _whole(contents[0]) if names == WHOLE else _from_parts(*contents)
     return Tokenizer(encoder, digest.digest())
 
 
@@ -116,43 +115,7 @@ def _refused(what: str, *, quote: bool = True) -> Iterator[None]:
     PanicException, which is a BaseException and cannot be imported."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, CheckpointError):
         raise
     except BaseException as error:
         raise CheckpointError(f"{what}: {str(error)!r:.200}" if quote else what) from None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        content = read_file(path, MAX_FILE)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if len(content) > MAX_FILE:
-        raise CheckpointError(f"{path}: more than {MAX_FILE} bytes")
-    return content
-
-
-def _whole(content: bytes) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Encoder
-    from tokenizers import decoders
-
-    encoder = Encoder.from_str(content.decode())
-    if not isinstance(encoder.decoder, decoders.ByteLevel):
-        raise ValueError(f"its decoder is {type(encoder.decoder).__name__}, wanted ByteLevel")
-    return encoder
-
-
-def _from_parts(vocab: bytes, merges: bytes) -> "tokenizers.Tokenizer":
-    """GPT-2's own two files; a merge is a line of two tokens, and a first line may tell the version."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Encoder
-
-    ids = json.loads(vocab)
-    lines = [line for line in merges.decode().split("\n") if line.strip() and not line.startswith("#version")]
-    pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
-    encoder = Encoder(models.BPE(vocab=ids, merges=pairs))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder.decoder = decoders.ByteLevel()
-    if "<|endoftext|>" in ids:
-        encoder.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    return encoder

@@ -51,7 +51,8 @@ def generate(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")  # the newline that ends its last line
+            text = sys.stdin.buffer.read().decode("utf-8-sig")  # a file from Windows may have a byte-order mark
+            prompt = text.replace("\r\n", "\n").removesuffix("\n")  # the newline that ends its last line
         except UnicodeDecodeError:
             raise UsageError("standard input is not UTF-8 text") from None
     with _pipeline(options) as pipeline:

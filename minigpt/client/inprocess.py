@@ -1,6 +1,7 @@
 """A whole model in this process: `minigpt.load`."""
 
 from collections.abc import Generator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.engine.model import GPT2
 from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason
+from minigpt.protocol.request import check_type
 from minigpt.stage.generation import StageSequence, generate
 from minigpt.stage.schedule import Schedule
 
@@ -42,7 +44,7 @@ class Model(TextModel):
         return generate(StageSequence(Schedule(self._model)), request)
 
 
-def load(model: str, revision: str | None = None) -> Model:
+def load(model: str | Path, revision: str | None = None) -> Model:
     """Loads a checkpoint into this process.
 
     Args:
@@ -50,6 +52,9 @@ def load(model: str, revision: str | None = None) -> Model:
         revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
+        UsageError: an argument is of a wrong type.
         CheckpointError: it cannot be found or read, or is not a GPT-2 that this engine runs.
     """
+    check_type("model", model, str, Path)
+    check_type("revision", revision, str, type(None))
     return Model(sources.find(model, revision))

@@ -29,11 +29,14 @@ from minigpt.protocol import manifest as manifests
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Done, Generate, Logits, Message, Reason, Refusal, StageReport, Tokens
-from minigpt.protocol.request import span, with_span
+from minigpt.protocol.request import check_type, span, with_span
 from transport.channel import Deadlines
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
 CONNECT_TIMEOUT = 10.0  # seconds
+MAX_TIMEOUT = 1e9  # seconds, thirty years; as on the command line
+
+_NONE = type(None)
 
 
 class Pipeline(TextModel):
@@ -76,7 +79,7 @@ class Pipeline(TextModel):
         manifest: str | Path | bytes,
         *,
         manifest_sha256: str | None = None,
-        model: str | None = None,
+        model: str | Path | None = None,
         text: bool = True,
         allow_mock: bool = False,
         timeout: float = TIMEOUT,
@@ -97,10 +100,18 @@ class Pipeline(TextModel):
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
 
         Raises:
+            UsageError: an argument is of a wrong type or out of its range.
             ManifestError: the manifest is malformed, expired, or not acceptable. Nothing was connected.
             UntrustedStage: the evidence of stage 0 was refused.
             StageError: stage 0 cannot be reached.
         """
+        check_type("manifest", manifest, str, Path, bytes)
+        check_type("manifest_sha256", manifest_sha256, str, _NONE)
+        check_type("model", model, str, Path, _NONE)
+        check_type("text", text, bool)
+        check_type("allow_mock", allow_mock, bool)
+        check_type("client_key", client_key, bytes, _NONE)
+        _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
@@ -113,7 +124,7 @@ class Pipeline(TextModel):
     @classmethod
     def local(
         cls,
-        model: str = "tiny",
+        model: str | Path = "tiny",
         stages: int = 2,
         *,
         split: str | None = None,
@@ -134,6 +145,14 @@ class Pipeline(TextModel):
         """
         from minigpt.launch.local import LocalStages
 
+        check_type("model", model, str, Path)
+        check_type("stages", stages, int)
+        check_type("split", split, str, _NONE)
+        check_type("revision", revision, str, _NONE)
+        check_type("threads", threads, int, _NONE)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}, wanted at least 1")
+        _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         checkpoint = sources.find(model, revision)
         processes = LocalStages(checkpoint, split or stages, threads=threads)
         try:
@@ -299,7 +318,14 @@ def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = No
         raise ManifestError("the manifest admits listed clients only: give the private key of one with --client-key")
 
 
-def _tokenizer(manifest: Manifest, model: str | None) -> Tokenizer | None:
+def _check_seconds(**arguments: float) -> None:
+    for name, value in arguments.items():
+        check_type(name, value, float)
+        if not 0 < value <= MAX_TIMEOUT:
+            raise UsageError(f"{name} is {value}, wanted seconds: more than 0, at most {MAX_TIMEOUT:g}")
+
+
+def _tokenizer(manifest: Manifest, model: str | Path | None) -> Tokenizer | None:
     """The tokenizer of `model`, which must be there; or that of the manifest's model, if it is on this machine."""
     if model is not None:
         return tokenizers.load(sources.find(model, files=sources.TOKENIZER_FILES).folder)

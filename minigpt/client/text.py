@@ -9,6 +9,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.engine.config import Config
@@ -16,7 +20,7 @@ from minigpt.errors import UsageError
 from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Span
 from minigpt.protocol.request import Options, ending
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -> tuple[int, ...]:
-    """The prompt's token ids. Raises UsageError if it is empty, too long, or has an id outside the vocabulary."""
+    """The prompt's token ids. Raises UsageError if it is none, empty, too long, or has an id outside the vocabulary."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UsageError("no tokenizer for this model was found: give the prompt as token ids")
@@ -158,7 +162,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -
             raise UsageError("the prompt is not UTF-8 text") from None
         ids = tuple(tokenizer.encode(prompt))
     else:
-        ids = tuple(int(token) for token in prompt)
+        ids = _given_ids(prompt)
         if any(not 0 <= token < config.vocab_size for token in ids):
             raise UsageError(f"a token id of the prompt is outside the vocabulary, 0 to {config.vocab_size - 1}")
     if not ids:
@@ -166,6 +170,17 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -
     if len(ids) > config.n_positions:
         raise UsageError(f"the prompt has {len(ids)} tokens, and the model {config.n_positions} positions: shorten it")
     return ids
+
+
+def _given_ids(prompt: object) -> tuple[int, ...]:
+    """A list, tuple or array of integers, as it is: nothing is rounded or parsed, and bytes are not taken for ids."""
+    listed = prompt.tolist() if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview) else prompt
+    if not isinstance(listed, Sequence) or isinstance(listed, bytes | bytearray | memoryview):
+        raise UsageError(f"the prompt is of type {type(prompt).__name__}, wanted a string, or a list of token ids")
+    for token in listed:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise UsageError(f"a token id of the prompt is of type {type(token).__name__}, wanted a whole number")
+    return tuple(map(int, listed))
 
 
 def ids_in(text: str) -> list[int]:

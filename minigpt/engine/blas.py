@@ -1,11 +1,13 @@
 """How the BLAS library behind NumPy behaves. It reads its settings once, when NumPy is first imported.
 
-So `import minigpt` sets them, and this module imports nothing but the standard library.
+So `import minigpt` sets them, and this module imports nothing heavy.
 """
 
 import os
 import sys
 import warnings
+
+from minigpt.errors import UsageError
 
 # An idle OpenBLAS thread spins for 2 ** this many cycles before it sleeps. Its default, 2 ** 26 (about 29 ms), keeps a
 # core busy that another stage on this machine needs: two stages then take twice as long as one.
@@ -17,9 +19,11 @@ _late = False  # whether a setting came after NumPy's import
 def set_threads(threads: int | None = None) -> None:
     """Sets the number of BLAS threads: `threads`, or MINIGPT_THREADS, or what the environment says already.
 
-    It has an effect only before NumPy is first imported.
+    It has an effect only before NumPy is first imported. Raises UsageError for what is no number of threads.
     """
     global _late  # noqa: PLW0603
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r:.80}, wanted a whole number of at least 1")
     wanted = {"OPENBLAS_THREAD_TIMEOUT": os.environ.get("OPENBLAS_THREAD_TIMEOUT", _IDLE_SPIN)}
     count = str(threads) if threads is not None else os.environ.get("MINIGPT_THREADS")
     if count is not None:

@@ -173,6 +173,8 @@ def read(path: str | Path) -> bytes:
         return document.read_file(path, MAX_MANIFEST)
     except OSError as error:
         raise UsageError(f"manifest {path}: {error.strerror}") from None
+    except ValueError:  # of a name with a zero in it
+        raise UsageError(f"manifest {str(path)!r:.120}: not a file's name") from None
 
 
 def _config(place: Place) -> Config:

@@ -3,13 +3,40 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minigpt.engine.config import Config
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import UsageError
 from minigpt.protocol.messages import MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Wanted
 
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "True or False", str: "a string", bytes: "bytes",
+    Path: "a pathlib.Path", list: "a list", tuple: "a tuple", type(None): "None",
+}  # fmt: skip
+_TYPES: tuple[tuple[str, *tuple[type, ...]], ...] = (  # of the options below
+    ("max_tokens", int),
+    ("temperature", float),
+    ("top_k", int),
+    ("top_p", float),
+    ("seed", int, type(None)),
+    ("logprobs", bool),
+    ("draft", int, type(None)),
+    ("spans", bool),
+)
+
 Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
+
+
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Raises UsageError unless an argument is of one of these types. An int will do for a float, a bool for neither."""
+    if isinstance(value, bool):
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if not fits:
+        got = value if value is None or isinstance(value, bool | int | float) else type(value).__name__  # no secrets
+        raise UsageError(f"{name} is {got!s:.80}, wanted {' or '.join(_WORDS[kind] for kind in kinds)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +68,16 @@ class Options:
     spans: bool = False
 
     def request(self, ids: tuple[int, ...], config: Config) -> Generate:
-        """The message for a prompt of these ids. Raises UsageError for an option out of its range."""
+        """The message for a prompt of these ids. Raises UsageError for an option of a wrong type or range."""
         if isinstance(self.stop, str):
             raise UsageError("stop is a string, wanted a list of strings: write [stop]")
-        if any(not text for text in self.stop):
-            raise UsageError("a stop string is empty, and would end every text at once")
-        for name in ("max_tokens", "top_k", "seed", "draft"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise UsageError(f"{name} is {value!r}, wanted a whole number")
+        check_type("stop", self.stop, list, tuple)
+        for text in self.stop:
+            check_type("a stop string", text, str)
+            if not text:
+                raise UsageError("a stop string is empty, and would end every text at once")
+        for name, *kinds in _TYPES:
+            check_type(name, getattr(self, name), *kinds)
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}, wanted at least 1")
         if self.draft is not None and not 0 <= self.draft <= MAX_DRAFT:
@@ -58,8 +86,8 @@ class Options:
         if seed is None:
             seed = secrets.randbits(32) if self.temperature > 0 else 0
         try:
-            sampling = Sampling(self.temperature, self.top_k, self.top_p, seed)
-        except ValueError as error:
+            sampling = Sampling(float(self.temperature), self.top_k, float(self.top_p), seed)
+        except (ValueError, OverflowError) as error:  # the latter for an integer beyond all floats
             raise UsageError(str(error)) from None
         return Generate(
             start=0,

@@ -8,7 +8,8 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
     evidence    attest, evidence, claims, evidence-file, keys
     messages    codec, messages
-    files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts
+    files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
+                tokenizer-more
 """
 
 from __future__ import annotations
@@ -285,6 +286,16 @@ def _parts(data: bytes) -> None:
     _use(folder)
 
 
+def _more(data: bytes) -> None:
+    """tokenizer_config.json | a zero | special_tokens_map.json | a zero | added_tokens.json."""
+    folder = _folder("tokenizer-more")
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    (folder / "tokenizer.json").write_bytes(_tokenizer_seeds()[0])
+    for name, content in zip(names, [*data.split(b"\0", 2), b"{}", b"{}"], strict=False):
+        (folder / name).write_bytes(content)
+    _use(folder)
+
+
 def _use(folder: Path) -> None:
     loaded = tokenizer.load(folder)
     assert loaded is not None
@@ -311,6 +322,18 @@ def _parts_seeds() -> list[bytes]:
     model = json.loads(_tokenizer_seeds()[0])["model"]
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
     return [json.dumps(model["vocab"]).encode() + b"\0" + merges.encode()]
+
+
+def _more_seeds() -> list[bytes]:
+    token = {"content": "<x>", "lstrip": True, "normalized": False}
+    settings = {
+        "add_prefix_space": True,
+        "bos_token": {"__type": "AddedToken"} | token,
+        "extra_special_tokens": ["<y>"],
+    }
+    listed = settings | {"added_tokens_decoder": {"40": token}, "tokenizer_class": "PreTrainedTokenizerFast"}
+    rest = [json.dumps(part).encode() for part in ({"eos_token": token, "pad_token": "<p>"}, {"<x>": 40, "<z>": 41})]
+    return [b"\0".join([json.dumps(first).encode(), *rest]) for first in (settings, listed)]
 
 
 _LINK = (TransportError, AttestationError)
@@ -350,4 +373,5 @@ TARGETS: dict[str, Target] = {
     "index": Target(_index, (CheckpointError,), _index_seeds, "json"),
     "tokenizer": Target(_tokenizer, (CheckpointError,), _tokenizer_seeds, "json"),
     "tokenizer-parts": Target(_parts, (CheckpointError,), _parts_seeds),
+    "tokenizer-more": Target(_more, (CheckpointError,), _more_seeds),
 }

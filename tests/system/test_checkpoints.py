@@ -6,14 +6,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub import COMMIT, Hub
 from made import SMALL, random_tensors, write
 
+from attest.providers.mock import MockPins
 from minigpt.checkpoint import sources, weights
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.launch.plan import plan
+from minigpt.protocol.manifest import Manifest
 
 NAME = "someone/small-gpt2"
 
@@ -22,7 +27,10 @@ NAME = "someone/small-gpt2"
 def hub(tmp_path: Path) -> Iterator[Hub]:
     folder = write(tmp_path / "repository", SMALL, random_tensors(SMALL), shards=2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    more = {"tokenizer.json": b"{}", "pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"other"}
+    more = dict.fromkeys((*sources.TOKENIZER_FILES, "generation_config.json"), b"{}") | {
+        "pytorch_model.bin": b"pickle",
+        "onnx/model.safetensors": b"other",
+    }
     with Hub(NAME, files | more).serving() as hub:
         yield hub
 
@@ -134,4 +142,30 @@ def test_a_bad_config_is_refused_with_its_path(tmp_path: Path, content: bytes | 
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{re.escape(str(tmp_path))}.*{message}"):
+        sources.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ({"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [7, 96, 3], "temperature": 0.5}, (7, 96, 3)),
+        ({"eos_token_id": [7, 97]}, (7,)),  # one is outside the vocabulary
+        ({"eos_token_id": None}, ()),
+        ({"max_length": 50}, ()),
+    ],
+)
+def test_generation_config_alone_says_what_ends_a_generation(tmp_path: Path, content: Any, ids: tuple[int]) -> None:
+    write(tmp_path, SMALL, random_tensors(SMALL))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert sources.read_config(tmp_path) == replace(SMALL, eos_token_id=ids)
+    root = MockPins(bytes(range(32)), frozenset([bytes([1]) * 48]))
+    assert Manifest.parse(plan(sources.find(str(tmp_path)), 2, pins=[root])).config.eos_token_id == ids
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"eos_token_id": "7"}', '{"eos_token_id": 7, "eos_token_id": 8}'])
+def test_a_bad_generation_config_is_refused_with_its_path(tmp_path: Path, content: str) -> None:
+    write(tmp_path, SMALL, random_tensors(SMALL))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: "):
         sources.read_config(tmp_path)

@@ -75,6 +75,16 @@ def test_the_prompt_may_come_from_standard_input(tiny: Stages) -> None:
     assert broken.stderr == b"minigpt: standard input is not UTF-8 text\n"
 
 
+def test_a_prompt_written_on_windows_is_the_same_as_one_written_on_linux(tiny: Stages) -> None:
+    command = [sys.executable, "-m", "minigpt", "generate", "-", "--manifest", str(tiny.path), "--allow-mock", "--json"]
+    told = []
+    for prompt in ("Chile.\nThe capital of Peru is\n", "\ufeffChile.\r\nThe capital of Peru is\r\n"):
+        done = subprocess.run(command, input=prompt.encode(), capture_output=True, cwd=ROOT, timeout=60)
+        told.append(json.loads(done.stdout))
+    assert told[0]["prompt_tokens"] == told[1]["prompt_tokens"]
+    assert told[0]["tokens"] == told[1]["tokens"]
+
+
 def test_a_prompt_that_is_no_text_is_refused_in_words() -> None:
     command = [sys.executable.encode(), b"-m", b"minigpt", b"generate", b"\xff"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=60)

@@ -59,13 +59,18 @@ OUTSIDE = {  # of what is not in the standard library
     "minigpt.checkpoint.weights": {"numpy", "safetensors"},
     "minigpt.checkpoint.sources": {"huggingface_hub"},
     "minigpt.checkpoint.tokenizer": {"tokenizers"},
+    "minigpt.checkpoint.tokenizer_files": {"tokenizers"},
     "minigpt.protocol.schema": {"numpy"},
     "minigpt.protocol.messages": {"numpy"},
     "minigpt.stage.generation": {"numpy"},
     "minigpt.stage.schedule": {"numpy"},
     "minigpt.client": {"numpy"},
 }
-LAZY = {"minigpt.checkpoint.sources": "huggingface_hub", "minigpt.checkpoint.tokenizer": "tokenizers"}
+LAZY = {
+    "minigpt.checkpoint.sources": "huggingface_hub",
+    "minigpt.checkpoint.tokenizer": "tokenizers",
+    "minigpt.checkpoint.tokenizer_files": "tokenizers",
+}
 KNOW_SOCKETS = {"minigpt.stage", "minigpt.protocol.links", "minigpt.client.pipeline", "minigpt.launch.local",
                 "minigpt.cli.commands"}  # fmt: skip
 

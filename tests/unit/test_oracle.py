@@ -3,7 +3,9 @@
 test_golden.py holds the same comparisons with stored answers, for where torch is not.
 """
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from made import ODD, SMALL, odd, random_tensors, write
 
+import minigpt
 from minigpt.checkpoint import sources, weights
 from minigpt.engine.config import Config
 from minigpt.engine.model import GPT2
@@ -149,3 +152,27 @@ def test_gpt2_small_with_random_weights() -> None:
     with torch.inference_mode():
         wanted = oracle(torch.tensor([full]), logits_to_keep=1).logits[0].numpy()
     assert_close(last, wanted)
+
+
+@pytest.mark.parametrize("which", ["config", "one", "several", "none", "left out"])
+def test_a_generation_ends_where_the_oracles_does(which: str, tmp_path: Path) -> None:
+    config, ids = replace(odd("own head"), eos_token_id=()), random_ids(SMALL, 7)
+    write(tmp_path, config, random_tensors(config))
+    plain = [token.id for token in minigpt.load(str(tmp_path)).generate(ids, max_tokens=20)]
+    assert len(plain) == 20
+    ends = [plain[7], plain[3], plain[5]]
+    written = {
+        "one": {"eos_token_id": ends[0]},
+        "several": {"eos_token_id": ends},
+        "none": {"eos_token_id": None},
+        "left out": {"temperature": 0.1},
+    }
+    stored = config.to_json() | {"eos_token_id": ends[0]}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    if which in written:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written[which]))
+    oracle = oracle_of(tmp_path)
+    wanted = oracle.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(ids) :]
+    generated = [token.id for token in minigpt.load(str(tmp_path)).generate(ids, max_tokens=20)]
+    assert generated == wanted.tolist()
+    assert (len(generated) < 20) == (which in ("config", "one", "several"))

@@ -184,3 +184,147 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path, folder: P
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"decoder": decoder}))
         with pytest.raises(CheckpointError, match="wanted ByteLevel"):
             tokenizer.load(tmp_path)
+
+
+# The other files. test_tokenizer_oracle.py compares all that may be in them with transformers.
+
+
+def parts(folder: Path, **files: Any) -> Path:
+    """A folder with vocab.json, merges.txt and more files of JSON, given by their names without the ending."""
+    ENCODER.model.save(str(folder))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return folder
+
+
+def encoded(folder: Path, text: str) -> list[int]:
+    found = tokenizer.load(folder)
+    assert found is not None
+    return found.encode(text)
+
+
+SIZE = ENCODER.get_vocab_size()
+
+
+def test_added_tokens_are_one_id_each_and_special_ones_have_no_text(tmp_path: Path) -> None:
+    found = tokenizer.load(
+        parts(tmp_path, added_tokens={"<x>": SIZE, "<y>": SIZE + 1}, special_tokens_map={"pad_token": "<y>"})
+    )
+    assert found is not None
+    ids = found.encode("Lima<x> is<y>")
+    assert ids == [*ENCODER.encode("Lima").ids, SIZE, *ENCODER.encode(" is").ids, SIZE + 1]
+    assert found.decode(ids) == "Lima<x> is"
+
+
+def test_bos_comes_first_where_the_settings_say_so(tmp_path: Path) -> None:
+    plain = ENCODER.encode("Lima").ids
+    assert encoded(parts(tmp_path, tokenizer_config={"add_bos_token": True}), "Lima") == [0, *plain]
+    own = {"add_bos_token": True, "bos_token": {"__type": "AddedToken", "content": "<s>", "normalized": False}}
+    assert encoded(parts(tmp_path, tokenizer_config=own), "Lima") == [SIZE, *plain]
+    assert encoded(parts(tmp_path, tokenizer_config={"add_bos_token": False}), "Lima") == plain
+
+
+def test_a_prefix_space_is_added_where_the_settings_say_so(tmp_path: Path) -> None:
+    assert encoded(parts(tmp_path, tokenizer_config={"add_prefix_space": True}), "Lima") == ENCODER.encode(" Lima").ids
+
+
+def test_merges_may_have_the_line_ends_of_windows(tmp_path: Path) -> None:
+    parts(tmp_path)
+    unix = (tmp_path / "merges.txt").read_bytes()
+    (tmp_path / "merges.txt").write_bytes(unix.replace(b"\n", b"\r\n"))
+    assert encoded(tmp_path, TEXT[0]) == ENCODER.encode(TEXT[0]).ids
+
+
+def test_merges_are_never_dropped_at_random(tmp_path: Path) -> None:
+    content = json.loads(ENCODER.to_str())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for more in ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
+        assert all(encoded(tmp_path, TEXT[0]) == ENCODER.encode(TEXT[0]).ids for _ in range(5))
+
+
+def test_the_digest_covers_every_file_that_can_change_ids(tmp_path: Path) -> None:
+    digests, expected = [], hashlib.sha256()
+    files = ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"]
+    parts(tmp_path)
+    for name in files:
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text("{}")
+        content = (tmp_path / name).read_bytes()
+        expected.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
+        found = tokenizer.load(tmp_path)
+        assert found is not None
+        digests.append(found.digest)
+    assert digests[-1] == expected.digest()
+    assert len(set(digests)) == 4  # the first two are of the same two files
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer_config", {"split_special_tokens": True}, "split_special_tokens"),
+        ("tokenizer_config", {"add_eos_token": True}, "add_eos_token"),
+        ("tokenizer_config", {"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer_files"),
+        ("tokenizer_config", {"image_token": "<image>"}, "image_token"),
+        ("tokenizer_config", {"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer"),
+        ("tokenizer_config", {"tokenizer_class": "PreTrainedTokenizerFast"}, "needs a tokenizer.json"),
+        ("tokenizer_config", {"add_bos_token": "yes"}, "wanted true or false"),
+        ("tokenizer_config", {"bos_token": {"content": "<s>"}}, "__type AddedToken"),
+        ("tokenizer_config", {"bos_token": 5}, "bos_token is 5"),
+        ("tokenizer_config", {"extra_special_tokens": {"x": "<x>"}}, "wanted a list"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "the id 'x'"),
+        ("tokenizer_config", {"added_tokens_decoder": {"400": {"content": "<x>", "lstrip": 1}}}, "'lstrip': 1"),
+        ("tokenizer_config", '{"add_bos_token": false, "add_bos_token": true}', "a key appears twice"),
+        ("special_tokens_map", {"image_token": "<image>"}, "image_token"),
+        ("special_tokens_map", {"bos_token": ["<s>"]}, "a special token is"),
+        ("special_tokens_map", "[]", "wanted a JSON object"),
+        ("added_tokens", {"<x>": "400"}, "the id '400'"),
+        ("added_tokens", {"<x>": -1}, "the id -1"),
+        ("added_tokens", "{", "not JSON"),
+        ("vocab", '{"a": 0, "a": 1}', "a key appears twice"),
+        ("config", {"tokenizer_class": "PreTrainedTokenizerFast"}, "tokenizer_config.json instead"),
+    ],
+    ids=str,
+)
+def test_what_might_change_ids_and_is_not_known_is_refused_by_name(
+    tmp_path: Path, file: str, content: Any, said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"{file}\.json") as caught:
+        tokenizer.load(parts(tmp_path, **{file: content}))
+    assert said in str(caught.value)
+
+
+def test_a_sentencepiece_model_beside_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    (parts(tmp_path) / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        tokenizer.load(tmp_path)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "not "}, "content": ""}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("place", "component", "said"),
+    [
+        ("normalizer", REPLACE, "Replace"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, REPLACE]}, "Replace"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}, "Sequence"),
+        ("normalizer", {"type": "Strip", "strip_left": True, "strip_right": True}, "Strip"),
+        ("normalizer", {}, "of no type"),
+        ("normalizer", "NFC", "of no type"),
+        ("pre_tokenizer", SPLIT, "Split"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [SPLIT]}, "Split"),
+        ("post_processor", {"type": "BertProcessing", "sep": ["a", 0], "cls": ["a", 0]}, "BertProcessing"),
+        ("decoder", {"type": "Sequence", "decoders": []}, "Sequence"),
+    ],
+    ids=str,
+)
+def test_unknown_components_are_refused_by_name(tmp_path: Path, place: str, component: Any, said: str) -> None:
+    content = json.loads(ENCODER.to_str()) | {place: component}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for more in ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {place}.*{said}"):
+            tokenizer.load(tmp_path)
