@@ -55,10 +55,27 @@ def number(low: float, high: float) -> Field:
     )
 
 
-def text(limit: int) -> Field:
-    """A string of at most `limit` characters; a longer one is cut when it is sent."""
+def text(limit: int, *, shown: bool = True) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent.
+
+    People see it, in a terminal or a log, so it is made `printable` when it is read; unless it is not `shown`.
+    """
     wanted = f"a string of at most {limit} characters"
-    return _field(lambda value: type(value) is str and len(value) <= limit, wanted, lambda value: value[:limit])
+    return _field(
+        lambda value: type(value) is str and len(value) <= limit,
+        wanted,
+        lambda value: value[:limit],
+        printable if shown else _same,
+    )
+
+
+def printable(text: str) -> str:
+    """A peer's text, with escapes for all that a terminal or a log would obey: new lines, colours, other directions.
+
+    >>> printable("gone\\n\\x1b[2J")
+    'gone\\\\n\\\\x1b[2J'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def boolean(*, absent: bool = False) -> Field:
@@ -121,7 +138,7 @@ def matrix(limit: int) -> Field:
 
 
 def tuples(kind: type, limit: int) -> Field:
-    """A tuple of at most `limit` named tuples of floats, as packed bytes."""
+    """A tuple of at most `limit` named tuples of floats that are not negative, as packed bytes."""
     width = len(kind.__annotations__)
     floats = numbers("d", limit * width)
 
@@ -129,6 +146,8 @@ def tuples(kind: type, limit: int) -> Field:
         flat = floats.decode(value)
         if len(flat) % width:
             raise MessageError(f"got {len(flat)} numbers, wanted a multiple of {width}")
+        if flat and min(flat) < 0:
+            raise MessageError(f"got {min(flat)}, wanted at least 0")
         return tuple(kind(*flat[start : start + width]) for start in range(0, len(flat), width))
 
     return Field(lambda rows: floats.encode([part for row in rows for part in row]), decode)
