@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import logging
+import re
 import signal
 import sys
 from dataclasses import fields
@@ -31,6 +32,7 @@ from transport.noise import generate_keypair
 from transport.relay import Relay
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
 
@@ -38,6 +40,11 @@ MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing a
 def say(line: str) -> None:
     """Prints a line for people, to standard error."""
     print(line, file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """Generated text as a terminal may have it: a stage that is malicious chooses ids that write escape sequences."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text) if sys.stdout.isatty() else text
 
 
 def progress(line: str) -> None:
@@ -66,7 +73,7 @@ def generate(options: argparse.Namespace) -> int:
             for token in generation:
                 tokens.append(token)
                 if not options.json:
-                    show(f"{token.id} " if token.text is None else token.text)
+                    show(f"{token.id} " if token.text is None else visible(token.text))
         finally:
             if tokens and not options.json:
                 show("\n")  # so that what follows, an error too, is on a line of its own

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,19 +16,18 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from attest import dump_evidence
 from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.client.text import Generation, Prompt, TextModel, encode_prompt
-from minigpt.errors import CheckpointError, ManifestError, MessageError, RequestRefused, StageError, UsageError
+from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import links, messages
 from minigpt.protocol import manifest as manifests
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Answer, Done, Generate, Logits, Message, Reason, Refusal, StageReport, Tokens
-from minigpt.protocol.request import check_type, span, with_span
+from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport, Tokens
+from minigpt.protocol.request import Replies, check_type, span, with_span
 from transport.channel import Deadlines
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
@@ -174,25 +172,21 @@ class Pipeline(TextModel):
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
         self._finish_running()
-        values = [
-            answer.values
-            for answer in self._answers(Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS))
-            if isinstance(answer, Logits)
-        ]
-        if len(values) != 1 or values[0].shape != (self.config.vocab_size,):
-            raise MessageError("stage 0 sent no logits, or not as many as the vocabulary has ids", stage=0)
-        return values[0]
+        request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
+        (values,) = [answer.values for answer in self._answers(request) if isinstance(answer, Logits)]
+        return values
 
     def status(self) -> tuple[StageReport, ...]:
         """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
         self._finish_running()
         link = self._open()
-        answer = self._guarded(link, messages.Status())
-        indices = [report.stage for report in answer.stages] if isinstance(answer, messages.Report) else []
-        if not isinstance(answer, messages.Report) or indices not in _prefixes(len(self.manifest.stages)):
-            raise MessageError("stage 0 did not answer with a report of the stages in order", stage=0)
-        evidence = dump_evidence(link.channel.peer_evidence, link.channel.peer_binding)
-        return (replace(answer.stages[0], evidence=evidence), *answer.stages[1:])
+        try:
+            return link.status()
+        except RequestRefused:
+            raise
+        except BaseException:
+            self._drop(link)
+            raise
 
     @property
     def pids(self) -> list[int]:
@@ -226,7 +220,8 @@ class Pipeline(TextModel):
         if self._link is None:
             self.manifest.check_time(time.time())
             end = links.calling_end(self.manifest, 0, None, self._key)
-            self._link = StageLink(links.dial(self.manifest, 0, end, self._deadlines), 0, self._timeout)
+            channel = links.dial(self.manifest, 0, end, self._deadlines)
+            self._link = StageLink(channel, self.manifest, 0, self._timeout)
         return self._link
 
     def _drop(self, link: StageLink) -> None:
@@ -239,65 +234,51 @@ class Pipeline(TextModel):
         if running is not None and (generation := running()) is not None:
             generation.close()
 
-    def _guarded(self, link: StageLink, message: Message) -> Message:
-        """Asks. Any failure ends the link; a refusal does not."""
-        try:
-            return link.ask(message)
-        except RequestRefused:
-            raise
-        except BaseException:
-            self._drop(link)
-            raise
-
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
         """Yields the answers of stage 0, and returns why they ended. Closing the generator cancels the request."""
         link = self._open()
-        position = request.start + len(request.ids)
+        replies = Replies(request, self.config, len(self.manifest.stages))
         whole = False
         try:
             began, before = time.perf_counter(), link.traffic
             link.send(request)
             while True:
                 message = link.receive()
+                replies.take(message)
                 if isinstance(message, Done):
                     whole = True
                     return message.reason
-                if isinstance(message, Refusal):
-                    whole = True
-                    raise messages.refused(message)
-                if not isinstance(message, Tokens | Logits) or message.position != position:
-                    raise MessageError(f"stage 0 sent {messages.name(message)} out of turn", stage=0)
-                count = len(message.ids) if isinstance(message, Tokens) else 1
-                if not 1 <= count <= request.most:
-                    raise MessageError(f"stage 0 sent {count} tokens at once, wanted 1 to {request.most}", stage=0)
-                position += count
+                assert isinstance(message, Tokens | Logits), "nothing else is a reply"
                 if request.spans:
                     now, after = time.perf_counter(), link.traffic
                     message = with_span(message, span(0.0, now - began, before, after))
                     began, before = now, after
                 yield message
+        except RequestRefused:
+            whole = True
+            raise
         except GeneratorExit:
             with suppress(StageError):
-                whole = self._cancel(link)
+                whole = self._cancel(link, replies)
             raise
         finally:
             if not whole:
                 self._drop(link)
 
-    def _cancel(self, link: StageLink) -> bool:
+    def _cancel(self, link: StageLink, replies: Replies) -> bool:
         """Cancels the running request and reads to its end; False if that did not come in time."""
         link.send(messages.Cancel())
+        replies.cancelled = True
         until = time.monotonic() + self._timeout
         while time.monotonic() < until:
             message = link.receive()
-            if isinstance(message, Done | Refusal):
+            try:
+                replies.take(message)
+            except RequestRefused:
+                return True
+            if isinstance(message, Done):
                 return True
         return False
-
-
-def _prefixes(count: int) -> list[list[int]]:
-    """[0], [0, 1], …: the stages that a report may cover."""
-    return [list(range(end)) for end in range(1, count + 1)]
 
 
 def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:

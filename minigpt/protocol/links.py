@@ -5,8 +5,18 @@ at either end; no flag weakens it.
 """
 
 import threading
+from dataclasses import replace
 
-from attest import AcceptUnattested, AttestationError, Attester, Binding, Evidence, Provider, Unattested
+from attest import (
+    AcceptUnattested,
+    AttestationError,
+    Attester,
+    Binding,
+    Evidence,
+    Provider,
+    Unattested,
+    dump_evidence,
+)
 from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.manifest import Manifest
@@ -18,11 +28,12 @@ from minigpt.protocol.messages import (
     Logits,
     Message,
     Refusal,
+    StageReport,
     Step,
     Tokens,
     Wanted,
 )
-from minigpt.protocol.request import Ask, Traffic
+from minigpt.protocol.request import Ask, Traffic, flaw
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
 from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
@@ -108,14 +119,19 @@ class StageLink:
 
     Args:
         channel: to that stage; it carries no other sequence.
+        manifest: of the pipeline.
         stage: its index.
         timeout: seconds to wait for an answer.
         asker: the channel of whoever waits for the answers; if that peer leaves, the wait ends with `Abandoned`.
     """
 
-    def __init__(self, channel: Channel, stage: int, timeout: float, asker: Channel | None = None) -> None:
+    def __init__(
+        self, channel: Channel, manifest: Manifest, stage: int, timeout: float, asker: Channel | None = None
+    ) -> None:
         self.channel = channel
         self.stage = stage
+        self._config = manifest.config
+        self._behind = range(stage, len(manifest.stages))  # that stage and those after it: it may speak for them
         self._timeout = timeout
         self._asker = asker
         self._begun = False  # whether that stage has a sequence to forget
@@ -154,7 +170,23 @@ class StageLink:
         answer = self.ask(step, least=least)
         if not isinstance(answer, Tokens | Logits) or not ask.fits(answer, start, len(rows)):
             raise self._out_of_turn(answer)
+        if (wrong := flaw(answer, self._config, len(self._behind) if ask.spans else 0)) is not None:
+            raise self._illegal(f"sent {wrong}")
         return answer
+
+    def status(self, timeout: float | None = None) -> tuple[StageReport, ...]:
+        """The state of that stage, with its evidence as verified here, and of those after it, up to one that fails."""
+        answer = self.ask(messages.Status(), timeout=timeout)
+        found = answer.stages if isinstance(answer, messages.Report) else ()
+        last = bool(found) and (bool(found[-1].error) or len(found) == len(self._behind))
+        if (
+            not last
+            or [report.stage for report in found] != list(self._behind[: len(found)])
+            or any(report.error for report in (found[0], *found[:-1]))
+        ):
+            raise self._illegal("did not answer with a report of the stages in order")
+        evidence = dump_evidence(self.channel.peer_evidence, self.channel.peer_binding)
+        return (replace(found[0], evidence=evidence), *found[1:])
 
     def ask(self, message: Message, *, least: int = 0, timeout: float | None = None) -> Message:
         """Sends a message and waits for its answer; a Refusal is raised as RequestRefused."""
@@ -184,6 +216,8 @@ class StageLink:
             raise broken(error, self.stage) from error
         except MessageError as error:
             raise MessageError(f"stage {self.stage}: {error}", stage=self.stage) from None
+        if isinstance(message, Failure | Refusal) and message.stage not in self._behind:
+            raise self._illegal(f"speaks for stage {message.stage}, which is not behind it")
         if isinstance(message, Failure):
             raise failed(message)
         return message
@@ -217,5 +251,8 @@ class StageLink:
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)
 
     def _out_of_turn(self, message: Message) -> MessageError:
+        return self._illegal(f"sent {messages.name(message)} out of turn")
+
+    def _illegal(self, what: str) -> MessageError:
         self._due = True  # whatever else comes cannot be trusted to be in step
-        return MessageError(f"stage {self.stage} sent {messages.name(message)} out of turn", stage=self.stage)
+        return MessageError(f"stage {self.stage} {what}", stage=self.stage)

@@ -215,7 +215,7 @@ class StageReport:
     sequences: Count = 0
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
-    evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
+    evidence: Annotated[str, schema.text(2**20, shown=False)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 
 

@@ -7,8 +7,21 @@ from pathlib import Path
 
 from minigpt.engine.config import Config
 from minigpt.engine.sampling import Sampling
-from minigpt.errors import UsageError
-from minigpt.protocol.messages import MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Wanted
+from minigpt.errors import MessageError, UsageError
+from minigpt.protocol import messages
+from minigpt.protocol.messages import (
+    MAX_DRAFT,
+    Answer,
+    Done,
+    Generate,
+    Logits,
+    Message,
+    Reason,
+    Refusal,
+    Span,
+    Tokens,
+    Wanted,
+)
 
 _WORDS = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a string", bytes: "bytes",
@@ -120,6 +133,77 @@ class Ask:
         else:
             placed = self.wanted is Wanted.TOKEN and answer.position == start + rows and count == 1
         return placed and len(answer.logprobs) == (count if self.logprobs else 0)
+
+
+class Replies:
+    """What may still answer a Generate: tokens in order, up to its end, and then the Done that says why.
+
+    The end is the request's own (`ending`), not the stage's word: a stage can stop earlier only if it is cancelled.
+
+    Args:
+        stages: how many the pipeline has.
+    """
+
+    def __init__(self, request: Generate, config: Config, stages: int) -> None:
+        self.cancelled = False  # whether a Cancel was sent
+        self._request = request
+        self._config = config
+        self._spans = stages if request.spans else 0
+        self._position = request.start + len(request.ids)  # of the next token
+        self._produced = 0
+        self._reason: Reason | None = None  # why only a Done can follow
+
+    def take(self, message: Message) -> None:
+        """The next message of stage 0. Raises MessageError if it may not come now, RequestRefused if it refuses."""
+        if isinstance(message, Done):
+            reason = self._reason or (Reason.CANCELLED if self.cancelled else None)
+            if message.reason is not reason:
+                raise self._illegal(f'an end by "{message.reason}"', f'one by "{reason}"' if reason else "more tokens")
+            return
+        if isinstance(message, Refusal) and self._reason is None:
+            raise messages.refused(message)
+        kind = Logits if self._request.wanted is Wanted.LOGITS else Tokens
+        if self._reason is not None or not isinstance(message, kind):
+            raise MessageError(f"stage 0 sent {messages.name(message)} out of turn", stage=0)
+        if message.position != self._position:
+            raise self._illegal(f"position {message.position}", str(self._position))
+        if isinstance(message, Tokens):
+            self._take_tokens(message)
+        else:
+            self._reason = Reason.LOGITS
+        if (wrong := flaw(message, self._config, self._spans)) is not None:
+            raise MessageError(f"stage 0 sent {wrong}", stage=0)
+
+    def _take_tokens(self, answer: Tokens) -> None:
+        request, count = self._request, len(answer.ids)
+        if not 1 <= count <= request.most:
+            raise self._illegal(f"{count} tokens at once", f"1 to {request.most}")
+        if len(answer.logprobs) != (count if request.logprobs else 0):
+            raise self._illegal(f"{len(answer.logprobs)} log-probabilities", "one for each token, if asked for")
+        for token in answer.ids:
+            if self._reason is not None:
+                raise MessageError(f"stage 0 sent tokens after the last one ({self._reason})", stage=0)
+            self._produced += 1
+            self._reason = ending(request, self._config.n_positions, self._produced, token)
+        self._position += count
+
+    @staticmethod
+    def _illegal(sent: str, wanted: str) -> MessageError:
+        return MessageError(f"stage 0 sent {sent}, wanted {wanted}", stage=0)
+
+
+def flaw(answer: Answer, config: Config, spans: int) -> str | None:
+    """What is wrong with the values in an answer that must have so many spans; None if nothing is."""
+    if len(answer.spans) != spans:
+        return f"{len(answer.spans)} spans, wanted {spans}"
+    if isinstance(answer, Logits):
+        if len(answer.values) != config.vocab_size:
+            return f"{len(answer.values)} logits, wanted one for each of {config.vocab_size} ids"
+    elif max(answer.ids, default=0) >= config.vocab_size:
+        return f"a token id outside the vocabulary, 0 to {config.vocab_size - 1}"
+    elif max(answer.logprobs, default=0.0) > 0:
+        return "a log-probability above 0"
+    return None
 
 
 def ending(request: Generate, n_positions: int, produced: int, token: int) -> Reason | None:

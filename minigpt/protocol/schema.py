@@ -55,11 +55,28 @@ def number(low: float, high: float) -> Field:
     )
 
 
-def text(limit: int, *, absent: bool = False) -> Field:
-    """A string of at most `limit` characters; a longer one is cut when it is sent. `absent` leaves an empty one out."""
+def text(limit: int, *, shown: bool = True, absent: bool = False) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent. `absent` leaves an empty one out.
+
+    People see it, in a terminal or a log, so it is made `printable` when it is read; unless it is not `shown`.
+    """
     wanted = f"a string of at most {limit} characters"
-    rule = _field(lambda value: type(value) is str and len(value) <= limit, wanted, lambda value: value[:limit])
+    rule = _field(
+        lambda value: type(value) is str and len(value) <= limit,
+        wanted,
+        lambda value: value[:limit],
+        printable if shown else _same,
+    )
     return rule._replace(absent=absent)
+
+
+def printable(text: str) -> str:
+    """A peer's text, with escapes for all that a terminal or a log would obey: new lines, colours, other directions.
+
+    >>> printable("gone\\n\\x1b[2J")
+    'gone\\\\n\\\\x1b[2J'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def boolean(*, absent: bool = False) -> Field:
@@ -122,7 +139,7 @@ def matrix(limit: int) -> Field:
 
 
 def tuples(kind: type, limit: int) -> Field:
-    """A tuple of at most `limit` named tuples of floats, as packed bytes."""
+    """A tuple of at most `limit` named tuples of floats that are not negative, as packed bytes."""
     width = len(kind.__annotations__)
     floats = numbers("d", limit * width)
 
@@ -130,6 +147,8 @@ def tuples(kind: type, limit: int) -> Field:
         flat = floats.decode(value)
         if len(flat) % width:
             raise MessageError(f"got {len(flat)} numbers, wanted a multiple of {width}")
+        if flat and min(flat) < 0:
+            raise MessageError(f"got {min(flat)}, wanted at least 0")
         return tuple(kind(*flat[start : start + width]) for start in range(0, len(flat), width))
 
     return Field(lambda rows: floats.encode([part for row in rows for part in row]), decode)

@@ -14,10 +14,9 @@ import logging
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Protocol
 
-from attest import AttestationError, dump_evidence
+from attest import AttestationError
 from minigpt.errors import ManifestError, MessageError, MiniGPTError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.links import StageLink
@@ -225,9 +224,7 @@ class Conversation:
         own, link = self._link, None
         try:
             link = own or self._stage.take_link(channel)
-            report = link.ask(messages.Status(), timeout=STATUS_TIMEOUT * following)
-            if not isinstance(report, messages.Report) or not report.stages:
-                raise MessageError(f"stage {link.stage} did not answer with a report", stage=link.stage)
+            return link.status(STATUS_TIMEOUT * following)
         except (StageError, RequestRefused) as error:
             self._forget()  # and with it a link that has broken
             reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
@@ -235,8 +232,6 @@ class Conversation:
         finally:
             if link is not None and link is not own:
                 self._stage.give_back(link)
-        evidence = dump_evidence(link.channel.peer_evidence, link.channel.peer_binding)
-        return (replace(report.stages[0], evidence=evidence), *report.stages[1:])
 
     # The end.
 

@@ -85,7 +85,7 @@ class Stage:
                 channel = self._idle.pop() if self._idle else None
             if channel is None:
                 break
-            link = StageLink(channel, index, timeout, asker)
+            link = StageLink(channel, self.manifest, index, timeout, asker)
             if not link.stale:
                 return link
             channel.close()
@@ -93,7 +93,7 @@ class Stage:
         end = links.calling_end(self.manifest, index, self.attester)
         channel = links.dial(self.manifest, index, end, self.limits.deadlines, self.budget)
         log.info("link to stage %d: evidence accepted", index)
-        return StageLink(channel, index, timeout, asker)
+        return StageLink(channel, self.manifest, index, timeout, asker)
 
     def give_back(self, link: StageLink) -> None:
         """Keeps the channel of a link for another sequence, if the next stage has forgotten this one."""

@@ -1,4 +1,4 @@
-"""Attacks 40 to 44 and 54: by ends that are authentic and malicious."""
+"""Attacks 40 to 44, 54 and 60: by ends that are authentic and malicious."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from attacks.ends import FakeStage, admitted_client, admitted_stage, generate_ma
 from attacks.proxy import Frame, Tap, honest
 from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, Rogue
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import CHUNK, Done, Generate, Tokens
+from minigpt.protocol import messages
+from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Done, Failure, Generate, Reason, Refusal, Tokens
 
 MB = 1 << 20
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
@@ -327,3 +328,103 @@ def sequences(arena: Arena) -> list[int]:
         return [stage.sequences for stage in report.stages]  # type: ignore[union-attr]
     finally:
         link.channel.close()
+
+
+INJECTED = "gone\nWARNING all is well\x1b[2J\u202e"
+Play = Callable[[int], list[dict[str, Any]]]  # what a stage says when it is asked for the token of a position
+
+
+def lies(arena: Arena, link: int, logprobs: bool) -> dict[str, Play]:
+    """What a stage may not say to whoever waits for a token; with `logprobs`, about those that were asked for."""
+    (stop,), vocabulary = arena.config.eos_token_id, arena.config.vocab_size
+
+    def token(position: int, number: int = 0, **changes: Any) -> dict[str, Any]:
+        return token_map(position) | {"ids": struct.pack("<I", number)} | changes
+
+    def done(reason: str) -> dict[str, Any]:
+        return {"type": "done", "reason": reason}
+
+    if logprobs:
+        return {
+            "above 0": lambda p: [token(p, logprobs=struct.pack("<d", 7.5))],
+            "none, though asked for": lambda p: [token(p)],
+            "two for one token": lambda p: [token(p, logprobs=struct.pack("<2d", -1.0, -1.0))],
+        }
+    made: dict[str, Play] = {
+        "60 000 tokens at once": lambda p: [token(p, ids=bytes(4 * 60_000))],
+        "as many as a draft may have": lambda p: [token(p, ids=bytes(4 * (1 + MAX_DRAFT)))],
+        "no token": lambda p: [token(p, ids=b"")],
+        "an id that is none": lambda p: [token(p, vocabulary)],
+        "id 2^32 - 1": lambda p: [token(p, 2**32 - 1)],
+        "a log-probability unasked": lambda p: [token(p, logprobs=struct.pack("<d", -1.0))],
+        "256 spans unasked": lambda p: [token(p, spans=bytes(40 * 256))],
+        "logits": lambda p: [{"type": "logits", "position": p, "values": bytes(4 * vocabulary), "spans": b""}],
+        "a report": lambda p: [{"type": "report", "stages": []}],
+        "a step": lambda p: [good_step(arena)],
+        "words for stage 9": lambda p: [messages.encode(Failure(9, "failed", "stage 9 is at fault"))],
+        "a refusal by stage 9": lambda p: [messages.encode(Refusal(9, "busy", "stage 9 is busy"))],
+        **{f"done: {reason}": lambda p, reason=reason: [done(reason)] for reason in Reason},
+    }
+    if link == 0:
+        made |= {
+            "tokens without end": lambda p: [token(p + i) for i in range(TOKENS + 1)],
+            "a token after the stop id": lambda p: [token(p, stop), token(p + 1)],
+            "the stop id, and an end by length": lambda p: [token(p, stop), done("length")],
+            "an end by length, too soon": lambda p: [token(p), done("length")],
+        }
+    return made
+
+
+@attack(
+    60,
+    "a malicious stage: tokens without end or after it, ids that are none, log-probabilities above 0, false ends and "
+    "words with escape sequences",
+    "reported as that stage's fault; nothing raw in a log or a terminal",
+)
+def malicious_stage(arena: Arena) -> Seen:
+    seen = []
+    for link in (0, 1):
+        for logprobs in (False, True):
+            for name, play in lies(arena, link, logprobs).items():
+                answer = lied_to(arena, link, play, sampling={"logprobs": logprobs})
+                kind, text, code = answer["error"] or [None, "no error", None]
+                require(code == 4, f"{name}, from stage {link}: the client ended by {kind}: {text}")
+                require(f"stage {link}" in text, f"{name}, from stage {link}: the client blames another: {text}")
+                require(all(len(found) <= TOKENS for found in answer["tokens"]), f"{name}: too many tokens")
+                seen.append(Seen(f"{kind} (exit {code})", "named as the one at fault"))
+        for kind, made in (("StageError", Failure), ("RequestRefused", Refusal)):
+            arena.mark()
+            told = messages.encode(made(link, "failed", INJECTED))
+            answer = lied_to(arena, link, lambda p, told=told: [told])
+            require(answer["error"][0] == kind, f"{made.__name__}: the client ended by {answer['error']}")
+            require(answer["error"][1].isprintable(), f"raw text in the client's error: {answer['error'][1]!r}")
+            said = arena.said(0)
+            require(not any(c in said for c in "\x1b\u202e"), "an escape sequence in stage 0's log")
+            require(not any(line.startswith("WARNING") for line in said.split("\n")), "a forged line in stage 0's log")
+            seen.append(Seen(f"{kind}, made printable", "made printable"))
+    for name, indices in {"none": (), "out of order": (1, 0), "too many": (0, 1, 2), "not all": (0,)}.items():
+        reports = tuple(messages.StageReport(index) for index in indices)
+        answer = lied_to(arena, 0, lambda p, reports=reports: [messages.encode(messages.Report(reports))], asks=1)
+        require(answer["error"] and answer["error"][2] == 4, f"a report of stages, {name}: {answer['error']}")
+        seen.append(Seen("MessageError (exit 4)", "named as the one at fault"))
+    arena.control()
+    return together(seen)
+
+
+def lied_to(arena: Arena, link: int, play: Play, **options: Any) -> dict[str, Any]:
+    """What comes of a client's run when stage `link` has genuine evidence, and says what `play` does."""
+
+    def act(rogue: Rogue) -> bool:
+        rogue.shake().attest(genuine(arena.stages, link))
+        rogue.hear_attest()
+        asked = rogue.hear_map() or {}
+        fed = len(asked["ids"]) // 4 if "ids" in asked else asked["hidden"][0] if "hidden" in asked else 0
+        for message in play(asked.get("start", 0) + fed):
+            rogue.say_map(message)
+        return bool(rogue.last_words() or True)
+
+    with FakeStage(arena.stages, link, act) as fake:
+        answer = arena.run(**options)
+        require(eventually(lambda: bool(fake.results)), "the link was kept")
+        require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
+    return answer

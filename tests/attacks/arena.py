@@ -271,7 +271,7 @@ class Arena:
         """A bare link to stage 0, for a client that does not behave."""
         made = stages or self.stages
         end = links.calling_end(made.manifest, 0, None)
-        return StageLink(links.dial(made.manifest, 0, end, Deadlines()), 0, PATIENCE)
+        return StageLink(links.dial(made.manifest, 0, end, Deadlines()), made.manifest, 0, PATIENCE)
 
 
 def _current(log: str) -> str:

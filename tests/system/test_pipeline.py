@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def link(stages: Stages) -> Iterator[StageLink]:
 
 def dial(stages: Stages) -> StageLink:
     end = links.calling_end(stages.manifest, 0, None)
-    return StageLink(links.dial(stages.manifest, 0, end, Deadlines()), 0, 20.0)
+    return StageLink(links.dial(stages.manifest, 0, end, Deadlines()), stages.manifest, 0, 20.0)
 
 
 def ids(generation: minigpt.Generation) -> list[int]:
@@ -529,10 +530,10 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
         def receive(self, _timeout: float, *, asker: object) -> dict[str, object]:
             return messages.encode(Tokens(self.end, (1,)))
 
-    seen = set()
+    pipe, seen = SimpleNamespace(config=SMALL, stages=(0, 1)), set()
     for length in range(1, 1025):
         channel = Counted()
-        made = StageLink(channel, 1, 1.0)  # type: ignore[arg-type]
+        made = StageLink(channel, pipe, 1, 1.0)  # type: ignore[arg-type]
         for start in range(0, length, CHUNK):
             rows = np.zeros((min(CHUNK, length - start), 64), np.float32)
             channel.end = start + len(rows)
