@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,12 @@ import pytest
 
 os.environ["MINIGPT_THREADS"] = "1"  # as the stages that tests start: bits are the same only with the same threads
 
-import minigpt  # noqa: F401 — before NumPy, whose threads it sets
+# Whoever runs the tests may ignore or block signals (nohup does), and children inherit that.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1):
+    signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+import minigpt  # noqa: E402, F401 — before NumPy, whose threads it sets
 
 VECTORS = Path(__file__).resolve().parents[1].parent / "shared" / "vectors"
 

@@ -100,17 +100,18 @@ class Tap:
         buffer, number = bytearray(), 0
         while data := _read(source):
             buffer += data
-            if self.rule is honest:  # at once, whether it is a frame or not
-                self.give(receiver, data)
+            honestly = self.rule is honest
             while (size := _frame_size(buffer, first=sender == "I" and number == 0)) is not None:
                 frame = _name(sender, number, bytes(buffer[:size]))
                 del buffer[:size]
                 number += 1
                 with self._lock:
                     self.frames.append(frame)
-                if self.rule is not honest:
+                if not honestly:
                     for part in self.rule(frame, self):
                         self.give(receiver, part)
+            if honestly:  # whether it is a frame or not; after it was noted, because the end may answer at once
+                self.give(receiver, data)
         if buffer and self.rule is not honest:
             self.give(receiver, bytes(buffer))
         with self._lock:
