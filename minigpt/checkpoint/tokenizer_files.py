@@ -8,7 +8,8 @@ transformers 5 does, and refuses by name whatever might change ids and is not kn
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -66,7 +67,7 @@ def read(folder: Path) -> dict[str, bytes]:
     other = next((name for name in _OTHERS if WHOLE not in names and (folder / name).exists()), None)
     if names and other:
         _refuse(other, f"not supported, and transformers reads it rather than {VOCAB}")
-    more = [name for name in MORE if names and (folder / name).exists()]
+    more = [name for name in MORE if names and os.path.lexists(folder / name)]  # a dangling link is not nothing
     files = {name: _content(folder / name) for name in (*names, *more)}
     if names and (folder / CONFIG).exists():
         _check_config(_object({CONFIG: _content(folder / CONFIG)}, CONFIG), _object(files, SETTINGS))
@@ -115,9 +116,8 @@ def build(files: Mapping[str, bytes]) -> "tokenizers.Tokenizer":
     # From here on as in TokenizersBackend.__init__: the same calls, in the same order.
     tokens: list[Any] = [token for _, token in sorted(declared.items())]
     texts = {token.content for token in (*encoder.get_added_tokens_decoder().values(), *tokens)}
-    for token in [*(named[name] for name in _NAMED if named.get(name) is not None), *extra]:
-        if str(token) not in texts and token not in tokens:
-            tokens.append(token)
+    more = [*(named[name] for name in _NAMED if named.get(name) is not None), *extra]
+    tokens += _once(token for token in more if str(token) not in texts)
     special = {str(token) for token in named.values() if token}
     for i, token in enumerate(tokens):
         if isinstance(token, str):
@@ -253,6 +253,11 @@ def _tokens(
         token = _given(name, value)
         named[name] = token and by_text.get(str(token), token)
     return declared, named, [_given(new, token) for token in extra.get(new, extra.get(old, []))]
+
+
+def _once(tokens: Iterable[Any]) -> list[Any]:
+    """Each of the tokens once: equal strings, or AddedTokens with the same text and flags."""
+    return list({(type(token), repr(token)): token for token in tokens}.values())
 
 
 def _special(value: Any) -> Any:
