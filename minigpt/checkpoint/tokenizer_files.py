@@ -37,9 +37,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SETTINGS = ("tokenizer_class", "added_tokens_decoder", "add_prefix_space", "add_bos_token", *_NAMED, *_LISTS)
 # Fields of tokenizer_config.json that change no id, or only when a caller asks for more than ids.
 _INERT = (
-    "backend", "chat_template", "clean_up_tokenization_spaces", "errors", "full_tokenizer_file", "is_local",
-    "local_files_only", "max_len", "max_length", "merges_file", "model_input_names", "model_max_length", "name_or_path",
-    "pad_to_multiple_of", "pad_token_type_id", "padding_side", "processor_class", "special_tokens_map_file", "stride",
+    "backend", "chat_control_tokens", "chat_template", "clean_up_tokenization_spaces", "errors",
+    "full_tokenizer_file", "is_local", "local_files_only", "max_len", "max_length", "merges_file",
+    "model_input_names", "model_max_length", "name_or_path", "pad_to_multiple_of", "pad_token_type_id",
+    "padding_side", "processor_class", "response_schema", "response_template", "special_tokens_map_file", "stride",
     "tokenizer_file", "trim_offsets", "truncation_side", "truncation_strategy", "use_fast", "vocab_file",
 )  # fmt: skip
 # The components that a tokenizer.json may have: none of them can drop text, or take more than linear time.
