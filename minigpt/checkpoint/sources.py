@@ -103,7 +103,7 @@ def read_config(folder: Path) -> Config:
         ConfigError: config.json is missing, malformed, or asks for what is not supported, or the other is malformed.
     """
     config = _read(folder / CONFIG, Config.from_json)
-    if not (folder / GENERATION).exists():
+    if not os.path.lexists(folder / GENERATION):
         return config
     fields = config.to_json()
     return _read(

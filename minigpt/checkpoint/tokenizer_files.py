@@ -8,7 +8,8 @@ transformers 5 does, and refuses by name whatever might change ids and is not kn
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,9 +37,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SETTINGS = ("tokenizer_class", "added_tokens_decoder", "add_prefix_space", "add_bos_token", *_NAMED, *_LISTS)
 # Fields of tokenizer_config.json that change no id, or only when a caller asks for more than ids.
 _INERT = (
-    "backend", "chat_template", "clean_up_tokenization_spaces", "errors", "full_tokenizer_file", "is_local",
-    "local_files_only", "max_len", "max_length", "merges_file", "model_input_names", "model_max_length", "name_or_path",
-    "pad_to_multiple_of", "pad_token_type_id", "padding_side", "processor_class", "special_tokens_map_file", "stride",
+    "backend", "chat_control_tokens", "chat_template", "clean_up_tokenization_spaces", "errors",
+    "full_tokenizer_file", "is_local", "local_files_only", "max_len", "max_length", "merges_file",
+    "model_input_names", "model_max_length", "name_or_path", "pad_to_multiple_of", "pad_token_type_id",
+    "padding_side", "processor_class", "response_schema", "response_template", "special_tokens_map_file", "stride",
     "tokenizer_file", "trim_offsets", "truncation_side", "truncation_strategy", "use_fast", "vocab_file",
 )  # fmt: skip
 # The components that a tokenizer.json may have: none of them can drop text, or take more than linear time.
@@ -66,7 +68,7 @@ def read(folder: Path) -> dict[str, bytes]:
     other = next((name for name in _OTHERS if WHOLE not in names and (folder / name).exists()), None)
     if names and other:
         _refuse(other, f"not supported, and transformers reads it rather than {VOCAB}")
-    more = [name for name in MORE if names and (folder / name).exists()]
+    more = [name for name in MORE if names and os.path.lexists(folder / name)]  # a dangling link is not nothing
     files = {name: _content(folder / name) for name in (*names, *more)}
     if names and (folder / CONFIG).exists():
         _check_config(_object({CONFIG: _content(folder / CONFIG)}, CONFIG), _object(files, SETTINGS))
@@ -115,9 +117,8 @@ def build(files: Mapping[str, bytes]) -> "tokenizers.Tokenizer":
     # From here on as in TokenizersBackend.__init__: the same calls, in the same order.
     tokens: list[Any] = [token for _, token in sorted(declared.items())]
     texts = {token.content for token in (*encoder.get_added_tokens_decoder().values(), *tokens)}
-    for token in [*(named[name] for name in _NAMED if named.get(name) is not None), *extra]:
-        if str(token) not in texts and token not in tokens:
-            tokens.append(token)
+    more = [*(named[name] for name in _NAMED if named.get(name) is not None), *extra]
+    tokens += _once(token for token in more if str(token) not in texts)
     special = {str(token) for token in named.values() if token}
     for i, token in enumerate(tokens):
         if isinstance(token, str):
@@ -253,6 +254,11 @@ def _tokens(
         token = _given(name, value)
         named[name] = token and by_text.get(str(token), token)
     return declared, named, [_given(new, token) for token in extra.get(new, extra.get(old, []))]
+
+
+def _once(tokens: Iterable[Any]) -> list[Any]:
+    """Each of the tokens once: equal strings, or AddedTokens with the same text and flags."""
+    return list({(type(token), repr(token)): token for token in tokens}.values())
 
 
 def _special(value: Any) -> Any:

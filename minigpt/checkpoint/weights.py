@@ -52,6 +52,7 @@ _ALIGN = 16  # numbers: a tensor begins with a cache line
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _DOMAIN = b"minigpt-weights-v1\0"
 _PREFIX = "transformer."
+_HEAD = "lm_head.weight"
 # Bits of an element, by safetensors' names: the size of every tensor is needed to find the next one.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -96,14 +97,16 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
             raise CheckpointError(f"tensor {name}: got shape {places[name].shape!s:.80}, the config wants {shape}")
         if places[name].dtype not in _DTYPES:
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
+    tied = places["wte.weight"] if config.tie_word_embeddings and layers.stop == config.n_layer else None
+    head = _stored_head(folder, tied) if tied else None
     tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
     # The largest first, so that the readers finish together.
     names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)
     with ThreadPoolExecutor(READERS, "weights") as readers:
         read = readers.map(lambda name: _read(name, places[name], tensors[name]), names)
         digests = dict(zip(names, read, strict=True))
-    if config.tie_word_embeddings and layers.stop == config.n_layer:
-        _check_tied(folder, digests["wte.weight"])
+    if head:
+        _check_tied(head, digests["wte.weight"])
     digest = hashlib.sha256(_DOMAIN)
     for name in sorted(shapes, key=str.encode):
         label, dtype, shape = name.encode(), places[name].dtype.encode(), shapes[name]
@@ -165,21 +168,33 @@ def _blocks(name: str, place: _Stored, size: int) -> Iterator[NDArray[np.uint8]]
         raise CheckpointError(f"tensor {name}: cannot be read from {place.path}: {error}") from None
 
 
-def _check_tied(folder: Path, embedding: bytes) -> None:
-    """Refuses a stored head that differs from the embedding that the config ties it to."""
-    name, stored, digest = "lm_head.weight", _stored_names(folder), hashlib.sha256()
-    if name not in stored:
-        return
-    place = _header(folder / stored[name]).get(name)
+def _stored_head(folder: Path, embedding: _Stored) -> _Stored | None:
+    """Where a head is stored beside the embedding that the config ties it to. One of another size is refused unread."""
+    stored = _stored_names(folder)
+    if _HEAD not in stored:
+        return None
+    place = _header(folder / stored[_HEAD]).get(_HEAD)
     if place is None:
-        raise CheckpointError(f"tensor {name} is not in {folder / stored[name]}")
-    for block in _blocks(name, place, BLOCK):
+        raise CheckpointError(f"tensor {_HEAD} is not in {folder / stored[_HEAD]}")
+    if (place.shape, place.dtype) != (embedding.shape, embedding.dtype):
+        raise _untied(folder)
+    return place if place != embedding else None
+
+
+def _check_tied(head: _Stored, embedding: bytes) -> None:
+    """Refuses a stored head that differs from the embedding of this digest."""
+    digest = hashlib.sha256()
+    for block in _blocks(_HEAD, head, BLOCK):
         digest.update(block.data)
     if digest.digest() != embedding:
-        raise CheckpointError(
-            f"tensor {name} in {folder} is not wte.weight, though config.json ties them: "
-            "set tie_word_embeddings to false there if the model has a head of its own"
-        )
+        raise _untied(head.path.parent)
+
+
+def _untied(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {_HEAD} in {folder} is not wte.weight, though config.json ties them: "
+        "set tie_word_embeddings to false there if the model has a head of its own"
+    )
 
 
 def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str, _Stored]:
@@ -188,8 +203,8 @@ def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str,
     files: dict[str, dict[str, str]] = {}  # file -> name as stored -> name wanted
     for name in wanted:
         spellings = [spelling for spelling in (name, _PREFIX + name) if spelling in stored]
-        if not spellings and tied and name == "wte.weight" and "lm_head.weight" in stored:
-            spellings = ["lm_head.weight"]  # of tied tensors a writer may keep either
+        if not spellings and tied and name == "wte.weight" and _HEAD in stored:
+            spellings = [_HEAD]  # of tied tensors a writer may keep either
         if not spellings:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint {folder}")
         if len(spellings) > 1:

@@ -312,6 +312,6 @@ def _tokenizer(manifest: Manifest, model: str | Path | None) -> Tokenizer | None
         return tokenizers.load(sources.find(model, files=sources.TOKENIZER_FILES).folder)
     try:
         found = sources.find(manifest.model, manifest.revision, files=sources.TOKENIZER_FILES, download=False)
-        return tokenizers.load(found.folder)
     except CheckpointError:
         return None
+    return tokenizers.load(found.folder)  # a damaged one is not the same as none

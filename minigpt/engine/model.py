@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from minigpt.engine import blas
 from minigpt.engine.config import Config, tensor_shapes
+from minigpt.engine.errstate import numpy_defaults
 from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
 
@@ -190,6 +191,7 @@ class GPT2:
         """An empty cache for one sequence through these layers."""
         return KVCache(len(self.layers), self.config.n_head, self.config.head_dim, self.config.n_positions)
 
+    @numpy_defaults
     def embed(self, ids: Sequence[int] | NDArray[np.integer[Any]], start: int) -> Array:  # (T,) -> (T, C)
         """Token and position embeddings of ids at positions start, start + 1, …
 
@@ -206,6 +208,7 @@ class GPT2:
         x: Array = self.wte[tokens] + self.wpe[start : start + len(tokens)]
         return x
 
+    @numpy_defaults
     def forward(self, x: Array, segments: Segments) -> Array:  # (R, C) -> (R, C)
         """Run the layers over the rows of one or more sequences, one after another, and extend their caches.
 
@@ -224,6 +227,7 @@ class GPT2:
             cache.length += rows
         return x
 
+    @numpy_defaults
     def logits(self, x: Array) -> Array:  # (R, C) -> (R, V)
         """The scores of every next token, not normalised."""
         return product(self.ln_f(x), self.lm_head.T)

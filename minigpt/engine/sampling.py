@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt.engine.errstate import numpy_defaults
+
 MAX_TEMPERATURE = 1e6  # at which every token is as likely as any other
 MAX_TOP_K = 2**31 - 1
 
@@ -38,6 +40,7 @@ class Sampling:
             raise ValueError(f"seed is {self.seed}, wanted 0 to 2**64 - 1")
 
 
+@numpy_defaults
 def sample(logits: Logits, sampling: Sampling, position: int) -> int:  # (V,) -> id
     """The token for `position`, that of the new token in its sequence.
 
@@ -56,6 +59,7 @@ def sample(logits: Logits, sampling: Sampling, position: int) -> int:  # (V,) ->
     return int(ids[min(int(cumulative.searchsorted(drawn, side="right")), ids.size - 1)])
 
 
+@numpy_defaults
 def logprob(logits: Logits, token: int) -> float:  # (V,) -> nats
     """Natural logarithm of the probability the model itself gives a token, before temperature and filters."""
     shifted = logits.astype(np.float64) - float(logits.max())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hub import COMMIT, Hub
 from made import SMALL, random_tensors, write
+from unit.test_tokenizer import ENCODER
 
 from attest.providers.mock import MockPins
 from minigpt.checkpoint import sources, weights
@@ -169,3 +170,48 @@ def test_a_bad_generation_config_is_refused_with_its_path(tmp_path: Path, conten
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"generation_config\.json: "):
         sources.read_config(tmp_path)
+
+
+# As a user meets them: a program of their own
+
+
+USER = """
+import json, sys, minigpt, numpy as np
+from pathlib import Path
+np.seterr(all="raise")
+model = minigpt.load(Path(sys.argv[1]))
+print(json.dumps([model.tokenizer.encode(" Lima<x>"), len(model.logits("Lima<x>")),
+                  model.tokenizer.decode([400, 401]), list(model.config.eos_token_id)]))
+with minigpt.Pipeline.local(Path(sys.argv[1]), 2) as pipeline:
+    for pipe in (model, pipeline):
+        for options in ({}, {"temperature": 1e-3, "seed": 1}):
+            generation = pipe.generate("Lima<x>", max_tokens=12, logprobs=True, **options)
+            print(json.dumps([[token.id for token in generation], str(generation.reason)]))
+"""
+
+
+def test_a_users_program_has_the_files_of_a_checkpoint_honoured_whatever_it_told_numpy(tmp_path: Path) -> None:
+    config = replace(SMALL, vocab_size=402, eos_token_id=(5,), tie_word_embeddings=False)
+    tensors = random_tensors(config)
+    folder = write(tmp_path / "model", config, tensors)
+    ENCODER.model.save(str(folder))
+    (folder / "added_tokens.json").write_text(json.dumps({"<x>": 400, "<y>": 401}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "pad_token": "<y>"}))
+
+    def told() -> list[Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", USER, folder], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (ids, rows, text, ends), *runs = told()
+    assert ids == [0, *ENCODER.encode(" Lima").ids, 400]
+    assert (rows, text, ends) == (1 + len(ENCODER.encode("Lima").ids) + 1, "<x>", [5])
+    assert runs[:2] == runs[2:]
+    assert [len(generated) for generated, _ in runs] == [12] * 4
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [runs[0][0][3], 401]}))
+    (*_, ends), *stopped = told()
+    assert ends == [runs[0][0][3], 401]
+    end = runs[0][0].index(ends[0]) + 1
+    assert stopped[0] == stopped[2] == [runs[0][0][:end], "end"]

@@ -247,6 +247,20 @@ def test_a_link_is_followed_as_the_hubs_cache_needs_but_what_it_leads_to_must_be
     assert "secret" not in refusal(tmp_path / "snapshot")
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("F32", 2**30), ("F16", 2)])
+def test_a_head_of_another_size_than_the_embedding_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int
+) -> None:
+    """A sparse file holds terabytes for nothing; reading them is what costs."""
+    end = len(DATA) + 3 * width * (4 if dtype == "F32" else 2)
+    head = {"dtype": dtype, "shape": [3, width], "data_offsets": [len(DATA), end]}
+    text = json.dumps(header() | {"lm_head.weight": head})
+    store(tmp_path / weights.SINGLE, text)
+    os.truncate(tmp_path / weights.SINGLE, 8 + len(text) + end)
+    monkeypatch.setattr(weights, "_blocks", lambda *_: pytest.fail("bytes of a tensor are read"))
+    assert "set tie_word_embeddings to false" in refusal(tmp_path)
+
+
 # The config.
 
 
@@ -318,3 +332,10 @@ def test_weights_that_do_not_fit_the_memory_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(np, "empty", none_left)
     with pytest.raises(CheckpointError, match="not enough memory for the weights"):
         weights.load(tmp_path, TINY, range(1))
+
+
+def test_a_config_of_two_opinions_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(TINY.to_json())
+    for twice in (text[:-1] + ', "n_head": 1}', text[:-1] + ', "id2label": {"0": "a", "0": "b"}}',
+                  text[:-1] + ', "dict": {}, "dict": {}}'):  # fmt: skip
+        assert "a key appears twice" in read(tmp_path, twice)

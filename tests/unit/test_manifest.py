@@ -4,6 +4,7 @@ import copy
 import datetime
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -14,8 +15,8 @@ from made import SMALL
 
 from attest.providers.mock import MockPins, MockRoot
 from attest.providers.nitro import NitroPins
-from minigpt.client.pipeline import check
-from minigpt.errors import ManifestError, UsageError
+from minigpt.client.pipeline import Pipeline, _tokenizer, check
+from minigpt.errors import CheckpointError, ManifestError, UsageError
 from minigpt.launch.plan import split_layers, write
 from minigpt.protocol import manifest
 from minigpt.protocol.manifest import Manifest
@@ -228,3 +229,15 @@ def test_a_split_covers_every_layer_once(n_layer: int, data: st.DataObject) -> N
 def test_a_split_that_is_none_is_refused(split: str | int) -> None:
     with pytest.raises(UsageError):
         split_layers(12, split)
+
+
+def test_a_damaged_tokenizer_of_the_manifests_model_is_not_the_same_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = written(now=None)
+    assert _tokenizer(Manifest.parse(data), None) is None
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"small/tokenizer\.json"):
+        Pipeline.connect(data, allow_mock=True)

@@ -13,6 +13,7 @@ from made import ODD, SMALL, cut, odd, random_tensors, whole
 from minigpt.engine import linalg
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.model import GPT2
+from minigpt.engine.sampling import Sampling, logprob, sample
 from minigpt.errors import CheckpointError, ConfigError
 
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, SMALL.n_positions).tolist()
@@ -267,3 +268,22 @@ def test_any_value_in_a_config_gives_a_config_or_a_config_error(field: str, valu
 def test_what_is_no_config_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError):
         Config.from_json(data)
+
+
+@pytest.mark.parametrize("name", ["plain", "gelu", "relu, narrow", "unscaled"])
+def test_what_the_caller_told_numpy_about_underflow_does_not_matter(name: str) -> None:
+    config = odd(name)
+    tensors = {key: 8 * tensor if "attn" in key else tensor for key, tensor in random_tensors(config).items()}
+    model, ids = GPT2(config, range(config.n_layer), tensors), np.random.default_rng(0).integers(0, 97, 200)
+
+    def everything() -> list[np.ndarray | float]:
+        cache = model.new_cache()
+        logits = model.logits(model.forward(model.embed(ids, 0), [(cache, len(ids))]))
+        drawn = [sample(1e3 * logits[-1], Sampling(t, top_k, top_p, 5), 7)
+                 for t in (0.0, 1e-300, 1e-3, 1.0) for top_k in (0, 5) for top_p in (0.5, 1.0)]  # fmt: skip
+        return [logits, *drawn, logprob(1e3 * logits[-1], 3)]
+
+    wanted = everything()
+    with np.errstate(all="raise"):
+        got = everything()
+    assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from minigpt.checkpoint import tokenizer
+from minigpt.checkpoint import tokenizer, tokenizer_files
 from minigpt.errors import CheckpointError
 
 TEXT = [
@@ -328,3 +329,15 @@ def test_unknown_components_are_refused_by_name(tmp_path: Path, place: str, comp
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
         with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {place}.*{said}"):
             tokenizer.load(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_not_the_same_as_none(tmp_path: Path) -> None:
+    for name in tokenizer_files.MORE:
+        (parts(tmp_path) / name).symlink_to("nowhere")
+        with pytest.raises(CheckpointError, match=rf"{name}: not a file"):
+            tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)  # which would wait for a writer
+        with pytest.raises(CheckpointError, match=rf"{name}: not a file"):
+            tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()

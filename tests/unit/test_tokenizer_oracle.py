@@ -154,3 +154,21 @@ def test_ids_and_text_are_those_of_transformers_whatever_files_a_folder_has(tmp_
             )
         loaded += 1
     assert loaded > 15
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_what_transformers_saves_is_loaded(tmp_path: Path, generic: bool) -> None:
+    if generic:
+        saved = transformers.PreTrainedTokenizerFast(tokenizer_object=ENCODER, bos_token="<|endoftext|>")
+    else:
+        ENCODER.model.save(str(tmp_path))
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+        saved = transformers.AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_prefix_space=True)
+    saved.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<a>", "<b>"]})
+    saved.add_tokens(["zz"])
+    saved.chat_template = "{{ messages }}"
+    saved.save_pretrained(tmp_path / "saved")
+    ours, text = tokenizer.load(tmp_path / "saved"), "Lima <pad> <a>zz <b> <|endoftext|> x"
+    assert ours is not None
+    assert ours.encode(text) == saved(text)["input_ids"]
+    assert ours.decode(ours.encode(text)) == saved.decode(ours.encode(text), skip_special_tokens=True)
