@@ -226,7 +226,7 @@ class StageLink:
 
     def _read(self, plain: object) -> Message:
         asker = "a client" if self.stage == 0 else f"stage {self.stage - 1}"
-        return messages.decode(plain, messages.ANSWERS, asker)
+        return messages.shown(messages.decode(plain, messages.ANSWERS, asker))
 
     def release(self, *, reuse: bool = True) -> Channel | None:
         """Makes that stage forget the sequence. The channel if another sequence may use it; otherwise it is closed."""

@@ -12,7 +12,7 @@ how many there are, and nothing about their values. docs/protocol.md describes e
 
 import enum
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -217,7 +217,7 @@ class StageReport:
     sequences: Count = 0
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
-    evidence: Annotated[str, schema.text(2**20, shown=False)] = ""  # the text of an evidence file
+    evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +294,28 @@ def _excess(plain: dict[str, object], positions: int) -> int:
         return 0
     plain["ids"] = b""
     return len(packed) // 4
+
+
+def shown(message: Message) -> Message:
+    """A message as people may see it: a peer's words have escapes for all that a terminal or a log would obey."""
+    match message:
+        case Refusal() | Failure():
+            return replace(message, reason=_printable(message.reason), text=_printable(message.text))
+        case Report():
+            stages = message.stages
+            return Report(
+                tuple(replace(one, error=_printable(one.error), reason=_printable(one.reason)) for one in stages)
+            )
+    return message
+
+
+def _printable(text: str) -> str:
+    """Without new lines, colours or other directions of writing.
+
+    >>> _printable("gone\\n\\x1b[2J")
+    'gone\\\\n\\\\x1b[2J'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def refused(refusal: Refusal) -> RequestRefused:

@@ -56,27 +56,15 @@ def number(low: float, high: float) -> Field:
     return Field(float, decode)
 
 
-def text(limit: int, *, shown: bool = True) -> Field:
-    """A string of at most `limit` characters; a longer one is cut when it is sent.
-
-    People see it, in a terminal or a log, so it is made `printable` when it is read; unless it is not `shown`.
-    """
+def text(limit: int) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent."""
 
     def decode(value: object) -> str:
         if type(value) is not str or len(value) > limit:
             raise _wrong(value, f"a string of at most {limit} characters")
-        return printable(value) if shown else value
+        return value
 
     return Field(lambda value: value[:limit], decode)
-
-
-def printable(text: str) -> str:
-    """A peer's text, with escapes for all that a terminal or a log would obey: new lines, colours, other directions.
-
-    >>> printable("gone\\n\\x1b[2J")
-    'gone\\\\n\\\\x1b[2J'
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def boolean(*, absent: bool = False) -> Field:
