@@ -52,7 +52,9 @@ class Channel:
     gone, what it said before can still be received.
     """
 
-    def __init__(self, wire: Wire, session: link.Session, deadlines: Deadlines) -> None:
+    def __init__(
+        self, wire: Wire, session: link.Session, deadlines: Deadlines, keys: frozenset[bytes] | None = None
+    ) -> None:
         """Not for callers: `connect`, `initiate` and `accept` make channels."""
         self.peer = session.peer  # what the peer's evidence established
         self.peer_evidence = session.peer_evidence
@@ -61,6 +63,7 @@ class Channel:
         self._wire = wire
         self._session = session
         self._deadlines = deadlines
+        self._keys = keys
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
         self._ended = False  # by this end
@@ -85,7 +88,7 @@ class Channel:
         deadlines: Deadlines = DEFAULT_DEADLINES,
         budget: Budget = PROCESS_BUDGET,
     ) -> Self:
-        """Connects to `address` and establishes a link; `budget` is for the received parts of incomplete messages.
+        """Connects to `address` and establishes a link; `budget` is for what `Budget` counts.
 
         Raises:
             TransportError: Unreachable, TimedOut, or the handshake failed.
@@ -98,17 +101,17 @@ class Channel:
         cls, sock: socket, end: link.End, *, deadlines: Deadlines = DEFAULT_DEADLINES, budget: Budget = PROCESS_BUDGET
     ) -> Self:
         """Establishes a link over a connected stream socket, as the end that connected. Raises as `connect` does."""
-        return cls._establish(sock, link.initiate(end, budget=budget), deadlines)
+        return cls._establish(sock, link.initiate(end, budget=budget), deadlines, end.keys)
 
     @classmethod
     def accept(
         cls, sock: socket, end: link.End, *, deadlines: Deadlines = DEFAULT_DEADLINES, budget: Budget = PROCESS_BUDGET
     ) -> Self:
         """Establishes a link over an accepted stream socket. Raises as `connect` does."""
-        return cls._establish(sock, link.respond(end, budget=budget), deadlines)
+        return cls._establish(sock, link.respond(end, budget=budget), deadlines, end.keys)
 
     @classmethod
-    def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines) -> Self:
+    def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines, keys: frozenset[bytes] | None) -> Self:
         """Runs a handshake. The channel owns the socket, which is closed if the handshake fails."""
         wire = Wire(sock)
         deadline = time.monotonic() + deadlines.handshake
@@ -126,7 +129,7 @@ class Channel:
                 else:
                     wanted = steps.send(reply)
         except StopIteration as finished:
-            return cls(wire, finished.value, deadlines)
+            return cls(wire, finished.value, deadlines, keys)
         except BaseException:
             wire.close()  # not abort: an ALERT may be on its way
             raise
@@ -224,7 +227,7 @@ class Channel:
             self.open_seconds += time.perf_counter() - start
             if body is not None:
                 self._begun = None
-                message = codec.decode(body)
+                message = codec.decode(body, self._keys)
                 if type(message) is not dict:
                     raise DecodeError("message: wanted a map")
                 return message

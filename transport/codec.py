@@ -1,9 +1,10 @@
-"""Messages to bytes and back: the plain part of msgpack, read in one strict pass.
+"""Messages to bytes and back: the plain part of msgpack, checked in one pass and read in another.
 
 A value is None, a bool, an int of 64 bits, a finite float, str, bytes, a list, or a dict with str keys. The msgpack
 package lets through more than that (tried on version 1.2.4): ext types and timestamps, NaN, duplicate keys of which the
-last wins, 1000 levels of nesting, and 16 MiB of empty maps that become 1.3 GB of objects. The hooks here refuse those
-while it reads, so there is no second walk over the result.
+last wins, 1000 levels of nesting, and 16 MiB of empty maps that become 1.3 GB of objects. And it interns each key that
+it reads as text, which Python 3.12 keeps for good: a peer that makes up keys would fill the memory. So the first pass
+reads text as bytes, looks keys up among those that are known, and keeps nothing of what it has checked.
 """
 
 import math
@@ -35,15 +36,20 @@ def encode(value: Any) -> bytes:
     return data
 
 
-def decode(data: bytes | bytearray) -> Any:
-    """The one value that `data` encodes. Raises DecodeError if it is no such value, and quotes nothing of it."""
-    reader = _Reader()
+def decode(data: bytes | bytearray, keys: frozenset[bytes] | None = None) -> Any:
+    """The one value that `data` encodes. Raises DecodeError if it is no such value, and quotes nothing of it.
+
+    Args:
+        keys: the only ones that a map may have, in UTF-8. None is for any, and not for what a stranger sent.
+    """
+    check = _Check(keys)
     try:
         value = msgpack.unpackb(
             data,
+            raw=True,
             strict_map_key=True,
-            list_hook=reader.of_list,
-            object_pairs_hook=reader.of_map,
+            list_hook=check.of_list,
+            object_pairs_hook=check.of_map,
             ext_hook=_no_ext,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
@@ -51,48 +57,54 @@ def decode(data: bytes | bytearray) -> Any:
         )
         if type(value) is float and not math.isfinite(value):
             raise ValueError("a float is not finite")
+        return msgpack.unpackb(data, object_hook=_text_keys)
     except msgpack.ExtraData:
         raise DecodeError("message: more bytes follow its end") from None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         # ValueError is the root of the package's FormatError and StackError, of UnicodeDecodeError, and of ours
         reason = str(error) if type(error) in (ValueError, TypeError) else type(error).__name__
         raise DecodeError(f"message: msgpack this protocol does not allow: {reason[:80]}") from None
-    return value
 
 
-class _Reader:
-    """Checks each list and map as soon as it is read, the innermost first, before more of them fill the memory."""
+class _Check:
+    """Checks each list and map as soon as it is read, the innermost first, and leaves its level in its place.
 
-    def __init__(self) -> None:
-        self._levels: dict[int, int] = {}  # of each container so far, by its id: all are alive until the end
+    The level is in a tuple, which nothing else becomes.
+    """
 
-    def of_list(self, items: list[Any]) -> list[Any]:
-        self._check(items, items)
-        return items
+    def __init__(self, keys: frozenset[bytes] | None) -> None:
+        self._keys = keys
+        self._containers = 0
 
-    def of_map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise ValueError("a key appears twice")
-        if not all(type(key) is str for key in fields):
-            raise TypeError("a key is not text")
-        self._check(fields, fields.values())
-        return fields
-
-    def _check(self, container: Any, items: Iterable[Any]) -> None:
+    def of_list(self, items: Iterable[Any]) -> tuple[int]:
         level = 1
         for item in items:
             kind = type(item)
             if kind is float:
                 if not math.isfinite(item):
                     raise ValueError("a float is not finite")
-            elif kind is dict or kind is list:
-                level = max(level, 1 + self._levels[id(item)])
+            elif kind is tuple:
+                level = max(level, 1 + item[0])
         if level > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} levels of lists and maps")
-        if len(self._levels) == MAX_CONTAINERS:
+        self._containers += 1
+        if self._containers > MAX_CONTAINERS:
             raise ValueError(f"more than {MAX_CONTAINERS} lists and maps")
-        self._levels[id(container)] = level
+        return (level,)
+
+    def of_map(self, pairs: list[tuple[bytes, Any]]) -> tuple[int]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            raise ValueError("a key appears twice")
+        if self._keys is not None and not fields.keys() <= self._keys:
+            raise ValueError("a key that no message has")
+        return self.of_list(fields.values())
+
+
+def _text_keys(fields: dict[Any, Any]) -> dict[Any, Any]:
+    """The same map. Raises TypeError for a key that is bytes, which the first pass cannot tell from text."""
+    "".join(fields)  # takes text alone
+    return fields
 
 
 def _no_ext(_code: int, _data: bytes) -> NoReturn:

@@ -85,6 +85,7 @@ class End:
     # static public keys of the initiators that a responder serves; None leaves that to the verifier
     admit: frozenset[bytes] | None = None
     suites: tuple[int, ...] = (2,)  # the acceptable ones; an initiator proposes the first
+    keys: frozenset[bytes] | None = None  # of the peer's messages, as in `codec.decode`
 
     def __post_init__(self) -> None:
         if len(self.manifest_sha256) != 32:

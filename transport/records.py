@@ -63,7 +63,11 @@ def padded_size(length: int) -> int:
 
 
 class Budget:
-    """How many bytes of incomplete messages all links of a process may hold together."""
+    """How many bytes of received messages all links of a process may hold together.
+
+    A message of several records counts from its first one on, until the next message is asked for: that is, until it is
+    answered. One of a single record never counts: each link may hold one at any time.
+    """
 
     def __init__(self, total: int) -> None:
         if total < MAX_PLAINTEXT:
@@ -167,7 +171,8 @@ class Opener:
         self.limits = limits  # the types that are allowed now, with the largest body of each; the owner replaces it
         self.messages = 0  # records of type MESSAGE so far
         self.records = 0  # of any type
-        self._budget = budget  # for the fragments of incomplete messages
+        self._budget = budget
+        self._held = 0  # bytes of it: of the message under way, or of the one that came out last
         self._buffer = bytearray()
         self._kind = 0  # of the message under way; 0 is none
         self._body = bytearray()  # one buffer, so that a flood of tiny fragments costs no more than their bytes
@@ -193,6 +198,8 @@ class Opener:
             RecordError: a record is not authentic or breaks a rule.
             LimitError: the message is too large, for its type or for the budget.
         """
+        if self._held and self._kind == 0:
+            self._release()
         try:
             while (plaintext := self._open()) is not None:
                 message = self._accept(plaintext)
@@ -208,6 +215,7 @@ class Opener:
         self._cipher = None
         self._buffer.clear()
         self._forget()
+        self._release()
 
     def disown(self) -> None:
         """In the child of a fork: as `discard`, but what the budget lent is the parent's to give back."""
@@ -259,21 +267,30 @@ class Opener:
             raise LimitError(f"a message of type {kind} of more than {largest} bytes")
         if flags & FIN:
             body = plaintext[_HEADER.size : end]
-            message = Message(kind, b"".join((self._body, body)) if self._body else body)
+            if self._body:
+                self._reserve(len(body))
+                body = b"".join((self._body, body))
             self._forget()
-            return message
+            return Message(kind, body)
         if len(plaintext) == _HEADER.size:
             raise self._error("nothing in it, though it is not the last record of its message")
-        self._budget.reserve(end - _HEADER.size)
+        self._reserve(end - _HEADER.size)
         self._body += memoryview(plaintext)[_HEADER.size : end]
         return None
 
     def _forget(self) -> None:
-        """Ends the current message, and releases its budget."""
+        """Ends the message under way."""
         if self._body:
-            self._budget.release(len(self._body))
             self._body = bytearray()
         self._kind = self._padded = 0
+
+    def _reserve(self, count: int) -> None:
+        self._budget.reserve(count)
+        self._held += count
+
+    def _release(self) -> None:
+        self._budget.release(self._held)
+        self._held = 0
 
     def _error(self, what: str) -> RecordError:
         return RecordError(f"record {self.records - 1}: {what}")

@@ -69,6 +69,7 @@ def calling_end(manifest: Manifest, index: int, attester: Attester | None, stati
         peer_id=index,
         static_private=static_private,
         suites=manifest.suites,
+        keys=messages.KEYS,
     )
 
 
@@ -83,6 +84,7 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
         peer_id=CLIENT if first else index - 1,
         admit=manifest.clients if first else None,
         suites=manifest.suites,
+        keys=messages.KEYS,
     )
 
 
@@ -209,7 +211,7 @@ class StageLink:
         """The next message; a Failure is raised as StageError. Raises Abandoned if the asker leaves first."""
         try:
             body = self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
-            message = messages.decode(body)
+            message = self._read(body)
         except Abandoned:
             raise
         except TransportError as error:
@@ -221,6 +223,10 @@ class StageLink:
         if isinstance(message, Failure):
             raise failed(message)
         return message
+
+    def _read(self, plain: object) -> Message:
+        asker = "a client" if self.stage == 0 else f"stage {self.stage - 1}"
+        return messages.shown(messages.decode(plain, messages.ANSWERS, asker))
 
     def release(self, *, reuse: bool = True) -> Channel | None:
         """Makes that stage forget the sequence. The channel if another sequence may use it; otherwise it is closed."""
@@ -245,7 +251,7 @@ class StageLink:
     def _last_words(self, error: TransportError) -> StageError:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""
         try:
-            message = messages.decode(self.channel.receive(1.0))
+            message = self._read(self.channel.receive(1.0))
         except (TransportError, MessageError):
             return broken(error, self.stage)
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)

@@ -11,7 +11,8 @@ how many there are, and nothing about their values. docs/protocol.md describes e
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -68,7 +69,8 @@ Seconds = Annotated[float, schema.number(0.0, 1e12)]
 Word = Annotated[str, schema.text(32)]
 Sentence = Annotated[str, schema.text(4096)]
 Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
-Floats = Annotated[tuple[float, ...], schema.numbers("d", MAX_IDS)]
+Drawn = Annotated[tuple[int, ...], schema.numbers("I", 1 + MAX_DRAFT)]
+Floats = Annotated[tuple[float, ...], schema.numbers("d", 1 + MAX_DRAFT)]
 Hidden = NDArray[np.float32]  # (T, C), the hidden states of T positions
 Spans = Annotated[tuple[Span, ...], schema.tuples(Span, MAX_STAGES)]
 GREEDY = Sampling()
@@ -141,7 +143,7 @@ class Tokens:
     """
 
     position: Position
-    ids: Ids
+    ids: Drawn
     logprobs: Floats = ()
     spans: Spans = ()
 
@@ -215,7 +217,7 @@ class StageReport:
     sequences: Count = 0
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
-    evidence: Annotated[str, schema.text(2**20, shown=False)] = ""  # the text of an evidence file
+    evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 
 
@@ -235,6 +237,14 @@ _KINDS = {
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _RULES = {kind: schema.schema(kind) for kind in _NAMES}
+# All names of fields, as `codec.decode` looks them up.
+KEYS = frozenset(
+    name.encode()
+    for rules in _RULES.values()
+    for field, rule in (*rules.items(), ("type", schema.boolean()))
+    for name in (field, *rule.names)
+)
+ANSWERS = frozenset({Tokens, Logits, Done, Refusal, Failure, Report})  # what whoever asks may be told
 
 
 def name(message: Message) -> str:
@@ -248,17 +258,67 @@ def encode(message: Message) -> dict[str, object]:
     return {"type": _NAMES[kind], **schema.write(message, _RULES[kind])}
 
 
-def decode(value: object) -> Message:
-    """The message in a plain value. Raises MessageError, and nothing else, for anything that is not one."""
+def decode(
+    value: object, kinds: Container[type] = frozenset(_RULES), end: str = "this end", positions: int = MAX_IDS
+) -> Message:
+    """The message in a plain value.
+
+    Args:
+        kinds: of messages that may come to this `end`, which an error names.
+        positions: of the model.
+
+    Raises:
+        MessageError: it is no message, or none of those kinds: that is seen before its fields are read.
+        RequestRefused: a Generate has more ids than the model has positions. They were not unpacked.
+    """
     if type(value) is not dict or type(value.get("type")) is not str:
         raise MessageError(f"got {type(value).__name__}, wanted a map with a type")
     kind = _KINDS.get(value["type"])
     if kind is None:
         raise MessageError(f"got a message of an unknown type, wanted one of {', '.join(_KINDS)}")
+    if kind not in kinds:
+        raise MessageError(f"{_NAMES[kind].capitalize()} is not for {end}")
     plain = dict(value)
     del plain["type"]
+    excess = kind is Generate and _excess(plain, positions)
     message: Message = schema.read(plain, kind, _RULES[kind])
+    if excess and isinstance(message, Generate):
+        text = f"{message.start + excess} positions, and the model has {positions}: shorten the prompt"
+        raise RequestRefused(text, reason="too-long", stage=0)
     return message
+
+
+def _excess(plain: dict[str, object], positions: int) -> int:
+    """How many ids a Generate has, if that is more than the model has positions; they are taken out then."""
+    packed = plain.get("ids")
+    if type(packed) is not bytes or len(packed) % 4 or not 4 * positions < len(packed) <= 4 * MAX_IDS:
+        return 0
+    plain["ids"] = b""
+    return len(packed) // 4
+
+
+def shown(message: Message) -> Message:
+    """A message as people may see it: a peer's words have escapes for all that a terminal or a log would obey."""
+    match message:
+        case Refusal() | Failure():
+            return replace(message, reason=_printable(message.reason), text=_printable(message.text))
+        case Report():
+            words = ("error", "reason", "exposed")
+            return Report(
+                tuple(
+                    replace(one, **{name: _printable(getattr(one, name)) for name in words}) for one in message.stages
+                )
+            )
+    return message
+
+
+def _printable(text: str) -> str:
+    """Without new lines, colours or other directions of writing.
+
+    >>> _printable("gone\\n\\x1b[2J")
+    'gone\\\\n\\\\x1b[2J'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def refused(refusal: Refusal) -> RequestRefused:

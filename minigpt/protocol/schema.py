@@ -20,75 +20,74 @@ from minigpt.errors import MessageError
 class Field(NamedTuple):
     """A rule: `encode` makes a plain value, `decode` checks one and converts it.
 
-    A field that may be `absent` is left out where it has a false value, its default.
+    A field that may be `absent` is left out where it has a false value, its default. `names` are those of the fields
+    inside it.
     """
 
     encode: Callable[[Any], object]
     decode: Callable[[object], Any]
     absent: bool = False
+    names: tuple[str, ...] = ()
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-def _field(valid: Callable[[Any], bool], wanted: str, encode: Any = _same, convert: Any = _same) -> Field:
-    def decode(value: object) -> Any:
-        if not valid(value):
-            raise _wrong(value, wanted)
-        return convert(value)
-
-    return Field(encode, decode)
-
-
 def integer(low: int, high: int) -> Field:
     """An integer from low to high; a bool is not one."""
-    return _field(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
+
+    def decode(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise _wrong(value, f"an integer from {low} to {high}")
+        return value
+
+    return Field(_same, decode)
 
 
 def number(low: float, high: float) -> Field:
-    """A finite float from low to high."""
-    return _field(
-        lambda value: type(value) is float and math.isfinite(value) and low <= value <= high,
-        f"a float from {low} to {high}",
-        float,
-    )
+    """A float from low to high, which are finite."""
+
+    def decode(value: object) -> float:
+        if type(value) is not float or not low <= value <= high:  # NaN is in no range
+            raise _wrong(value, f"a float from {low} to {high}")
+        return value
+
+    return Field(float, decode)
 
 
-def text(limit: int, *, shown: bool = True, absent: bool = False) -> Field:
-    """A string of at most `limit` characters; a longer one is cut when it is sent. `absent` leaves an empty one out.
+def text(limit: int, *, absent: bool = False) -> Field:
+    """A string of at most `limit` characters; a longer one is cut when it is sent. `absent` leaves an empty one out."""
 
-    People see it, in a terminal or a log, so it is made `printable` when it is read; unless it is not `shown`.
-    """
-    wanted = f"a string of at most {limit} characters"
-    rule = _field(
-        lambda value: type(value) is str and len(value) <= limit,
-        wanted,
-        lambda value: value[:limit],
-        printable if shown else _same,
-    )
-    return rule._replace(absent=absent)
+    def decode(value: object) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise _wrong(value, f"a string of at most {limit} characters")
+        return value
 
-
-def printable(text: str) -> str:
-    """A peer's text, with escapes for all that a terminal or a log would obey: new lines, colours, other directions.
-
-    >>> printable("gone\\n\\x1b[2J")
-    'gone\\\\n\\\\x1b[2J'
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return Field(lambda value: value[:limit], decode, absent)
 
 
 def boolean(*, absent: bool = False) -> Field:
     """True or false; `absent` leaves a false one out."""
-    return _field(lambda value: type(value) is bool, "true or false")._replace(absent=absent)
+
+    def decode(value: object) -> bool:
+        if type(value) is not bool:
+            raise _wrong(value, "true or false")
+        return value
+
+    return Field(_same, decode, absent)
 
 
 def choice(kind: type[enum.StrEnum]) -> Field:
     """One of an enumeration's strings."""
     choices = {str(member): member for member in kind}
-    wanted = "one of " + ", ".join(choices)
-    return _field(lambda value: type(value) is str and value in choices, wanted, str, choices.__getitem__)
+
+    def decode(value: object) -> enum.StrEnum:
+        if type(value) is not str or value not in choices:
+            raise _wrong(value, "one of " + ", ".join(choices))
+        return choices[value]
+
+    return Field(str, decode)
 
 
 def optional(rule: Field) -> Field:
@@ -106,6 +105,8 @@ def numbers(kind: str, limit: int) -> Field:
     def decode(value: object) -> tuple[Any, ...]:
         if type(value) is not bytes or len(value) % width or len(value) > limit * width:
             raise _wrong(value, f"the bytes of at most {limit} numbers of {width} bytes")
+        if not value:  # as log-probabilities and spans usually are
+            return ()
         unpacked = struct.unpack(f"<{len(value) // width}{kind}", value)
         if kind == "d" and not all(map(math.isfinite, unpacked)):
             raise MessageError("got NaN or infinity, wanted finite numbers")
@@ -145,9 +146,11 @@ def tuples(kind: type, limit: int) -> Field:
 
     def decode(value: object) -> tuple[Any, ...]:
         flat = floats.decode(value)
+        if not flat:
+            return ()
         if len(flat) % width:
             raise MessageError(f"got {len(flat)} numbers, wanted a multiple of {width}")
-        if flat and min(flat) < 0:
+        if min(flat) < 0:
             raise MessageError(f"got {min(flat)}, wanted at least 0")
         return tuple(kind(*flat[start : start + width]) for start in range(0, len(flat), width))
 
@@ -163,12 +166,12 @@ def listed(kind: type, limit: int) -> Field:
             raise _wrong(value, f"a list of at most {limit}")
         return tuple(read(item, kind, rules) for item in value)
 
-    return Field(lambda items: [write(item, rules) for item in items], decode)
+    return Field(lambda items: [write(item, rules) for item in items], decode, names=tuple(rules))
 
 
 def nested(kind: type, rules: dict[str, Field]) -> Field:
     """A dataclass of another module, with the rules given here."""
-    return Field(lambda item: write(item, rules), lambda value: read(value, kind, rules))
+    return Field(lambda item: write(item, rules), lambda value: read(value, kind, rules), names=tuple(rules))
 
 
 def schema(kind: type) -> dict[str, Field]:

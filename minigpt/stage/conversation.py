@@ -17,10 +17,21 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from attest import AttestationError
-from minigpt.errors import ManifestError, MessageError, MiniGPTError, RequestRefused, StageError, UntrustedStage
+from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import Cancel, Done, Failure, Generate, Message, Reason, StageReport, Step, Wanted
+from minigpt.protocol.messages import (
+    Cancel,
+    Done,
+    Failure,
+    Generate,
+    Message,
+    Reason,
+    Refusal,
+    StageReport,
+    Step,
+    Wanted,
+)
 from minigpt.protocol.request import Ask
 from minigpt.stage.generation import StageSequence, generate
 from minigpt.stage.stage import Stage
@@ -61,9 +72,11 @@ class Conversation:
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"
+        self._here = f"stage {stage.index}"
         self._sock = sock
         self._channel: Channel | None = None
-        self._refused: RequestRefused | None = None  # to be told when a step wants an answer
+        self._refused: Refusal | None = None  # to be told when a step wants an answer
+        self._asked = {Generate if stage.index == 0 else Step, messages.Status, messages.Reset, Cancel}
 
     def run(self) -> None:
         """Serves the channel until either side ends it. Raises nothing: this is a thread's first function."""
@@ -85,13 +98,10 @@ class Conversation:
         self.state, self.since = state, time.monotonic()
 
     def _serve(self, channel: Channel) -> None:
-        here = f"stage {self._stage.index}"
         try:
             while not self._stage.stopping.is_set():
                 self._enter(State.IDLE)
-                message = messages.decode(channel.receive(self._stage.limits.idle))
-                self._enter(State.WORKING)
-                self._answer(channel, message)
+                self._turn(channel)
             raise self._stopped()
         except Abandoned:
             if self._stage.stopping.is_set():
@@ -103,21 +113,34 @@ class Conversation:
             log.warning("%s: %s", self._name, error)
             self._fail(channel, error)
         except ManifestError as error:  # it has expired
-            self._fail(channel, StageError(f"{here}: {error}"))
+            self._fail(channel, StageError(f"{self._here}: {error}"))
             raise
         except Exception:
             with suppress(TransportError):
-                self._fail(channel, StageError(f"{here} failed inside: its log says where"))
+                self._fail(channel, StageError(f"{self._here} failed inside: its log says where"))
             raise
 
+    def _turn(self, channel: Channel) -> None:
+        """Receives a message and answers it. Nothing of it is left then: a channel that is idle holds no request."""
+        try:
+            message = self._received(channel)
+        except RequestRefused as error:
+            self._send(channel, messages.refusal(error))
+            return
+        self._answer(channel, message)
+
+    def _received(self, channel: Channel) -> Message:
+        plain = channel.receive(self._stage.limits.idle)
+        self._enter(State.WORKING)
+        return messages.decode(plain, self._asked, self._here, self._stage.model.config.n_positions)
+
     def _answer(self, channel: Channel, message: Message) -> None:
-        first = self._stage.index == 0
         match message:
-            case Generate() if first:
+            case Generate():
                 if message.start == 0:
                     self._forget_stale()
                 self._generate(channel, message)
-            case Step() if not first:
+            case Step():
                 self._step(channel, message)
             case messages.Status():
                 self._forget_stale()
@@ -127,8 +150,6 @@ class Conversation:
                 self._send(channel, Done(Reason.RESET))
             case Cancel():
                 pass  # It crossed with the end of the request it cancels.
-            case _:
-                raise MessageError(f"{messages.name(message)} is not for stage {self._stage.index}")
 
     # What is asked of the first stage.
 
@@ -146,6 +167,7 @@ class Conversation:
         except RequestRefused as error:
             if error.stage != self._stage.index:
                 self._forget()  # this stage has computed what a later one refused
+            self._forget_empty()
             self._send(channel, messages.refusal(error))
             return
         self._send(channel, Done(reason))
@@ -157,11 +179,10 @@ class Conversation:
         if not channel.poll():
             return
         try:
-            message = messages.decode(channel.receive(0))
+            plain = channel.receive(0)
         except TimedOut:
             return  # what waits is not a whole message: a PING, or the beginning of one
-        if not isinstance(message, Cancel):
-            raise MessageError(f"{messages.name(message)} while a request is running: wait for its end, or Cancel")
+        messages.decode(plain, {Cancel}, f"{self._here} while a request is running: wait for its end, or Cancel")
         raise _Cancelled
 
     # What is asked of the stages after it.
@@ -181,12 +202,14 @@ class Conversation:
                 ask = Ask(step.wanted, step.sampling, step.logprobs, step.spans)
                 answer = self._begun(channel).step(step.start, step.hidden, ask)
             except RequestRefused as error:
-                self._refused = error
+                refused = messages.refusal(error)  # not the error: its traceback would keep the step
+                self._forget_empty()
+                self._refused = refused
         if step.wanted is Wanted.NOTHING:
             return
         if self._refused is not None:
             refused, self._refused = self._refused, None
-            self._send(channel, messages.refusal(refused))
+            self._send(channel, refused)
         elif answer is not None:
             self._send(channel, answer)
 
@@ -207,6 +230,11 @@ class Conversation:
     def _forget_stale(self) -> None:
         """Drops the sequence if its link has broken while it was idle: then a new one can begin."""
         if (link := self._link) is not None and link.stale:
+            self._forget()
+
+    def _forget_empty(self) -> None:
+        """Drops a sequence that was begun for a request that is refused: it would hold a place for nothing."""
+        if self.sequence is not None and not self.sequence.cache.length:
             self._forget()
 
     def _forget(self) -> None:
@@ -249,7 +277,7 @@ class Conversation:
         hang_up(self._sock)
 
     def _stopped(self) -> StageError:
-        return StageError(f"stage {self._stage.index} is stopping", stage=self._stage.index)
+        return StageError(f"{self._here} is stopping", stage=self._stage.index)
 
     def _fail(self, channel: Channel, error: StageError) -> None:
         """Tells the peer what failed, and in which stage; the channel ends with it."""

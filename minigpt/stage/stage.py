@@ -31,7 +31,7 @@ class Limits:
     answer: float  # seconds that the next stage may take for one step
     idle: float  # seconds that a channel may be silent
     deadlines: Deadlines
-    buffers: int = 256 * 2**20  # bytes of incoming messages that are not whole yet
+    buffers: int = 256 * 2**20  # bytes of incoming messages, as `records.Budget` counts them
 
 
 class Stage:

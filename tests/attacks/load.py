@@ -1,4 +1,4 @@
-"""Attacks 39 and 45: many connections at once, by which a host wants memory, sockets, threads or the processor.
+"""Attacks 39, 45 and 61: many connections at once, by which a host wants memory, sockets, threads or the processor.
 
 What is measured is told in notes: memory above the quiet state, and an honest client's tokens a second before and
 meanwhile. The attackers go past the proxies, so that these cost nothing.
@@ -14,10 +14,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from attacks import Seen, attack, require
 from attacks.arena import FLAGS, Arena, Pipes, eventually
-from attacks.ends import as_client
+from attacks.ends import admitted_client, admitted_stage, as_client, generate_map, step_map
 from attacks.proxy import Tap
+from attacks.rogue import ALERT
 from transport.link import SUITES
 
 MB = 1 << 20
@@ -276,3 +279,38 @@ def flood(arena: Arena) -> Seen:
         stream.close()
         pipes.close()
     return Seen("honest clients served", "no evidence made, sockets bounded")
+
+
+@attack(
+    61,
+    "60 idle clients, each with one refused request of 2^20 ids; steps of 12 MB; maps of keys that nobody knows",
+    "nothing of a request outlives its answer; sequences and memory are left for others",
+)
+def idle(arena: Arena) -> Seen:
+    ids = np.arange(2**20, dtype="<u4").tobytes()
+    rows = np.zeros((12 * MB // 4 // arena.config.n_embd, arena.config.n_embd), np.float32)
+    for link, admit, asked in (
+        (0, admitted_client, generate_map(ids)),
+        (1, admitted_stage, step_map(rows)),
+    ):
+        before = arena.memory(link)
+        with contextlib.ExitStack() as stack:
+            for _ in range(60 if link == 0 else 20):
+                rogue = stack.enter_context(admit(arena.stages, direct=True))
+                rogue.say_map(asked)
+                answer = rogue.hear_map() or {}
+                require(answer.get("reason") == "too-long", f"stage {link} answered {answer}")
+            grown = arena.memory(link) - before
+            arena.notes.append(f"61: idle links that were refused hold {grown / MB:.0f} MB in stage {link}")
+            require(grown < 100 * MB, f"stage {link} holds {grown >> 20} MB for them")
+            arena.control()  # while they are there: they hold no sequence
+    before = arena.memory(0)
+    for i in range(40):
+        with admitted_client(arena.stages, direct=True) as rogue:
+            rogue.say_map({f"{i} {n} {'x' * 4000}": n for n in range(1000)})
+            require(rogue.hear().kind == ALERT, "keys that nobody knows were taken")
+    grown = arena.memory(0) - before
+    arena.notes.append(f"61: 40 000 keys that nobody knows leave {grown / MB:.0f} MB")
+    require(grown < 100 * MB, f"keys that nobody knows hold {grown >> 20} MB")
+    arena.control()
+    return Seen("refused in words", "memory and sequences bounded")

@@ -1,6 +1,7 @@
 """Messages: what is sent is what is read, and nothing else is read."""
 
 import dataclasses
+import tracemalloc
 import typing
 
 import numpy as np
@@ -39,7 +40,7 @@ def same(a: object, b: object) -> bool:
 
 def carried(message: messages.Message) -> dict[str, typing.Any]:
     """The plain map that arrives at the other end."""
-    value = codec.decode(codec.encode(messages.encode(message)))
+    value = codec.decode(codec.encode(messages.encode(message)), messages.KEYS)
     assert isinstance(value, dict)
     return value
 
@@ -148,3 +149,31 @@ def test_a_refusal_is_an_error_at_the_other_end() -> None:
     error = RequestRefused("busy here", reason="busy", stage=2)
     told = messages.refused(messages.refusal(error))
     assert (str(told), told.reason, told.stage) == ("busy here", "busy", 2)
+
+
+def test_a_message_for_another_end_is_refused_before_its_fields_are_read() -> None:
+    for value in (carried(EXAMPLES[1]), {"type": "step", "hidden": "nonsense"}):
+        with pytest.raises(MessageError, match=r"^Step is not for stage 0$"):
+            messages.decode(value, {Generate}, "stage 0")
+
+
+def test_ids_beyond_the_models_positions_are_refused_without_being_unpacked() -> None:
+    value = carried(Generate(3, (1,), 1)) | {"ids": np.arange(2**20, dtype="<u4").tobytes()}
+    tracemalloc.start()
+    with pytest.raises(RequestRefused, match="1048579 positions, and the model has 64") as caught:
+        messages.decode(value, {Generate}, "stage 0", 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.reason == "too-long"
+    assert peak < 2**18
+    for malformed in ({"wanted": "x"}, {"ids": bytes(4 * 2**20 + 4)}, {"ids": bytes(401)}):
+        with pytest.raises(MessageError):
+            messages.decode(value | malformed, {Generate}, "stage 0", 64)
+    assert messages.decode(carried(Generate(0, (1,) * 64, 1)), {Generate}, "stage 0", 64) == Generate(0, (1,) * 64, 1)
+
+
+def test_an_answer_has_as_many_tokens_as_a_draft_at_most() -> None:
+    most = 1 + messages.MAX_DRAFT
+    assert same(messages.decode(carried(Tokens(1, (1,) * most))), Tokens(1, (1,) * most))
+    with pytest.raises(MessageError, match=r"Tokens\.ids"):
+        messages.decode(carried(Tokens(1, (1,) * (most + 1))))

@@ -107,9 +107,14 @@ def test_an_answer_of_a_later_stage_is_held_to_the_same_values() -> None:
 @pytest.mark.parametrize("kind", [Refusal, Failure])
 def test_a_peers_words_reach_a_terminal_or_a_log_as_one_line_without_escapes(kind: type) -> None:
     text = "gone\nWARNING all is well\x1b[2J\u202e\x9b"
-    read = messages.decode(messages.encode(kind(1, "a\x1bb", text)))
+    read = messages.shown(kind(1, "a\x1bb", text))
     assert (read.reason, read.text) == (r"a\x1bb", r"gone\nWARNING all is well\x1b[2J\u202e\x9b")
-    assert messages.decode(messages.encode(kind(1, "é 日本 😀", "“…” don't \\ "))).text == "“…” don't \\ "
+    assert messages.shown(kind(1, "é 日本 😀", "“…” don't \\ ")) == kind(1, "é 日本 😀", "“…” don't \\ ")
+    report = messages.Report((messages.StageReport(1, text, text, evidence="{\n}"),))
+    told = messages.shown(report)
+    assert isinstance(told, messages.Report)
+    (one,) = told.stages
+    assert (one.error.isprintable(), one.reason.isprintable(), one.evidence) == (True, True, "{\n}")
 
 
 def test_timings_are_not_negative() -> None:

@@ -237,3 +237,17 @@ def test_depth_is_bounded_exactly():
     assert codec.decode(codec.encode(value)) == value
     with pytest.raises(DecodeError, match="levels"):
         codec.decode(b"\x91" + codec.encode(value))
+
+
+def test_only_keys_that_are_known_are_read_as_text():
+    """Python 3.12 keeps each key that msgpack reads as text for good."""
+    known = frozenset({b"a", "é".encode()})
+    value = {"a": [{"é": "text"}, b"bytes"]}
+    assert codec.decode(codec.encode(value), known) == value
+    for unknown in ({"b": 1}, {"a": {"b": 1}}, {"a": [{"b": 1}]}, {"x" * 1000: 1}):
+        with pytest.raises(DecodeError, match="a key that no message has"):
+            codec.decode(codec.encode(unknown), known)
+    with pytest.raises(DecodeError):
+        codec.decode(b"\x81\xc4\x01a\x02", known)  # bytes, and not text
+    with pytest.raises(DecodeError, match="twice"):
+        codec.decode(b"\x82\xa1a\x01\xc4\x01a\x02", known)

@@ -265,6 +265,26 @@ def test_a_budget_is_shared_checked_before_a_fragment_is_kept_and_given_back():
         Budget(10)
 
 
+def test_a_whole_message_counts_until_the_next_is_asked_for():
+    budget = Budget(100_000)
+    one, two = opener(budget=budget), opener(budget=budget)
+    data = sealer().seal(Type.MESSAGE, bytes(90_000))
+    one.feed(data)
+    assert one.next() == Message(Type.MESSAGE, bytes(90_000))
+    assert budget.held == 90_000
+    with pytest.raises(LimitError, match="budget of 100000"):
+        opened(two, split(data)[0])
+    assert opened(opener(budget=budget), sealer().seal(Type.MESSAGE, b"short")) == [Message(Type.MESSAGE, b"short")]
+    assert one.next() is None
+    assert budget.held == 0
+    for end in (Opener.discard, Opener.next):
+        three = opener(budget=budget)
+        three.feed(data)
+        three.next()
+        end(three)
+        assert budget.held == 0
+
+
 def test_a_link_carries_2_to_the_32_records():
     last = sealer(records.MAX_RECORDS - 1)
     with pytest.raises(LimitError, match="new one"):
