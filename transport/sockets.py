@@ -187,11 +187,16 @@ class Listener:
         self._accepting = threading.RLock()
         self.address = _address(self._sock.family, self._sock.getsockname())
 
-    def accept(self) -> tuple[socket.socket, str] | None:
-        """The next connection and the peer's address, for logging; None once the listener is closed."""
+    def accept(self, deadline: float = math.inf) -> tuple[socket.socket, str] | None:
+        """The next connection and the peer's address, for logging; None once the listener is closed.
+
+        Raises TimedOut.
+        """
         with self._accepting:
             while not self._closed:
-                if not _wait(self._poller, time.monotonic() + _ACCEPT_POLL):
+                if not _wait(self._poller, min(deadline, time.monotonic() + _ACCEPT_POLL)):
+                    if time.monotonic() > deadline:
+                        raise TimedOut(f"nobody connected to {self.address} in time")
                     continue
                 try:
                     sock, peer = self._sock.accept()
@@ -287,24 +292,19 @@ def _connecting(family: int, sockaddr: Any) -> socket.socket:
     return sock
 
 
-def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
-    """What the first connection to `address` sends, up to its end. It is not authenticated: verify it.
+def receive_all(sock: socket.socket, limit: int, timeout: float) -> bytes:
+    """What a connection sends, up to its end; closes it. It is not authenticated: verify it.
 
-    The timeout is in seconds from the connection on. Raises Unreachable, TimedOut, Truncated; LimitError if it is more
-    than `limit` bytes.
+    The timeout is in seconds. Raises TimedOut, Truncated; LimitError if it is more than `limit` bytes.
     """
-    with Listener(address, backlog=1) as listener:
-        accepted = listener.accept()
-    if accepted is None:
-        raise Unreachable(f"{address}: closed")
-    wire = Wire(accepted[0])
+    wire = Wire(sock)
     try:
-        late = f"{address}: the sender did not finish in {timeout} s"
+        late = f"the sender did not finish in {timeout:g} s"
         data = wire.read_at_most(limit + 1, time.monotonic() + timeout, late)
     finally:
         wire.close()
     if len(data) > limit:
-        raise LimitError(f"{address}: more than {limit} bytes")
+        raise LimitError(f"more than {limit} bytes")
     return data
 
 

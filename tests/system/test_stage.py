@@ -1,10 +1,12 @@
 """A stage process by itself: how it gets its manifest, what memory it takes, how it takes turns."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -59,6 +61,50 @@ def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path
             assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
     for keeper, _ in keepers:
         keeper.close()
+
+
+def scan(port: int, stay: float) -> None:
+    """What a port scan does: connects and says nothing, says what is no manifest, breaks off, or stays."""
+    hand_over(port, b"")
+    hand_over(port, b"GET / HTTP/1.0\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        hand_over(port, b"x" * 2_000_000)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.settimeout(stay)
+        assert sock.recv(1) == b""  # hung up on
+
+
+def test_a_port_scan_does_not_end_a_boot_by_address(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keepers = [free_port(), free_port()]
+    code = "from minigpt.stage import __main__, process; process.SENDER = 1.0; __main__.main()"
+    with Stages(folder, "4", tmp_path) as stages:
+        manifest_at, key_at = (f"tcp://127.0.0.1:{port}" for _, port in keepers)
+        key = stages.key(0).read_bytes()
+        process = stages.spawn(0, "--manifest", manifest_at, "--mock-key", key_at, python=("-c", code))
+        for what, (_, port), data in zip(("manifest", "mock key"), keepers, (stages.bytes, key), strict=True):
+            assert eventually(lambda what=what: f"waiting for the {what} at tcp://" in stages.log(0))  # type: ignore[misc]
+            scan(port, 60.0)
+            hand_over(port, data)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("stage 0 ready"), stages.log(0)
+        assert stages.log(0).count("did not send the manifest, still waiting") == 5
+        assert stages.log(0).count("did not send the mock key, still waiting") == 5
+    for keeper, _ in keepers:
+        keeper.close()
+
+
+def test_a_boot_by_address_says_what_did_not_come(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keeper, port = free_port()
+    code = "import sys; from minigpt.stage import __main__, process; process.PROVISION = 0.5; sys.exit(__main__.main())"
+    with keeper, Stages(folder, "4", tmp_path) as stages:
+        process = stages.spawn(0, "--manifest", f"tcp://127.0.0.1:{port}", python=("-c", code))
+        assert process.wait(60) == 4
+        assert f"tcp://127.0.0.1:{port}: no manifest came in" in stages.log(0)
+        stages.kill(0)
 
 
 def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -> None:

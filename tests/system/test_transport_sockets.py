@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import ROOT
 
-from transport.channel import Address, Channel, Deadlines, Listener, receive_once
+from transport.channel import Address, Channel, Deadlines, Listener, receive_all
 from transport.errors import (
     Abandoned,
     AddressError,
@@ -184,27 +184,29 @@ with minigpt.Pipeline.local("tiny", stages=2, threads=1) as pipeline:
     assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout == "8\n"
 
 
-def test_receive_once_takes_one_connection_up_to_its_end(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = Address("tcp", "127.0.0.1", probe.getsockname()[1])
+def test_receive_all_takes_one_connection_up_to_its_end():
+    def give(address, data):
+        with socket.create_connection((address.host, address.port)) as sock:
+            sock.sendall(data)
 
-    def give(data):
-        for _ in range(500):
-            with contextlib.suppress(ConnectionRefusedError):
-                with socket.create_connection((address.host, address.port)) as sock:
-                    sock.sendall(data)
-                return
-            time.sleep(0.01)
+    with Listener(Address.parse("tcp://127.0.0.1:0")) as listener:
+        for data, limit in ((b"x" * 1000, 1000), (b"", 10)):
+            giver = background(give, listener.address, data)
+            assert receive_all(listener.accept()[0], limit, 60.0) == data
+            giver.join()
+        giver = background(give, listener.address, b"x" * 1001)
+        with pytest.raises(LimitError, match="more than 1000"):
+            receive_all(listener.accept()[0], 1000, 60.0)
+        with contextlib.suppress(OSError):
+            giver.join()
+        with connect(listener.address, 60.0), pytest.raises(TimedOut, match="did not finish"):
+            receive_all(listener.accept()[0], 1000, 0.1)
 
-    for data, limit in ((b"x" * 1000, 1000), (b"", 10)):
-        giver = background(give, data)
-        assert receive_once(address, limit) == data
-        giver.join()
-    giver = background(give, b"x" * 1001)
-    with pytest.raises(LimitError, match="more than 1000"):
-        receive_once(address, 1000)
-    with contextlib.suppress(OSError):
-        giver.join()
+
+def test_waiting_for_a_connection_has_a_deadline_where_it_is_given_one():
+    listener = Listener(Address.parse("tcp://127.0.0.1:0"))
+    with listener, pytest.raises(TimedOut, match=f"nobody connected to {listener.address}"):
+        listener.accept(time.monotonic() + 0.1)
 
 
 @pytest.mark.parametrize(
