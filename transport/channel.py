@@ -18,9 +18,9 @@ from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
 from transport.fork import own
 from transport.records import PROCESS_BUDGET, Budget
-from transport.sockets import Listener, Wire, connect, hang_up, receive_once
+from transport.sockets import Listener, Wire, connect, hang_up, receive_all
 
-__all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_once"]
+__all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_all"]
 
 _SMALL_READ = 1 << 14  # bytes; a step of one token is 3 KB, and a large buffer costs 3 µs more to allocate
 _LARGE_READ = 1 << 18  # bytes; once a message is known to be large

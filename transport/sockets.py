@@ -6,7 +6,9 @@ They are non-blocking underneath. Every wait is a poll with a deadline, in terms
 import contextlib
 import errno
 import math
+import os
 import select
+import selectors
 import socket
 import struct
 import threading
@@ -24,6 +26,7 @@ _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection inste
 _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
 _ACCEPT_POLL = 1.0  # seconds; not every system wakes a poll when its listener is shut down
 _LOOK = 0.5  # seconds between two looks at a peer, where no poll tells that it has left
+_STAGGER = 0.25  # seconds until the next address of a name is tried beside the ones before it: RFC 8305, section 5
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -40,6 +43,7 @@ class Wire:
             with contextlib.suppress(OSError):  # if it is dead already, the first read will say so
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # eventually notices that a host is gone
+        self._rdhup = _RDHUP if hasattr(select, "poll") else 0
         self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
         own(self)
 
@@ -78,9 +82,9 @@ class Wire:
         poller, own = _poller(self._sock, select.POLLIN), self._sock.fileno()
         if asker.fileno() < 0:
             raise Abandoned("the channel that asked for this is closed")
-        poller.register(asker.fileno(), _RDHUP)
+        poller.register(asker.fileno(), self._rdhup)
         while True:
-            left = min(deadline - time.monotonic(), _LONGEST_POLL if _RDHUP else _LOOK)
+            left = min(deadline - time.monotonic(), _LONGEST_POLL if self._rdhup else _LOOK)
             events = poller.poll(math.ceil(1000 * max(left, 0.0)))
             if any(fd == own for fd, _ in events):
                 return True
@@ -129,7 +133,7 @@ class Wire:
     def gone(self) -> bool:
         """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
         events = self._events()
-        if events & _GONE or not events or _RDHUP:
+        if events & _GONE or not events or self._rdhup:
             return events & _GONE != 0
         try:
             return self._sock.recv(1, socket.MSG_PEEK) == b""
@@ -166,7 +170,7 @@ class Wire:
 
     def _events(self) -> int:
         try:
-            found = _poller(self._sock, select.POLLIN | _RDHUP).poll(0)  # a new one: two threads cannot share it
+            found = _poller(self._sock, select.POLLIN | self._rdhup).poll(0)  # a new one: two threads cannot share it
         except (OSError, ValueError):  # it is closed
             return select.POLLNVAL
         return found[0][1] if found else 0
@@ -190,11 +194,16 @@ class Listener:
         own(self)
         self.address = _address(self._sock.family, self._sock.getsockname())
 
-    def accept(self) -> tuple[socket.socket, str] | None:
-        """The next connection and the peer's address, for logging; None once the listener is closed."""
+    def accept(self, deadline: float = math.inf) -> tuple[socket.socket, str] | None:
+        """The next connection and the peer's address, for logging; None once the listener is closed.
+
+        Raises TimedOut.
+        """
         with self._accepting:
             while not self._closed:
-                if not _wait(self._poller, time.monotonic() + _ACCEPT_POLL):
+                if not _wait(self._poller, min(deadline, time.monotonic() + _ACCEPT_POLL)):
+                    if time.monotonic() > deadline:
+                        raise TimedOut(f"nobody connected to {self.address} in time")
                     continue
                 try:
                     sock, peer = self._sock.accept()
@@ -239,57 +248,112 @@ def hang_up(sock: socket.socket) -> None:
 
 
 def connect(address: Address, timeout: float) -> socket.socket:
-    """A connected socket. Raises Unreachable, TimedOut; the deadline does not cover the resolution of host names."""
-    deadline = time.monotonic() + timeout
-    last: OSError | None = None
-    for family, sockaddr in _places(address):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(left)
-                sock.connect(sockaddr)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
-        except OSError as error:  # without vsock in the kernel, or without free descriptors, the first line fails
-            last = error
-    if last is None or isinstance(last, TimeoutError):
-        raise TimedOut(f"{address} did not answer in {timeout} s")
-    raise Unreachable(f"{address}: {_reason(last)}") from None
+    """A connected socket. Raises Unreachable, TimedOut; the deadline does not cover the resolution of host names.
 
-
-def receive_once(address: Address, limit: int, timeout: float = 60.0) -> bytes:
-    """What the first connection to `address` sends, up to its end. It is not authenticated: verify it.
-
-    The timeout is in seconds from the connection on. Raises Unreachable, TimedOut, Truncated; LimitError if it is more
-    than `limit` bytes.
+    The places that a name resolves to are tried in turn, each a moment after the one before it and beside it: one that
+    is dead delays the others and costs them nothing else (RFC 8305, "Happy Eyeballs").
     """
-    with Listener(address, backlog=1) as listener:
-        accepted = listener.accept()
-    if accepted is None:
-        raise Unreachable(f"{address}: closed")
-    wire = Wire(accepted[0])
+    deadline = time.monotonic() + timeout
+    places = _places(address)
+    stagger = min(_STAGGER, timeout / (len(places) + 1))  # a short timeout is shared among all
+    following = -math.inf  # when the next is tried, even if those before it may still answer
+    last: OSError | None = None
+    trying: dict[int, socket.socket] = {}
     try:
-        late = f"{address}: the sender did not finish in {timeout} s"
+        while places or trying:
+            if places and (not trying or time.monotonic() >= following):
+                try:
+                    sock = _connecting(*places.pop(0))
+                except OSError as error:  # without vsock in the kernel, or without free descriptors
+                    last = error
+                    continue
+                trying[sock.fileno()] = sock
+                following = time.monotonic() + stagger
+            first, *others = trying
+            poller = _poller(first, select.POLLOUT)
+            for other in others:
+                poller.register(other, select.POLLOUT)
+            _wait(poller, min(deadline, following) if places else deadline)
+            for fd, _ in poller.poll(0):
+                code = trying[fd].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                sock = trying.pop(fd)
+                if not code:
+                    sock.settimeout(timeout)
+                    return sock
+                sock.close()
+                last = OSError(code, os.strerror(code))
+            if trying and time.monotonic() >= deadline:
+                raise TimedOut(f"{address} did not answer in {timeout} s")
+    finally:
+        for sock in trying.values():
+            sock.close()
+    raise Unreachable(f"{address}: {'the name has no address' if last is None else _reason(last)}")
+
+
+def _connecting(family: int, sockaddr: Any) -> socket.socket:
+    """A socket that is about to be connected. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(sockaddr)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def receive_all(sock: socket.socket, limit: int, timeout: float) -> bytes:
+    """What a connection sends, up to its end; closes it. It is not authenticated: verify it.
+
+    The timeout is in seconds. Raises TimedOut, Truncated; LimitError if it is more than `limit` bytes.
+    """
+    wire = Wire(sock)
+    try:
+        late = f"the sender did not finish in {timeout:g} s"
         data = wire.read_at_most(limit + 1, time.monotonic() + timeout, late)
     finally:
         wire.close()
     if len(data) > limit:
-        raise LimitError(f"{address}: more than {limit} bytes")
+        raise LimitError(f"more than {limit} bytes")
     return data
 
 
-def _poller(sock: socket.socket, events: int) -> select.poll:
-    poller = select.poll()
+class _Selecting:
+    """`select.poll` by means of `selectors`, where it is missing: eventlet's monkey patch takes it away.
+
+    It cannot tell that a peer has shut down its side.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, fd: "socket.socket | int", events: int) -> None:
+        wanted = (selectors.EVENT_READ if events & select.POLLIN else 0) | (
+            selectors.EVENT_WRITE if events & select.POLLOUT else 0
+        )
+        if wanted:
+            self._selector.register(fd, wanted)
+
+    def poll(self, milliseconds: float | None = None) -> list[tuple[int, int]]:
+        try:
+            found = self._selector.select(None if milliseconds is None else milliseconds / 1000)
+        except (OSError, ValueError):  # one is closed
+            return [(key.fd, select.POLLNVAL) for key in self._selector.get_map().values()]
+        return [(key.fd, select.POLLIN if events & selectors.EVENT_READ else select.POLLOUT) for key, events in found]
+
+
+def _poller(sock: socket.socket | int, events: int) -> "select.poll | _Selecting":
+    try:
+        poller: select.poll | _Selecting = select.poll()
+    except AttributeError:
+        poller = _Selecting()
     poller.register(sock, events)
     return poller
 
 
-def _wait(poller: select.poll, deadline: float) -> bool:
+def _wait(poller: "select.poll | _Selecting", deadline: float) -> bool:
     """False if the deadline passes before an event."""
     while True:
         left = deadline - time.monotonic()

@@ -303,13 +303,13 @@ def shown(message: Message) -> Message:
         case Refusal() | Failure():
             return replace(message, reason=_printable(message.reason), text=_printable(message.text))
         case Report():
-            words = ("error", "reason", "exposed")
-            return Report(
-                tuple(
-                    replace(one, **{name: _printable(getattr(one, name)) for name in words}) for one in message.stages
-                )
-            )
+            return Report(tuple(map(_shown_report, message.stages)))
     return message
+
+
+def _shown_report(one: StageReport) -> StageReport:
+    error, reason, exposed = map(_printable, (one.error, one.reason, one.exposed))
+    return replace(one, error=error, reason=reason, exposed=exposed)
 
 
 def _printable(text: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TypeVar
 
 from attest import AttestationError, Attester, Binding
 from attest.document import read_file
@@ -15,11 +15,16 @@ from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
-from transport.channel import Address, Deadlines, Listener, receive_once
+from transport.channel import Address, Deadlines, Listener, receive_all
+from transport.errors import TimedOut, TransportError
 
 log = logging.getLogger("minigpt.stage")
 
 MAX_KEY = 2**16  # bytes of a key's file; a mock key's has 500
+PROVISION = 3600.0  # seconds that a manifest or key may take to come to an address: somebody may send it by hand
+SENDER = 10.0  # seconds that one who connects there may take to send it
+
+T = TypeVar("T")
 
 
 def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[[], object]], None]) -> None:
@@ -30,11 +35,11 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
         end_with: is given what ends the serving, from any thread, once there is something to end.
     """
     blas = threads.native()
-    manifest = Manifest.parse(_receive(options.manifest, MAX_MANIFEST))
+    manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
-    attester = manifest.attester(entry.index, _receive(options.mock_key, MAX_KEY))
+    attester = _receive("mock key", options.mock_key, MAX_KEY, lambda key: manifest.attester(entry.index, key))
     listener = _listener(options.listen, entry)
     model = _model(manifest, entry, options.model)
     _check_own_evidence(manifest, entry.index, attester)
@@ -111,11 +116,29 @@ def _listener(place: str | int | None, entry: StageEntry) -> Listener:
     return Listener(Address.parse(place) if isinstance(place, str) else place)
 
 
-def _receive(source: str | int, limit: int) -> bytes:
-    """The bytes of a file; or of the first connection to an address: an enclave has no files at run time."""
-    if isinstance(source, str) and "://" in source:
-        return receive_once(Address.parse(source), limit)
-    try:
-        return read_file(source, limit)
-    except OSError as error:
-        raise UsageError(f"{source}: {error.strerror}") from None
+def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T]) -> T:
+    """What `read` makes of the bytes of a file; or of what is sent to an address: an enclave has no files at run time.
+
+    Anybody may connect there, as a port scan does: what `read` refuses is logged, and the next one is awaited.
+    """
+    if isinstance(source, int) or "://" not in source:
+        try:
+            data = read_file(source, limit)
+        except OSError as error:
+            raise UsageError(f"{source}: {error.strerror}") from None
+        return read(data)
+    with Listener(Address.parse(source)) as listener:
+        log.info("waiting for the %s at %s", what, listener.address)
+        until = time.monotonic() + PROVISION
+        while True:
+            try:
+                accepted = listener.accept(until)
+            except TimedOut:
+                raise TimedOut(f"{source}: no {what} came in {PROVISION:.0f} s") from None
+            if accepted is None:
+                raise AssertionError("nobody else has the listener")
+            sock, peer = accepted
+            try:
+                return read(receive_all(sock, limit, SENDER))
+            except (TransportError, ManifestError, AttestationError) as error:
+                log.warning("%s did not send the %s, still waiting: %s", peer, what, ascii(str(error)[:200]))

@@ -1,10 +1,12 @@
 """A stage process by itself: how it gets its manifest, what memory it takes, how it takes turns."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ from processes import ROOT, Stages, eventually, out_of_threads
 import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
+from minigpt.errors import StageError
+from minigpt.stage import schedule
 from minigpt.stage.schedule import Turns
 
 
@@ -57,6 +61,50 @@ def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path
             assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
     for keeper, _ in keepers:
         keeper.close()
+
+
+def scan(port: int, stay: float) -> None:
+    """What a port scan does: connects and says nothing, says what is no manifest, breaks off, or stays."""
+    hand_over(port, b"")
+    hand_over(port, b"GET / HTTP/1.0\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        hand_over(port, b"x" * 2_000_000)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.settimeout(stay)
+        assert sock.recv(1) == b""  # hung up on
+
+
+def test_a_port_scan_does_not_end_a_boot_by_address(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keepers = [free_port(), free_port()]
+    code = "from minigpt.stage import __main__, process; process.SENDER = 1.0; __main__.main()"
+    with Stages(folder, "4", tmp_path) as stages:
+        manifest_at, key_at = (f"tcp://127.0.0.1:{port}" for _, port in keepers)
+        key = stages.key(0).read_bytes()
+        process = stages.spawn(0, "--manifest", manifest_at, "--mock-key", key_at, python=("-c", code))
+        for what, (_, port), data in zip(("manifest", "mock key"), keepers, (stages.bytes, key), strict=True):
+            assert eventually(lambda what=what: f"waiting for the {what} at tcp://" in stages.log(0))  # type: ignore[misc]
+            scan(port, 60.0)
+            hand_over(port, data)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("stage 0 ready"), stages.log(0)
+        assert stages.log(0).count("did not send the manifest, still waiting") == 5
+        assert stages.log(0).count("did not send the mock key, still waiting") == 5
+    for keeper, _ in keepers:
+        keeper.close()
+
+
+def test_a_boot_by_address_says_what_did_not_come(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    keeper, port = free_port()
+    code = "import sys; from minigpt.stage import __main__, process; process.PROVISION = 0.5; sys.exit(__main__.main())"
+    with keeper, Stages(folder, "4", tmp_path) as stages:
+        process = stages.spawn(0, "--manifest", f"tcp://127.0.0.1:{port}", python=("-c", code))
+        assert process.wait(60) == 4
+        assert f"tcp://127.0.0.1:{port}: no manifest came in" in stages.log(0)
+        stages.kill(0)
 
 
 def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -> None:
@@ -161,6 +209,87 @@ def test_a_turn_that_cannot_be_taken_is_given_on(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="closed"), lock:
             raise AssertionError("computed without a turn")
     assert not lock._held
+
+
+class Holder:
+    """Another process that has the lock of a file of --turns."""
+
+    CODE = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+"""
+
+    def __init__(self, turns: Path) -> None:
+        words = [sys.executable, "-c", self.CODE, str(turns)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "held\n"
+
+    def __enter__(self) -> "Holder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_turn_at_the_cores_comes_or_is_given_up_but_never_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "turns").touch()
+    with (tmp_path / "turns").open("r+b", buffering=0) as cores:
+        lock = Turns(cores)
+        with Holder(tmp_path / "turns"):
+            monkeypatch.setattr(schedule, "PATIENCE", 0.2)
+            for _ in range(3):
+                with pytest.raises(StageError, match=r"no turn at the cores in .* stopped\?"), lock:
+                    raise AssertionError("computed without a turn")
+            assert not lock._held
+            monkeypatch.setattr(schedule, "PATIENCE", 60.0)
+            waiting = threading.Thread(target=lambda: lock.__enter__() or lock.__exit__())
+            waiting.start()
+        waiting.join(60)  # the holder has ended
+        assert not waiting.is_alive()
+        with Holder(tmp_path / "turns"):
+            monkeypatch.setattr(schedule, "PATIENCE", 0.2)
+            with pytest.raises(StageError, match="no turn"), lock:
+                raise AssertionError("computed without a turn")
+        with Holder(tmp_path / "turns"):  # what was given up was given back
+            pass
+        with lock:
+            pass
+
+
+def test_a_turn_in_a_stage_comes_or_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "PATIENCE", 0.1)
+    lock = Turns()
+    with lock:
+        for _ in range(2):
+            with pytest.raises(StageError, match="no turn at computing"), lock:
+                raise AssertionError("computed out of turn")
+    with lock:
+        pass
+    assert not lock._held
+
+
+def test_a_stopped_process_that_holds_the_turn_costs_requests_and_not_stages(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    (tmp_path / "turns").touch()
+    code = "from minigpt.stage import __main__, schedule; schedule.PATIENCE = 3.0; __main__.main()"
+    with Stages(folder, "2+2", tmp_path) as stages:
+        for index in (1, 0):
+            stages.start(index, "--turns", str(tmp_path / "turns"), python=("-c", code))
+        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            expected = [token.id for token in pipeline.generate([1, 2], max_tokens=3)]
+            with Holder(tmp_path / "turns") as holder:
+                holder.process.send_signal(signal.SIGSTOP)
+                with pytest.raises(StageError, match="no turn at the cores in 3 s: another process"):
+                    list(pipeline.generate([1, 2], max_tokens=3))
+            assert "no turn at the cores" in stages.log(0)
+            assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
 
 
 def test_the_embedded_model_names_the_capitals_through_two_stages() -> None:

@@ -2,22 +2,29 @@
 
 import contextlib
 import os
+import select
+import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
-from ends import CLIENT_END, STAGE_END, background
+from ends import CLIENT_END, STAGE_END, background, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import ROOT
 
-from transport.channel import Address, Channel, Deadlines, Listener, receive_once
+from transport.channel import Address, Channel, Deadlines, Listener, receive_all
 from transport.errors import (
+    Abandoned,
     AddressError,
     LimitError,
     TimedOut,
     TransportError,
     Unreachable,
 )
+from transport.sockets import connect
 
 
 def test_a_listener_and_connect():
@@ -81,27 +88,125 @@ def test_nobody_there_is_unreachable_and_silence_times_out():
             Channel.connect(Address.parse(text), CLIENT_END, deadlines=Deadlines(connect=0.5))
 
 
-def test_receive_once_takes_one_connection_up_to_its_end(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = Address("tcp", "127.0.0.1", probe.getsockname()[1])
+@contextlib.contextmanager
+def dead(host="127.0.0.1", port=0):
+    """A port that answers nothing: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server((host, port), backlog=0))
+        while True:
+            sock = stack.enter_context(socket.socket())
+            sock.settimeout(0.5)
+            try:
+                sock.connect(server.getsockname())
+            except TimeoutError:
+                break
+        yield server.getsockname()
 
-    def give(data):
-        for _ in range(500):
-            with contextlib.suppress(ConnectionRefusedError):
-                with socket.create_connection((address.host, address.port)) as sock:
-                    sock.sendall(data)
-                return
-            time.sleep(0.01)
 
-    for data, limit in ((b"x" * 1000, 1000), (b"", 10)):
-        giver = background(give, data)
-        assert receive_once(address, limit) == data
-        giver.join()
-    giver = background(give, b"x" * 1001)
-    with pytest.raises(LimitError, match="more than 1000"):
-        receive_once(address, 1000)
-    with contextlib.suppress(OSError):
-        giver.join()
+def test_a_dead_address_of_a_name_costs_the_others_a_moment(monkeypatch):
+    with dead() as one, dead() as two, socket.create_server(("127.0.0.1", 0)) as server:
+        closed = ("127.0.0.1", 1)
+        places = [one, closed, two, server.getsockname(), one]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 0, 0, "", at) for at in places])
+        start = time.monotonic()
+        with connect(Address.parse("tcp://name:1"), 60.0) as sock:
+            assert sock.getpeername() == server.getsockname()
+        assert time.monotonic() - start < 20  # the first alone would have taken 60
+        places[:] = [one, closed]
+        with pytest.raises(TimedOut, match="name:1 did not answer"):
+            connect(Address.parse("tcp://name:1"), 0.5)
+        places[:] = [closed, closed]
+        with pytest.raises(Unreachable, match="refused"):
+            connect(Address.parse("tcp://name:1"), 60.0)
+        places.clear()
+        with pytest.raises(Unreachable, match="has no address"):
+            connect(Address.parse("tcp://name:1"), 60.0)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, for a resolver of its own"
+)
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "127.0.0.2"), ("127.0.0.2", "127.0.0.1")])
+def test_a_script_reaches_a_name_whose_first_address_is_dead(hosts, tmp_path):
+    (tmp_path / "hosts").write_text("".join(f"127.0.0.{last} two-places.test\n" for last in (1, 2)))
+    with socket.create_server((hosts[0], 0)) as server, dead(hosts[1], server.getsockname()[1]) as (_, port):
+        code = f"""
+import socket, time
+from transport.address import Address
+from transport.sockets import connect
+print(len(socket.getaddrinfo("two-places.test", {port}, type=socket.SOCK_STREAM)), flush=True)
+start = time.monotonic()
+print(connect(Address.parse("tcp://two-places.test:{port}"), 60.0).getpeername()[0], time.monotonic() - start < 20)
+"""
+        own = f'mount --bind "{tmp_path}/hosts" /etc/hosts && exec "$0" -c "$1"'
+        command = ["unshare", "--mount", "sh", "-c", own, sys.executable, code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no mount namespace here")
+    assert done.stdout.split() == ["2", hosts[0], "True"], done.stderr
+
+
+def test_where_there_is_no_poll_links_work_and_a_peer_that_leaves_is_noticed(monkeypatch):
+    monkeypatch.delattr(select, "poll")
+    a, b = make()
+    asker, asking = make()
+    waiting = background(b.receive, 60.0, asker=asker)
+    a.send({"rows": bytes(4 << 20)})
+    assert len(waiting.join()["rows"]) == 4 << 20
+    assert not asker.gone()
+    waiting = background(b.receive, 60.0, asker=asker)
+    asking.abort()
+    with pytest.raises(Abandoned):
+        waiting.join()
+    assert asker.gone()
+    with pytest.raises(TimedOut):
+        b.receive(0.01)
+    with Listener(Address.parse("tcp://127.0.0.1:0")) as listener:
+        connecting = background(connect, listener.address, 60.0)
+        listener.accept()[0].close()
+        connecting.join().close()
+    for end in (a, b, asker):
+        end.abort()
+    assert b.gone()
+
+
+@pytest.mark.parametrize("how", ["import select; del select.poll", "import eventlet; eventlet.monkey_patch()"])
+def test_a_pipeline_works_in_a_program_that_takes_poll_away(how):
+    if "eventlet" in how:
+        pytest.importorskip("eventlet")
+    code = f"""
+{how}
+import minigpt
+with minigpt.Pipeline.local("tiny", stages=2, threads=1) as pipeline:
+    print(len(list(pipeline.generate("The capital of France is", max_tokens=8))))
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout == "8\n"
+
+
+def test_receive_all_takes_one_connection_up_to_its_end():
+    def give(address, data):
+        with socket.create_connection((address.host, address.port)) as sock:
+            sock.sendall(data)
+
+    with Listener(Address.parse("tcp://127.0.0.1:0")) as listener:
+        for data, limit in ((b"x" * 1000, 1000), (b"", 10)):
+            giver = background(give, listener.address, data)
+            assert receive_all(listener.accept()[0], limit, 60.0) == data
+            giver.join()
+        giver = background(give, listener.address, b"x" * 1001)
+        with pytest.raises(LimitError, match="more than 1000"):
+            receive_all(listener.accept()[0], 1000, 60.0)
+        with contextlib.suppress(OSError):
+            giver.join()
+        with connect(listener.address, 60.0), pytest.raises(TimedOut, match="did not finish"):
+            receive_all(listener.accept()[0], 1000, 0.1)
+
+
+def test_waiting_for_a_connection_has_a_deadline_where_it_is_given_one():
+    listener = Listener(Address.parse("tcp://127.0.0.1:0"))
+    with listener, pytest.raises(TimedOut, match=f"nobody connected to {listener.address}"):
+        listener.accept(time.monotonic() + 0.1)
 
 
 @pytest.mark.parametrize(
