@@ -9,11 +9,13 @@ NumPy reads when NumPy is first imported: so import minigpt before numpy.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from minigpt.engine.blas import set_threads
 
+TYPE_CHECKING = False  # as typing's, whose import takes the time in which an early Ctrl-C shows a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from minigpt.client.inprocess import Model, load
     from minigpt.client.pipeline import Pipeline
     from minigpt.client.text import Generation, Token
@@ -32,7 +34,7 @@ _HOME = {
 set_threads()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOME:
         raise AttributeError(f"module 'minigpt' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

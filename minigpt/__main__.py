@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minigpt.cli.parser import parser
+from minigpt.errors import MiniGPTError, shortage  # the rest is imported where Ctrl-C is caught
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to end
-    from attest import AttestationError
-    from attest.document import show
-    from minigpt.errors import MiniGPTError
-    from transport.errors import TransportError
-
+    options = None
     try:
+        from attest import AttestationError
+        from attest.document import show
+        from minigpt.cli.parser import parser
+        from minigpt.cli.values import blame
+        from transport.errors import TransportError
+
         try:
             options = parser().parse_args(argv)
         except SystemExit:  # argparse has printed a help, a version or a usage error
@@ -35,16 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minigpt.cli import commands
 
         code: int = getattr(commands, options.command)(options)
+    except KeyboardInterrupt:  # first, because it may come before the names below are imported
+        return 130
+    except (MemoryError, ImportError, RuntimeError, SystemError) as error:
+        print(f"minigpt: {shortage(error)}", file=sys.stderr)
+        return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        print(f"minigpt: {error}", file=sys.stderr)
+        message = str(error)
+        if options is not None and error.exit_code <= 2:
+            message = blame(message, options.from_environment)
+        print(f"minigpt: {message}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 141
     except OSError as error:
         print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return code
 
 

@@ -14,6 +14,8 @@
 Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
 """
 
+import resource
+
 
 class MiniGPTError(Exception):
     """Root of the package's errors."""
@@ -83,3 +85,17 @@ class UntrustedStage(StageError):
     """A stage's evidence was refused, by us or by the stage before it."""
 
     exit_code = 3
+
+
+def shortage(error: Exception) -> str:
+    """What to say of an error by which Python, or a library that does not load, says that it lacks memory or threads.
+
+    Raises the error again if it says something else: it is a bug then.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY
+    empty = isinstance(error, MemoryError) or (limited and isinstance(error, SystemError))  # "returned NULL without..."
+    if not (empty or isinstance(error, ImportError) or str(error) == "can't start new thread"):
+        raise error
+    reason = "out of memory" if empty else str(error.__cause__ or error)
+    return reason + (f"; ulimit -v allows {limit // 1024} kB of memory, perhaps too little" if limited else "")

@@ -18,7 +18,7 @@ from attest.providers.mock import MockPins
 from attest.providers.nitro import NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
-from minigpt.cli.values import positive
+from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, ids_in
 from minigpt.errors import StageError, UntrustedStage, UsageError
@@ -89,13 +89,13 @@ def generate(options: argparse.Namespace) -> int:
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     """The pipeline that the options name: a running one, or child processes of our own."""
-    if options.manifest is not None:
-        for flag in ("stages", "split"):
-            if getattr(options, flag) is not None:
-                raise UsageError(f"--{flag} is for local stages: the manifest says what its pipeline is")
+    local = [flag for flag in ("stages", "split") if getattr(options, flag) is not None]
+    if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
+        if local:
+            raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
         return _connect(options, options.manifest, model=options.model)
     for flag in ("manifest_sha256", "client_key"):
-        if getattr(options, flag) is not None:
+        if not isinstance(getattr(options, flag), Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = {"split": split} if isinstance(split, str) else {"stages": split}
@@ -112,10 +112,16 @@ def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) ->
 
 def _split(options: argparse.Namespace) -> str | int:
     """How the layers are split: by a flag, else by the environment, else in two."""
-    if options.split is None and options.stages is None:
-        return options.split_default or positive(options.stages_default)
-    split: str | int = options.split or options.stages
-    return split
+    split: str | int | None = options.split or options.stages
+    if split is not None:
+        return split
+    given = options.split_default or options.stages_default
+    if isinstance(given, Variable):
+        options.from_environment.append(given)
+    try:
+        return str(given) if options.split_default else positive(given)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"stages: {error}") from None
 
 
 def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """The command line of `minigpt`: its commands and their options.
 
-Text goes to standard output, everything else to standard error. An option's value comes from its flag, else from the
-environment variable MINIGPT_NAME, else from its default.
+Text goes to standard output, everything else to standard error.
 """
 
 import argparse
-import os
 from typing import Any
 
 import minigpt
-from minigpt.cli.values import counts, days, integer, one_of, positive, seconds
+from minigpt.cli.values import counts, days, integer, one_of, option, positive, seconds, variable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,14 +26,14 @@ def parser() -> argparse.ArgumentParser:
     _model(generate)
     _stages(generate)
     _manifest(generate, required=False)
-    _option(generate, "--max-tokens", "20", "N", integer, "how many tokens at most")
-    _option(generate, "--temperature", "0", "F", float, "0 takes the most likely token, 1 draws as the model would")
-    _option(generate, "--top-k", "0", "K", integer, "draw among the K most likely tokens; 0 for all")
-    _option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
-    _option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
+    option(generate, "--max-tokens", "20", "N", integer, "how many tokens at most")
+    option(generate, "--temperature", "0", "F", float, "0 takes the most likely token, 1 draws as the model would")
+    option(generate, "--top-k", "0", "K", integer, "draw among the K most likely tokens; 0 for all")
+    option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
+    option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
     _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
-    _option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage")
-    _option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
+    option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage")
+    option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
     _switch(generate, "--json", "one object instead of text")
@@ -45,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     _stages(plan)
     _repeated(plan, "--address", "ADDR", "a stage's address, tcp://host:port or vsock://cid:port, for each stage "
               "(default: tcp://127.0.0.1:5001 and the ports after it)")  # fmt: skip
-    _option(plan, "--root-key", None, "HEX", str, "the mock's root, as `python -m attest keygen` prints it")
+    option(plan, "--root-key", None, "HEX", str, "the mock's root, as `python -m attest keygen` prints it")
     _repeated(plan, "--measurement", "HEX", "an acceptable measurement; repeatable (default: this code's own)")
     _repeated(plan, "--pcrs", "FILE", "pin a Nitro image instead of the mock: its description, as "
               "scripts/image/build.py or nitro-cli prints it; repeat for each stage")  # fmt: skip
@@ -53,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
-    _option(plan, "--days", "30", "N", days, "how long it is valid")
+    option(plan, "--days", "30", "N", days, "how long it is valid")
     plan.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
 
     status = _command(commands, "status", "report the state of every stage of a pipeline")
@@ -65,13 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", "measure latency with local stages, and print tables")
     _model(bench)
-    bench.add_argument("--stages", type=counts, default="1,2", metavar="N,N",
-                       help="numbers of stages to compare; the first is the baseline (default: 1,2)")  # fmt: skip
-    _option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
-    _option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
-    _option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
-    _option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
-    _option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
+    option(bench, "--stages", "1,2", "N,N", counts, "numbers of stages to compare; the first is the baseline")
+    option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
+    option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
+    option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
+    option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
+    option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")
     keygen.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it: a new file")
@@ -80,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     relay.add_argument("listen", metavar="LISTEN", help="where to listen, tcp://host:port or vsock://cid:port; "
                        "the context id 4294967295 stands for any")  # fmt: skip
     relay.add_argument("target", metavar="TARGET", help="where to pass them on to")
-    _option(relay, "--connections", "256", "N", positive, "how many at once; each takes two sockets and two threads")
+    option(relay, "--connections", "256", "N", positive, "how many at once; each takes two sockets and two threads")
     return top
 
 
@@ -89,17 +86,8 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
     )
     made.add_argument("--version", action="version", version=f"minigpt {minigpt.__version__}")
+    made.set_defaults(from_environment=[])
     return made
-
-
-def _option(to: Any, flag: str, default: str | None, metavar: str, kind: Any, text: str, **more: Any) -> None:
-    """An option whose default may come from the environment."""
-    variable = "MINIGPT_" + flag.removeprefix("--").replace("-", "_").upper()
-    value = os.environ.get(variable, default)
-    if value is not None:
-        more.pop("required", None)
-    shown = f" (default: {default})" if default is not None else ""
-    to.add_argument(flag, type=kind, default=value, metavar=metavar, help=text + shown, **more)
 
 
 def _repeated(to: argparse.ArgumentParser, flag: str, metavar: str, text: str) -> None:
@@ -111,8 +99,8 @@ def _switch(to: argparse.ArgumentParser, flag: str, text: str) -> None:
 
 
 def _model(to: argparse.ArgumentParser) -> None:
-    _option(to, "--model", None, "DIR|tiny|HUB_ID", str, "the checkpoint (default: tiny, which is embedded)")
-    _option(to, "--revision", None, "R", str, "of a hub id: a branch, tag or commit")
+    option(to, "--model", None, "DIR|tiny|HUB_ID", str, "the checkpoint (default: tiny, which is embedded)")
+    option(to, "--revision", None, "R", str, "of a hub id: a branch, tag or commit")
 
 
 def _stages(to: argparse.ArgumentParser) -> None:
@@ -120,12 +108,12 @@ def _stages(to: argparse.ArgumentParser) -> None:
     group = to.add_mutually_exclusive_group()
     group.add_argument("--stages", type=positive, metavar="N", help="how many stages, of about equal size (default: 2)")
     group.add_argument("--split", metavar="6+6", help="or the layers of each")
-    to.set_defaults(split_default=os.environ.get("MINIGPT_SPLIT"), stages_default=os.environ.get("MINIGPT_STAGES", "2"))
+    to.set_defaults(split_default=variable("--split"), stages_default=variable("--stages") or "2")
 
 
 def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
-    _option(to, "--manifest", None, "FILE", str, "the manifest of a running pipeline", required=required)
-    _option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
-    _option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
-    _option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
+    option(to, "--manifest", None, "FILE", str, "the manifest of a running pipeline", required=required)
+    option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
+    option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
+    option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")

@@ -1,7 +1,63 @@
-"""What the text of a command-line option means. A bad value ends with a message and exit code 2."""
+"""Options of the command line, and what their text means. A bad value ends with a message and exit code 2.
+
+An option's value comes from its flag, else from the environment variable MINIGPT_NAME, else from its default. An empty
+variable counts as unset.
+"""
 
 import argparse
+import os
 from collections.abc import Callable
+from typing import Any
+
+
+class Variable(str):
+    """Text from the environment, in place of an option's default."""
+
+    __slots__ = ("name",)
+    name: str
+
+
+def variable(flag: str) -> Variable | None:
+    """What the environment says of an option, if anything."""
+    name = "MINIGPT_" + flag.removeprefix("--").replace("-", "_").upper()
+    value = Variable(os.environ.get(name, ""))
+    value.name = name
+    return value or None
+
+
+def option(
+    to: Any, flag: str, default: object, metavar: str, kind: Callable[[str], Any], text: str, *, required: bool = False
+) -> None:
+    """An option whose default may come from the environment.
+
+    The default `from_environment` of its parser is a list; the variables that were read are added to it.
+    """
+
+    def read(given: str) -> Any:
+        if not isinstance(given, Variable):
+            return kind(given)
+        to.get_default("from_environment").append(given)
+        try:
+            return given if kind is str else kind(given)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{given.name} in the environment: {error}") from None
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it
+    shown = f" (default: {default})" if default is not None else ""
+    found = variable(flag)
+    needed = required and found is None
+    to.add_argument(flag, type=read, default=found or default, metavar=metavar, help=text + shown, required=needed)
+
+
+def blame(message: str, variables: list[Variable]) -> str:
+    """The message of a refusal, and the variables that it is about: it names their option, or quotes a path."""
+    words = message.replace("-", "_")
+    about = [
+        each.name
+        for each in variables
+        if each.name.removeprefix("MINIGPT_").lower() in words or (os.sep in each and each in message)
+    ]
+    return f"{message} (from the environment: {', '.join(about)})" if about else message
 
 
 def integer(text: str) -> int:

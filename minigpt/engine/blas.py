@@ -26,7 +26,7 @@ def set_threads(threads: int | None = None) -> None:
         raise UsageError(f"threads is {threads!r:.80}, wanted a whole number of at least 1")
     wanted = {"OPENBLAS_THREAD_TIMEOUT": os.environ.get("OPENBLAS_THREAD_TIMEOUT", _IDLE_SPIN)}
     count = str(threads) if threads is not None else os.environ.get("MINIGPT_THREADS")
-    if count is not None:
+    if count:
         wanted["OPENBLAS_NUM_THREADS"] = count
     changed = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
     _late = _late or bool(changed and "numpy" in sys.modules)

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import minigpt
-from minigpt.cli.values import descriptor, natural, place, positive, seconds
+from minigpt.cli.values import blame, descriptor, natural, option, place, positive, seconds
+from minigpt.errors import MiniGPTError, shortage
 
 log = logging.getLogger("minigpt.stage")
 
@@ -30,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m minigpt.stage", description="Serves one stage of a pipeline.", allow_abbrev=False
     )
 
+    options.set_defaults(from_environment=[])
+
     def add(flag: str, metavar: str, text: str, kind: Callable[[str], object] = str, default: object = None) -> None:
-        shown = "" if default is None else f" (default: {default})"
-        required = flag in ("--manifest", "--index")
-        options.add_argument(flag, type=kind, metavar=metavar, help=text + shown, default=default, required=required)
+        option(options, flag, default, metavar, kind, text, required=flag in ("--manifest", "--index"))
 
     def switch(flag: str, text: str) -> None:
         options.add_argument(flag, action="store_true", help=text)
@@ -82,19 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a parent may have blocked SIGTERM, and children inherit that
     minigpt.set_threads(options.threads)
 
-    from attest import AttestationError
-    from minigpt.errors import MiniGPTError
-    from minigpt.stage.process import run
-    from transport.errors import TransportError
-
     try:
+        from attest import AttestationError
+        from transport.errors import TransportError
+
         if options.until_eof:
             threading.Thread(target=_end_with_stdin, args=(ending,), name="standard input", daemon=True).start()
+        from minigpt.stage.process import run  # only now, because it may raise these errors
+
         run(options, exposed, ending.replace)
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, ImportError, RuntimeError, SystemError) as error:
+        log.error("%s", shortage(error))
+        return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        log.error("%s", error)
+        log.error("%s", blame(str(error), options.from_environment) if error.exit_code == 2 else error)
         return error.exit_code
     return 0
 

@@ -291,3 +291,99 @@ def test_ctrl_c_ends_everything() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+AT_IMPORT = """
+import os, signal, sys
+command, at = sys.argv.pop(1), sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from importlib import import_module
+sys.exit(import_module(command).main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        *[("minigpt.__main__", name) for name in ("argparse", "attest", "transport.errors", "minigpt.cli.commands")],
+        ("minigpt.__main__", "numpy"),
+        ("minigpt.stage.__main__", "attest"),
+        ("minigpt.stage.__main__", "numpy"),
+    ],
+)
+def test_ctrl_c_is_quiet_also_while_it_starts(command: str, module: str, tiny: Stages) -> None:
+    arguments = (
+        ["generate", PROMPT] if command == "minigpt.__main__" else ["--manifest", str(tiny.path), "--index", "0"]
+    )
+    run = [sys.executable, "-c", AT_IMPORT, command, module, *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("megabytes", [32, 64, 160, 200])
+def test_too_little_memory_is_said_in_a_sentence(megabytes: int) -> None:
+    command = f'ulimit -v {1024 * megabytes} && exec "{sys.executable}" -m minigpt generate "{PROMPT}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+BAD = {
+    "STAGES": "two", "SPLIT": "6+5", "MAX_TOKENS": "many", "TEMPERATURE": "x", "TOP_K": "-1", "TOP_P": "nan",
+    "SEED": "-1", "THREADS": "0", "DRAFT": "x", "TIMEOUT": "0", "MANIFEST": "/nowhere", "AEAD": "openssl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_of_the_environment_is_refused_by_the_variables_name(name: str) -> None:
+    bad: dict[str, Any] = {f"MINIGPT_{name}": BAD[name]}
+    done = run("generate", PROMPT, code=2, **bad)
+    assert f"MINIGPT_{name}" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    names = (*BAD, "CLIENT_KEY", "MANIFEST_SHA256", "MODEL", "REVISION")
+    empty: dict[str, Any] = {f"MINIGPT_{name}": "" for name in names}
+    done = run("generate", PROMPT, "--json", **empty)
+    told = json.loads(done.stdout)
+    assert (len(told["tokens"]), len(told["stages"])) == (20, 2)
+
+
+def test_variables_for_a_running_pipeline_leave_a_local_one_alone(tmp_path: Path) -> None:
+    pins: dict[str, Any] = {"MINIGPT_CLIENT_KEY": str(tmp_path / "no key"), "MINIGPT_MANIFEST_SHA256": "00"}
+    assert run("generate", PROMPT, **pins).stdout.startswith(" Paris")
+    more = pins | {"MINIGPT_MANIFEST": str(tmp_path / "no manifest")}
+    assert run("generate", PROMPT, "--stages", "1", **more).stdout.startswith(" Paris")
+    assert "needs --manifest" in run("generate", PROMPT, "--client-key", "x", code=2).stderr
+
+
+def test_bench_takes_its_stages_from_the_environment(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    flags = ("bench", "--model", str(folder), "--prompt", "1 2", "--runs", "1", "--max-tokens", "2", "--format", "json")
+    rows = json.loads(run(*flags, MINIGPT_STAGES="2,1").stdout)["summary"]
+    assert [row["stages"] for row in rows] == [2, 1]
+    assert "MINIGPT_STAGES" in run(*flags, code=2, MINIGPT_STAGES="2,x").stderr
+
+
+def test_a_stage_takes_its_options_from_the_environment(tiny: Stages) -> None:
+    def stage(*flags: str, **more: str) -> str:
+        command = [sys.executable, "-m", "minigpt.stage", *flags]
+        environment = os.environ | {f"MINIGPT_{name}": value for name, value in more.items()}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    manifest = str(tiny.path)
+    assert "from 0 on" in stage("--allow-mock", MANIFEST=manifest, INDEX="7")
+    assert "--mock-key" in stage("--allow-mock", "--index", "1", MANIFEST=manifest, INDEX="7")
+    assert "MINIGPT_INDEX" in stage("--allow-mock", MANIFEST=manifest, INDEX="x")
+    assert "MINIGPT_IDLE_TIMEOUT" in stage("--index", "1", "--manifest", manifest, IDLE_TIMEOUT="0")
+    assert "MINIGPT_AEAD" in stage("--index", "1", "--manifest", manifest, AEAD="openssl")
+    assert "--manifest" in stage(MANIFEST="", INDEX="")
