@@ -6,9 +6,9 @@ other stages are met by measured code that enforces the same manifest.
 """
 
 import time
-import weakref
 from collections.abc import Generator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
-from minigpt.client.text import Generation, Prompt, TextModel, encode_prompt
+from minigpt.client.pool import Pool
+from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import links, messages
@@ -32,13 +33,14 @@ from transport.channel import Deadlines
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
 CONNECT_TIMEOUT = 10.0  # seconds
+CONNECTIONS = 8  # as many as a stage has sequences, by default
 MAX_TIMEOUT = 1e9  # seconds, thirty years; as on the command line
 
 _NONE = type(None)
 
 
 class Pipeline(TextModel):
-    """A connection to a pipeline. One sequence at a time; not for several threads at once.
+    """A pipeline, seen by its client. Any number of threads may use it: each request has a connection of its own.
 
     Use `connect` or `local`, and `with`, or `close` when done.
 
@@ -56,6 +58,7 @@ class Pipeline(TextModel):
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         client_key: bytes | None = None,
+        connections: int = CONNECTIONS,
     ) -> None:
         check(manifest, allow_mock=allow_mock, client_key=client_key)
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
@@ -64,11 +67,8 @@ class Pipeline(TextModel):
         self.config = manifest.config
         self.tokenizer = tokenizer
         self._timeout = timeout
-        self._deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
-        self._key = client_key
-        self._link: StageLink | None = None
-        self._closed = False
-        self._running: weakref.ref[Generation] | None = None  # weak, so that dropping it ends it
+        deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
+        self._pool = Pool(partial(_dial, manifest, client_key, deadlines, timeout), connections, timeout)
         self._stages: Launcher | None = None
 
     @classmethod
@@ -83,6 +83,7 @@ class Pipeline(TextModel):
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         client_key: bytes | None = None,
+        connections: int = CONNECTIONS,
     ) -> Self:
         """Connects to the pipeline that a manifest describes, and verifies stage 0.
 
@@ -96,6 +97,7 @@ class Pipeline(TextModel):
             timeout: seconds to wait for an answer.
             connect_timeout: seconds for the connection, and as many for its handshake.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
+            connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
 
         Raises:
             UsageError: an argument is of a wrong type or out of its range.
@@ -115,8 +117,8 @@ class Pipeline(TextModel):
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
         tokenizer = _tokenizer(parsed, model) if text else None
-        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key)
-        pipeline._open()
+        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections)
+        pipeline._verify()
         return pipeline
 
     @classmethod
@@ -130,6 +132,7 @@ class Pipeline(TextModel):
         threads: int | None = None,
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
+        connections: int = CONNECTIONS,
     ) -> Self:
         """Starts stages as child processes on this machine, with fresh mock keys, and connects to them.
 
@@ -139,7 +142,7 @@ class Pipeline(TextModel):
             split: or the layers of each, as "6+6".
             revision: of a hub id.
             threads: BLAS threads of each stage.
-            timeout, connect_timeout: as in `connect`.
+            timeout, connect_timeout, connections: as in `connect`.
         """
         from minigpt.launch.local import LocalStages
 
@@ -155,38 +158,33 @@ class Pipeline(TextModel):
         processes = LocalStages(checkpoint, split or stages, threads=threads)
         try:
             tokenizer = tokenizers.load(checkpoint.folder)
-            pipeline = cls(processes.manifest, tokenizer, True, timeout, connect_timeout)
+            pipeline = cls(processes.manifest, tokenizer, True, timeout, connect_timeout, connections=connections)
             pipeline._stages = processes
-            pipeline._open()
+            pipeline._verify()
         except BaseException:
             processes.stop()
             raise
         return pipeline
 
-    def _started(self, generation: Generation) -> Generation:
-        self._finish_running()
-        self._running = weakref.ref(generation)
-        return generation
-
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
-        self._finish_running()
         request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
         (values,) = [answer.values for answer in self._answers(request) if isinstance(answer, Logits)]
         return values
 
     def status(self) -> tuple[StageReport, ...]:
         """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
-        self._finish_running()
-        link = self._open()
+        link, whole = self._pool.take(), False
         try:
-            return link.status()
+            reports = link.status()
+            whole = True
+            return reports
         except RequestRefused:
+            whole = True
             raise
-        except BaseException:
-            self._drop(link)
-            raise
+        finally:
+            self._pool.give(link, whole=whole)
 
     @property
     def pids(self) -> list[int]:
@@ -194,12 +192,8 @@ class Pipeline(TextModel):
         return [] if self._stages is None else self._stages.pids
 
     def close(self) -> None:
-        """Ends the connection; and the stages, if they are ours."""
-        self._closed = True
-        self._running = None
-        if self._link is not None:
-            self._link.channel.close()
-            self._link = None
+        """Ends the connections; and the stages, if they are ours."""
+        self._pool.close()
         if self._stages is not None:
             self._stages.stop()
 
@@ -211,32 +205,13 @@ class Pipeline(TextModel):
     ) -> None:
         self.close()
 
-    def _open(self) -> StageLink:
-        """The link to stage 0, a new one if it has broken."""
-        if self._closed:
-            raise UsageError("this pipeline is closed: connect again")
-        if self._link is not None and self._link.stale:
-            self._drop(self._link)
-        if self._link is None:
-            self.manifest.check_time(time.time())
-            end = links.calling_end(self.manifest, 0, None, self._key)
-            channel = links.dial(self.manifest, 0, end, self._deadlines)
-            self._link = StageLink(channel, self.manifest, 0, self._timeout)
-        return self._link
-
-    def _drop(self, link: StageLink) -> None:
-        link.channel.abort()
-        if self._link is link:
-            self._link = None
-
-    def _finish_running(self) -> None:
-        running, self._running = self._running, None
-        if running is not None and (generation := running()) is not None:
-            generation.close()
+    def _verify(self) -> None:
+        """Makes the first link, and so verifies stage 0."""
+        self._pool.give(self._pool.take(), whole=True)
 
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
         """Yields the answers of stage 0, and returns why they ended. Closing the generator cancels the request."""
-        link = self._open()
+        link = self._pool.take()
         replies = Replies(request, self.config, len(self.manifest.stages))
         whole = False
         try:
@@ -262,8 +237,7 @@ class Pipeline(TextModel):
                 whole = self._cancel(link, replies)
             raise
         finally:
-            if not whole:
-                self._drop(link)
+            self._pool.give(link, whole=whole)
 
     def _cancel(self, link: StageLink, replies: Replies) -> bool:
         """Cancels the running request and reads to its end; False if that did not come in time."""
@@ -279,6 +253,13 @@ class Pipeline(TextModel):
             if isinstance(message, Done):
                 return True
         return False
+
+
+def _dial(manifest: Manifest, key: bytes | None, deadlines: Deadlines, timeout: float) -> StageLink:
+    """A new link to stage 0. No method: a pipeline that nobody refers to must end, and its pool refers to this."""
+    manifest.check_time(time.time())
+    channel = links.dial(manifest, 0, links.calling_end(manifest, 0, None, key), deadlines)
+    return StageLink(channel, manifest, 0, timeout)
 
 
 def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:

@@ -7,9 +7,9 @@ anyway.
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.engine.config import Config
 from minigpt.errors import UsageError
 from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Span
-from minigpt.protocol.request import Options, ending
+from minigpt.protocol.request import Keywords, Options, ending
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
@@ -235,7 +235,7 @@ class TextModel(ABC):
         draft: int | None = None,
         spans: bool = False,
     ) -> Generation:
-        """Generates tokens, to be iterated over; in a pipeline, a new request ends the one before it.
+        """Generates tokens, to be iterated over. Dropping or closing it ends it, in every stage.
 
         Args:
             prompt: text, or token ids. The keywords are those of `minigpt.protocol.request.Options`.
@@ -247,8 +247,27 @@ class TextModel(ABC):
         """
         options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
         request = make_request(prompt, self.tokenizer, self.config, options)
-        return self._started(Generation(self._answers(request), request, self.config, self.tokenizer, stop))
+        return Generation(self._answers(request), request, self.config, self.tokenizer, stop)
 
-    def _started(self, generation: Generation) -> Generation:
-        """Called with each generation before it is returned."""
-        return generation
+    async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
+        """As `generate`, for `async for`: each wait for a token is in a thread of its own, and blocks no event loop."""
+        import asyncio  # 40 ms, for those who use it
+
+        generation = self.generate(prompt, **options)
+        waiting: asyncio.Future[Token | None] | None = None
+
+        async def close() -> None:
+            if waiting is not None:  # a thread may still wait for a token, and only it may touch the generation then
+                await asyncio.wait([waiting])
+                waiting.exception()  # noticed: whoever waited for it was told, or has gone
+            await asyncio.to_thread(generation.close)
+
+        try:
+            while True:
+                waiting = asyncio.ensure_future(asyncio.to_thread(next, generation, None))
+                token = await asyncio.shield(waiting)
+                if token is None:
+                    return
+                yield token
+        finally:
+            await asyncio.shield(close())

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from minigpt.engine.config import Config
 from minigpt.engine.sampling import Sampling
@@ -50,6 +51,20 @@ def check_type(name: str, value: object, *kinds: type) -> None:
     if not fits:
         got = value if value is None or isinstance(value, bool | int | float) else type(value).__name__  # no secrets
         raise UsageError(f"{name} is {got!s:.80}, wanted {' or '.join(_WORDS[kind] for kind in kinds)}")
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of `generate`, for functions that pass them on; `Options` says what they mean."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    stop: Sequence[str]
+    logprobs: bool
+    draft: int | None
+    spans: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,9 @@
 """A pipeline of real processes: what it gives, what it refuses, and how it ends."""
 
+import asyncio
+import dataclasses
 import fcntl
+import inspect
 import os
 import signal
 import subprocess
@@ -25,7 +28,7 @@ from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedS
 from minigpt.protocol import links, messages
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, Step, Tokens, Wanted
-from minigpt.protocol.request import Ask
+from minigpt.protocol.request import Ask, Keywords, Options
 from transport import codec
 from transport.channel import Deadlines
 from transport.noise import CipherState
@@ -118,12 +121,123 @@ def test_times_and_spans_are_told_for_every_token(pipeline: Pipeline) -> None:
     assert all(span.bytes > 0 for spans in made.spans for span in spans[:3])
 
 
-def test_a_new_request_ends_the_one_before_it(pipeline: Pipeline) -> None:
-    first = pipeline.generate(IDS[:5], max_tokens=100, draft=0)
-    next(first)
-    wanted = ids(pipeline.generate(IDS[:9], max_tokens=5))
-    assert first.reason == "cancelled"
-    assert ids(pipeline.generate(IDS[:9], max_tokens=5)) == wanted
+def test_requests_of_one_pipeline_go_on_beside_each_other(pipeline: Pipeline, model: minigpt.Model) -> None:
+    running = [pipeline.generate(IDS[:n], max_tokens=9) for n in (4, 5, 6)]
+    rounds = [[next(generation).id for generation in running] for _ in range(9)]
+    for number, n in enumerate((4, 5, 6)):
+        assert [found[number] for found in rounds] == ids(model.generate(IDS[:n], max_tokens=9))
+
+
+@pytest.mark.parametrize("ended", ["dropped", "broken out of", "closed", "refused"])
+def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Stages, ended: str) -> None:
+    with Pipeline.connect(stages.bytes, allow_mock=True, connections=1, timeout=60) as made:
+        made.status()
+        link = made._pool._idle[0]
+        generation = made.generate(IDS[:5], max_tokens=100, draft=0)
+        if ended == "broken out of":
+            for _ in generation:
+                break
+            del _
+        elif ended == "refused":
+            for _ in range(3):
+                with pytest.raises(RequestRefused):
+                    list(made._answers(Generate(0, (10**6,), 3)))
+        else:
+            next(generation)
+        if ended == "closed":
+            generation.close()
+        del generation
+        assert made._pool._idle == [link]
+        assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
+
+
+def test_a_call_waits_for_a_connection_and_not_for_ever(stages: Stages) -> None:
+    with Pipeline.connect(stages.bytes, allow_mock=True, connections=2, timeout=1) as made:
+        running = [made.generate(IDS[:5], max_tokens=100, draft=0) for _ in range(2)]
+        for generation in running:
+            next(generation)
+        began = time.monotonic()
+        with pytest.raises(RequestRefused, match="all 2 connections of this pipeline are in use") as refused:
+            next(made.generate(IDS[:5]))
+        assert refused.value.reason == "busy"
+        assert time.monotonic() - began >= 1
+        timer = threading.Timer(0.2, running[0].close)
+        timer.start()
+        assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
+        timer.join()
+
+
+def test_closing_a_pipeline_ends_calls_that_wait_and_calls_that_run(stages: Stages) -> None:
+    made = Pipeline.connect(stages.bytes, allow_mock=True, connections=1)
+    running = made.generate(IDS[:5], max_tokens=500, draft=0)
+    next(running)
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            next(made.generate(IDS[:5]))
+        except UsageError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.2)
+    made.close()
+    waiting.join(60)
+    assert "closed" in str(errors[0])
+    with pytest.raises(StageError):
+        ids(running)
+
+
+def test_many_threads_share_one_pipeline(pipeline: Pipeline, model: minigpt.Model) -> None:
+    found: dict[int, list[int]] = {}
+
+    def work(number: int) -> None:
+        found[number] = ids(pipeline.generate(IDS[: 3 + number % 5], max_tokens=6))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == {n: ids(model.generate(IDS[: 3 + n % 5], max_tokens=6)) for n in range(24)}
+
+
+def test_tokens_come_by_async_for_beside_each_other(pipeline: Pipeline, model: minigpt.Model) -> None:
+    async def one(n: int) -> list[int]:
+        return [token.id async for token in pipeline.agenerate(IDS[:n], max_tokens=6)]
+
+    async def run() -> list[list[int]]:
+        return await asyncio.gather(*(one(n) for n in range(3, 15)))
+
+    assert asyncio.run(run()) == [ids(model.generate(IDS[:n], max_tokens=6)) for n in range(3, 15)]
+
+
+def test_an_async_generation_that_is_cancelled_gives_its_connection_back(stages: Stages) -> None:
+    with Pipeline.connect(stages.bytes, allow_mock=True, connections=1, timeout=60) as made:
+
+        async def endless() -> None:
+            async for _ in made.agenerate(IDS[:5], max_tokens=500, draft=0):
+                pass
+
+        async def run() -> int:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(endless(), 0.1)
+            generation = made.agenerate(IDS[:5], max_tokens=500)
+            await anext(generation)
+            await generation.aclose()
+            with pytest.raises(UsageError):
+                await anext(made.agenerate([]))
+            return len([token async for token in made.agenerate(IDS[:5], max_tokens=3)])
+
+        assert asyncio.run(run()) == 3
+        assert len(made._pool._idle) == 1
+
+
+def test_the_keywords_of_generate_are_written_alike_everywhere() -> None:
+    names = list(inspect.signature(Pipeline.generate).parameters)[2:]
+    assert names == [field.name for field in dataclasses.fields(Options)] == list(Keywords.__annotations__)
 
 
 def test_several_clients_are_served_at_once_each_with_its_own_cache(stages: Stages, model: minigpt.Model) -> None:
@@ -500,8 +614,6 @@ def test_an_old_generation_does_not_end_a_new_one(stages: Stages) -> None:
     with Pipeline.connect(stages.bytes, allow_mock=True) as made:
         old = made.generate(IDS[:5], max_tokens=9)
         next(old)
-        made._running = None  # as if it had been given up without a word
-        made._drop(made._open())
         new = made.generate(IDS[:5], max_tokens=9)
         next(new)
         old.close()

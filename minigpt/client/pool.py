@@ -1,0 +1,89 @@
+"""A client's links to stage 0: made when they are needed, kept for the next request, and never more than a number."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from minigpt.errors import RequestRefused, UsageError
+from minigpt.protocol.links import StageLink
+from transport.fork import own
+
+
+class Pool:
+    """Hands out links; each carries one request at a time. For any number of threads.
+
+    Args:
+        make: makes a link; raises StageError.
+        size: how many links at most.
+        timeout: seconds that `take` waits while all of them are in use.
+    """
+
+    def __init__(self, make: Callable[[], StageLink], size: int, timeout: float) -> None:
+        self._make = make
+        self._size = size
+        self._timeout = timeout
+        self._closed = False
+        self.disown()
+        own(self)
+
+    def disown(self) -> None:
+        """In the child of a fork, whose links are the parent's: starts afresh."""
+        self._idle: list[StageLink] = []
+        self._used: set[StageLink] = set()
+        self._making = 0
+        # Reentrant: a generation that nobody refers to gives its link back whenever Python notices, here for example.
+        self._changed = threading.Condition(threading.RLock())
+
+    def take(self) -> StageLink:
+        """A link that works, to be given back. Raises StageError, UsageError if the pool is closed, and RequestRefused
+        if all links are in use for too long."""
+        until = time.monotonic() + self._timeout
+        with self._changed:
+            while not self._closed and not self._idle and len(self._used) + self._making >= self._size:
+                if not self._changed.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
+                    raise RequestRefused(
+                        f"all {self._size} connections of this pipeline are in use: close a generation, or connect "
+                        "with more connections",
+                        reason="busy",
+                        stage=0,
+                    )
+            if self._closed:
+                raise UsageError("this pipeline is closed: connect again")
+            link = self._idle.pop() if self._idle else None
+            self._making += 1
+        try:
+            if link is not None and link.stale:
+                link.channel.abort()
+                link = None
+            if link is None:
+                link = self._make()
+            with self._changed:
+                if self._closed:
+                    link.channel.abort()
+                    raise UsageError("this pipeline is closed: connect again")
+                self._used.add(link)
+            return link
+        finally:
+            with self._changed:
+                self._making -= 1
+                self._changed.notify()
+
+    def give(self, link: StageLink, *, whole: bool) -> None:
+        """Takes a link back, for the next request if its last one has come to its end."""
+        with self._changed:
+            ours = link in self._used
+            self._used.discard(link)
+            if ours and whole and not self._closed:
+                self._idle.append(link)
+            else:
+                link.channel.abort()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Closes all links. Requests under way fail."""
+        with self._changed:
+            self._closed = True
+            links, self._idle = [*self._idle, *self._used], []
+            self._changed.notify_all()
+        for link in links:
+            link.channel.close()
