@@ -66,7 +66,7 @@ class Pool:
         finally:
             with self._changed:
                 self._making -= 1
-                self._changed.notify()
+                self._changed.notify_all()
 
     def give(self, link: StageLink, *, whole: bool) -> None:
         """Takes a link back, for the next request if its last one has come to its end."""
@@ -77,7 +77,7 @@ class Pool:
                 self._idle.append(link)
             else:
                 link.channel.abort()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Closes all links. Requests under way fail."""
