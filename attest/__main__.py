@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
-from attest.document import read_file, show, write_private
+from attest.document import (
+    DocumentError,
+    public_key,
+    read_file,
+    read_private,
+    refuse_private,
+    show,
+    write_private,
+)
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, date, decode_claims, show_scalar
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
@@ -30,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         try:
+            refuse_private(sys.argv[1:] if arguments is None else arguments)
             options = parser.parse_args(arguments)
             code, text = options.run(options, parser)
         except SystemExit:  # argparse has printed a help, a version or a usage error
@@ -42,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AttestationError as error:
         print(f"attest: {error}", file=sys.stderr)
         return error.exit_code
+    except DocumentError as error:  # of the arguments
+        print(f"attest: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"attest: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 1
@@ -92,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     for reading in (show, verify):
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
         reading.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument("--root", type=partial(_hex, 32), required=True, metavar="HEX",
+    verify.add_argument("--root", type=_public_key, required=True, metavar="HEX",
                         help="the root's public key, 64 digits")  # fmt: skip
     verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
@@ -115,7 +127,9 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
             f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json"
         )
     else:
-        root = MockRoot.from_json(_read(options.root))
+        root = MockRoot.from_json(
+            sys.stdin.buffer.read(MAX_FILE + 1) if options.root == "-" else read_private(options.root, MAX_FILE)
+        )
         not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
         key = MockKey.generate(root, options.stage, not_after_ms)
         advice = (
@@ -228,6 +242,13 @@ def _version() -> str:
         return metadata.version("minigpt-stages")
     except metadata.PackageNotFoundError:
         return "(run from a checkout that is not installed)"
+
+
+def _public_key(text: str) -> bytes:
+    try:
+        return public_key(text)
+    except DocumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _hex(size: int, text: str) -> bytes:

@@ -60,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stage; returns its exit code."""
+    try:
+        from attest.document import DocumentError, refuse_private
+
+        refuse_private(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except DocumentError as error:
+        parser().error(str(error))
     options = parser().parse_args(argv)
     lock_down()
     logging.basicConfig(level=logging.INFO, format=f"stage {options.index}: %(levelname)s %(message)s")

@@ -4,10 +4,11 @@ import argparse
 import logging
 import signal
 import time
+from collections.abc import Callable
 from typing import IO
 
 from attest import AttestationError, Attester, Binding
-from attest.document import read_file
+from attest.document import DocumentError, read_file, read_private
 from minigpt.checkpoint import sources, weights
 from minigpt.engine import threads
 from minigpt.engine.model import GPT2
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     entry = _entry(manifest, options)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
-    attester = manifest.attester(entry.index, _receive(options.mock_key, MAX_KEY))
+    attester = manifest.attester(entry.index, _receive(options.mock_key, MAX_KEY, read_private))
     listener = _listener(options.listen, entry)
     model = _model(manifest, entry, options.model)
     _check_own_evidence(manifest, entry.index, attester)
@@ -109,11 +110,13 @@ def _listener(listen: str | None, entry: StageEntry) -> Listener:
     return Listener(int(listen[3:]))
 
 
-def _receive(source: str, limit: int) -> bytes:
+def _receive(source: str, limit: int, read: Callable[[str, int], bytes] = read_file) -> bytes:
     """The bytes of a file; or of the first connection to an address: an enclave has no files at run time."""
     if "://" in source:
         return receive_once(Address.parse(source), limit)
     try:
-        return read_file(source, limit)
+        return read(source, limit)
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror}") from None
+    except DocumentError as error:
+        raise UsageError(f"--mock-key: {error}") from None
