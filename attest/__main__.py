@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands.run(arguments)
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, ImportError) as error:  # a library that does not load may lack memory too
+    except (MemoryError, ImportError, OSError) as error:  # a library that does not load may lack memory too
         print(f"attest: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
 

@@ -53,7 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"attest: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"attest: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        print(f"attest: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
 
 

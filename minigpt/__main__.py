@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
     return code
 

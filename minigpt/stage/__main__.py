@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", shortage(error))
         return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        log.error("%s", blame(str(error), options.from_environment) if error.exit_code == 2 else error)
+        log.error("%s", blame(str(error), options.from_environment) if error.exit_code <= 2 else error)
         return error.exit_code
     return 0
 
