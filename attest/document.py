@@ -5,16 +5,30 @@ manifest.stages[1].layers: got 7, wanted a list of 1 to 2
 
 import datetime
 import json
+import logging
 import os
+import re
 import secrets
 import stat
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+log = logging.getLogger("attest")
+
+CLIENT_KEY, MOCK_ROOT, MOCK_KEY = "minigpt-client-key", "minigpt-mock-root", "minigpt-mock-key"
+PRIVATE = {  # what a private file says that it is, and what that is
+    CLIENT_KEY: "a client's private key",
+    MOCK_ROOT: "the mock's private root key",
+    MOCK_KEY: "a stage's private mock key",
+}
+_MAX_PRIVATE = 2**16  # bytes of a private file; they have 500
 _HEX = set("0123456789abcdef")
+_KEY = re.compile(r"\s*[0-9a-fA-F]{64}\s*", re.ASCII)
+_LABEL = re.compile(r'"format":\s*"(minigpt-[a-z-]+)"')
 
 
 class DocumentError(ValueError):
@@ -24,6 +38,58 @@ class DocumentError(ValueError):
 def read_file(path: str | Path | int, limit: int) -> bytes:
     """At most `limit` bytes of a file or a descriptor, and one more if it has more. Raises OSError."""
     with open(path, "rb") as file:
+        return file.read(limit + 1)
+
+
+def private_in(text: str) -> str | None:
+    """Which private file a text is, or holds the words of; None if none."""
+    kinds = [PRIVATE[kind] for kind in _LABEL.findall(text) if kind in PRIVATE]
+    return kinds[0] if kinds else None
+
+
+def refuse_private(arguments: Iterable[str]) -> None:
+    """Raises DocumentError if a private file's text is on the command line, in however many words, or in a variable.
+
+    An error about an unknown argument, or about a file of that name, would quote it.
+    """
+    places = {f"in {name}": value for name, value in os.environ.items() if name.startswith("MINIGPT_")}
+    for where, text in {"on the command line": " ".join(arguments), **places}.items():
+        found = private_in(text)
+        if found:
+            wanted = "wanted a public key or a file's name"
+            raise DocumentError(f"got {found} {where}, {wanted}; if others may have seen it, make a new one")
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a key as keygen prints it, 64 hex digits; a private one looks the same."""
+    return _KEY.fullmatch(text) is not None
+
+
+def public_key(text: str) -> bytes:
+    """A public key, from 64 hex digits. Raises DocumentError, which quotes nothing: the text may be a private key."""
+    if is_key(text) and any(bytes.fromhex(text)):
+        return bytes.fromhex(text)
+    got = private_in(text) or f"{len(text)} characters"
+    if os.path.isfile(text):
+        with suppress(OSError):
+            held = private_in(read_file(text, _MAX_PRIVATE).decode(errors="replace"))
+            got = f"the name of a file, which holds {held}" if held else "the name of a file"
+    raise DocumentError(f"got {got}, wanted a public key: the 64 hex digits, not all zero, that keygen printed")
+
+
+def read_private(path: str | Path | int, limit: int) -> bytes:
+    """As `read_file`, of a private file. Warns if others may read or change it.
+
+    Raises OSError, and DocumentError if `path` is no name but a key, or the text of one: no error quotes it then.
+    """
+    found = private_in(str(path)) or ("a key (64 hex digits)" if is_key(str(path)) else None)
+    if found:
+        raise DocumentError(f"got {found}, wanted the name of a private key's file")
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        if stat.S_ISREG(about.st_mode) and about.st_mode & 0o066:
+            mode = stat.S_IMODE(about.st_mode)
+            log.warning("%s: others may read or change this private key (mode %04o): chmod 600 it", path, mode)
         return file.read(limit + 1)
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minigpt.errors import MiniGPTError, shortage  # the rest is imported where Ctrl-C is caught
+from minigpt.errors import MiniGPTError, UsageError, shortage  # the rest is imported where Ctrl-C is caught
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = None
     try:
         from attest import AttestationError
-        from attest.document import show
+        from attest.document import DocumentError, refuse_private, show
         from minigpt.cli.parser import parser
         from minigpt.cli.values import blame
         from transport.errors import TransportError
 
         try:
+            refuse_private(sys.argv[1:] if argv is None else argv)
             options = parser().parse_args(argv)
+        except DocumentError as error:
+            raise UsageError(str(error)) from None
         except SystemExit:  # argparse has printed a help, a version or a usage error
             show("")
             raise
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        print(f"minigpt: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
     return code
 

@@ -118,6 +118,7 @@ class Stages:
     def key(self, index: int) -> Path:
         """A fresh mock key's file."""
         path = self.where / f"stage{index}.key"
+        path.touch(0o600)
         path.write_text(MockKey.generate(self.root, index, int(time.time() * 1000) + HOUR).to_json())
         return path
 

@@ -23,7 +23,7 @@ from Crypto.PublicKey.ECC import EccKey
 from Crypto.Signature import eddsa
 
 from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, dump_file, open_file, provider_name
-from attest.document import DocumentError, Place
+from attest.document import MOCK_KEY, MOCK_ROOT, DocumentError, Place
 from attest.measure import measure
 from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
 from attest.providers import Platform
@@ -195,12 +195,12 @@ class MockRoot(_Key):
 
     def to_json(self) -> str:
         """The text of a root key's file. It holds the private key."""
-        return dump_file("minigpt-mock-root", private=self.private, public=self.public)
+        return dump_file(MOCK_ROOT, private=self.private, public=self.public)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockRoot":
         """Reads a root key's file; EvidenceError if it is not one."""
-        private, public = _read_key_file(text, "minigpt-mock-root", private=32, public=32)
+        private, public = _read_key_file(text, MOCK_ROOT, private=32, public=32)
         if public != cls(private).public:
             raise EvidenceError("mock root file: its public key does not belong to its private key; it is damaged")
         return cls(private)
@@ -229,13 +229,13 @@ class MockKey(_Key):
 
     def to_json(self) -> str:
         """The text of a stage key's file. It holds the private key."""
-        return dump_file("minigpt-mock-key", private=self.private, endorsement=self.endorsement)
+        return dump_file(MOCK_KEY, private=self.private, endorsement=self.endorsement)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockKey":
         """Reads a stage key's file; EvidenceError if it is not one. Verifiers find out who endorsed it."""
         size = _ENDORSEMENT.size + _SIGNATURE_SIZE
-        return cls(*_read_key_file(text, "minigpt-mock-key", private=32, endorsement=size))
+        return cls(*_read_key_file(text, MOCK_KEY, private=32, endorsement=size))
 
 
 def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:

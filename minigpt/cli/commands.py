@@ -11,7 +11,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from attest.document import parse_json, read_file, show, write_file, write_private
+from attest import MAX_FILE, dump_file, open_file
+from attest.document import (
+    CLIENT_KEY,
+    DocumentError,
+    parse_json,
+    public_key,
+    read_file,
+    read_private,
+    show,
+    write_file,
+    write_private,
+)
 from attest.measure import measure
 from attest.providers import Pins
 from attest.providers.mock import MockPins
@@ -28,7 +39,7 @@ from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
 from minigpt.protocol.request import Options
 from transport.address import Address
-from transport.noise import generate_keypair
+from transport.noise import KeyPair
 from transport.relay import Relay
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
@@ -167,7 +178,7 @@ def plan(options: argparse.Namespace) -> int:
         pins=_pins(options),
         addresses=options.address,
         suites=options.suite or [2],
-        clients=[_hex("--client", text, 32) for text in options.client] or None,
+        clients=[_public("--client", text) for text in options.client] or None,
         days=options.days,
     )
     write_file(options.output, data)
@@ -187,7 +198,7 @@ def _pins(options: argparse.Namespace) -> list[Pins]:
     if options.root_key is None:
         raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
-    return [MockPins(_hex("--root-key", options.root_key, 32), frozenset(measurements))]
+    return [MockPins(_public("--root-key", options.root_key), frozenset(measurements))]
 
 
 def _pcrs(path: str) -> tuple[bytes, ...]:
@@ -200,6 +211,13 @@ def _pcrs(path: str) -> tuple[bytes, ...]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
     return tuple(_hex(f"--pcrs {path}", text, 48) for text in texts)
+
+
+def _public(flag: str, text: str) -> bytes:
+    try:
+        return public_key(text)
+    except DocumentError as error:
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def _hex(flag: str, text: str, length: int) -> bytes:
@@ -288,12 +306,12 @@ def bench(options: argparse.Namespace) -> int:
 
 def keygen(options: argparse.Namespace) -> int:
     """`minigpt keygen`: a file with a client's private key; prints the public one."""
-    private, public = generate_keypair()
+    pair = KeyPair.generate()
     try:
-        write_private(options.output, private.hex() + "\n")
+        write_private(options.output, dump_file(CLIENT_KEY, private=pair.private, public=pair.public))
     except FileExistsError:
         raise UsageError(f"{options.output} exists, and a key file is never overwritten: choose another name") from None
-    show(public.hex() + "\n")
+    show(pair.public.hex() + "\n")
     say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
     return 0
 
@@ -314,9 +332,12 @@ def relay(options: argparse.Namespace) -> int:
 
 def _read_key(path: str) -> bytes:
     try:
-        text = read_file(path, 128).decode("ascii").strip()
-    except (OSError, ValueError):
-        raise UsageError(f"--client-key {path}: cannot be read, or is not text") from None
-    if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise UsageError(f"--client-key {path}: not a private key as `minigpt keygen` writes it")
-    return bytes.fromhex(text)
+        file = open_file(read_private(path, MAX_FILE), CLIENT_KEY, ("private", "public"))
+        pair = KeyPair.from_private(file.get("private").bytes(32))
+        if pair.public != file.get("public").bytes(32):
+            raise DocumentError("its public key does not belong to its private key; it is damaged")
+    except OSError as error:
+        raise UsageError(f"--client-key {path}: {error.strerror}") from None
+    except DocumentError as error:
+        raise UsageError(f"--client-key: {error}") from None
+    return pair.private

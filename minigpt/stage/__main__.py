@@ -69,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stage; returns its exit code."""
+    try:
+        from attest.document import DocumentError, refuse_private
+
+        refuse_private(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except DocumentError as error:
+        parser().error(str(error))
     options = parser().parse_args(argv)
     exposed = lock_down()
     logging.basicConfig(level=logging.INFO, format=f"stage {options.index}: %(levelname)s %(message)s")
@@ -98,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", shortage(error))
         return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        log.error("%s", blame(str(error), options.from_environment) if error.exit_code == 2 else error)
+        log.error("%s", blame(str(error), options.from_environment) if error.exit_code <= 2 else error)
         return error.exit_code
     return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import IO, TypeVar
 
 from attest import AttestationError, Attester, Binding
-from attest.document import read_file
+from attest.document import DocumentError, read_file, read_private
 from minigpt.checkpoint import sources, weights
 from minigpt.engine import threads
 from minigpt.engine.model import GPT2
@@ -25,6 +25,7 @@ PROVISION = 3600.0  # seconds that a manifest or key may take to come to an addr
 SENDER = 10.0  # seconds that one who connects there may take to send it
 
 T = TypeVar("T")
+Load = Callable[[str | int, int], bytes]
 
 
 def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[[], object]], None]) -> None:
@@ -39,7 +40,8 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
     entry = _entry(manifest, options)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
-    attester = _receive("mock key", options.mock_key, MAX_KEY, lambda key: manifest.attester(entry.index, key))
+    key = options.mock_key
+    attester = _receive("mock key", key, MAX_KEY, lambda data: manifest.attester(entry.index, data), read_private)
     listener = _listener(options.listen, entry)
     model = _model(manifest, entry, options.model)
     _check_own_evidence(manifest, entry.index, attester)
@@ -116,16 +118,18 @@ def _listener(place: str | int | None, entry: StageEntry) -> Listener:
     return Listener(Address.parse(place) if isinstance(place, str) else place)
 
 
-def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T]) -> T:
+def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T], load: Load = read_file) -> T:
     """What `read` makes of the bytes of a file; or of what is sent to an address: an enclave has no files at run time.
 
     Anybody may connect there, as a port scan does: what `read` refuses is logged, and the next one is awaited.
     """
     if isinstance(source, int) or "://" not in source:
         try:
-            data = read_file(source, limit)
+            data = load(source, limit)
         except OSError as error:
             raise UsageError(f"{source}: {error.strerror}") from None
+        except DocumentError as error:
+            raise UsageError(f"--mock-key: {error}") from None
         return read(data)
     with Listener(Address.parse(source)) as listener:
         log.info("waiting for the %s at %s", what, listener.address)

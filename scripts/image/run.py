@@ -33,6 +33,8 @@ from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
 
+from attest import MAX_FILE
+from attest.document import DocumentError, read_private
 from minigpt.errors import ManifestError
 from minigpt.protocol.manifest import Manifest
 from scripts.image import eif, packages
@@ -313,7 +315,7 @@ def run(options: argparse.Namespace) -> None:
     image = eif.read_file(options.image)
     manifest = Manifest.parse(options.manifest.read_bytes())
     index = json.loads(image.metadata or b"{}").get("CustomMetadata", {}).get("stage", 0)
-    mock_key = options.mock_key.read_bytes() if options.mock_key else None
+    mock_key = read_private(options.mock_key, MAX_FILE) if options.mock_key else None
     guest = start(options, image, last=index == len(manifest.stages) - 1)
     try:
         guest.provision(
@@ -343,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         run(options)
-    except (RunError, SlirpError, PackageError, eif.EifError, ManifestError) as error:
+    except (RunError, SlirpError, PackageError, eif.EifError, ManifestError, DocumentError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -1,0 +1,277 @@
+"""The command line of evidence: `python -m attest keygen | measure | show | verify`.
+
+Results go to standard output, advice and errors to standard error.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
+from attest.document import (
+    DocumentError,
+    public_key,
+    read_file,
+    read_private,
+    refuse_private,
+    show,
+    write_private,
+)
+from attest.measure import measure
+from attest.policy import CLIENT_ID, Policy, date, decode_claims, show_scalar
+from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
+from attest.registry import PLATFORMS
+
+DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Only usage errors leave by SystemExit (argparse)."""
+    parser = _parser()
+    try:
+        try:
+            refuse_private(sys.argv[1:] if arguments is None else arguments)
+            options = parser.parse_args(arguments)
+            code, text = options.run(options, parser)
+        except SystemExit:  # argparse has printed a help, a version or a usage error
+            _print("")
+            raise
+        _print(text)
+        return int(code)
+    except AttestationError as error:
+        print(f"attest: {error}", file=sys.stderr)
+        return error.exit_code
+    except DocumentError as error:  # of the arguments
+        print(f"attest: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"attest: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _print(text: str) -> None:
+    """Prints and flushes. A reader that has gone has seen enough: that is no error, and the exit code stands."""
+    with suppress(BrokenPipeError):
+        show(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m attest",
+        allow_abbrev=False,
+        description="Make mock keys, measure the code, read evidence.",
+        epilog="exit codes: 0 done or accepted, 1 failed, 2 usage, 3 refused or malformed evidence, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"attest {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., Any], summary: str, about: str | None = None) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, allow_abbrev=False, help=summary, description=about)
+        made.set_defaults(run=run)
+        return made
+
+    keygen = command("keygen", _keygen, "make a mock root key, or a stage's key",
+                     "Without --root, make a root key; with --root and --stage, a stage's key. The new public key is "
+                     "printed, as 64 hex digits.")  # fmt: skip
+    keygen.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
+                        help="where the private key goes: a new file, readable by you alone")  # fmt: skip
+    keygen.add_argument("--root", metavar="FILE", help="the root key that endorses")
+    stage = partial(_number, "a stage's index", 0, CLIENT_ID - 1)
+    keygen.add_argument("--stage", type=stage, metavar="I", help="index of the stage that the key is for")
+    days = partial(_number, "a number of days", 1, 36500)
+    keygen.add_argument("--days", type=days, metavar="N", help=f"how long the endorsement is valid (default: {DAYS})")
+
+    measuring = command("measure", _measure, "print the measurement of the code",
+                        "SHA-384 over names and contents of the *.py of attest, minigpt and transport. Dependencies "
+                        "and the interpreter are not measured.")  # fmt: skip
+    measuring.add_argument("folder", nargs="?", type=Path, metavar="DIR",
+                           help="the folder of the packages (default: the one this program runs from)")  # fmt: skip
+
+    show = command("show", _show, "print what an evidence file says, unverified")
+    verify = command("verify", _verify, "check an evidence file against pins",
+                     "Check signatures, binding, times, measurement and the debug flag of mock evidence. The claims "
+                     "are printed, not compared.")  # fmt: skip
+    for reading in (show, verify):
+        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
+        reading.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--root", type=_public_key, required=True, metavar="HEX",
+                        help="the root's public key, 64 digits")  # fmt: skip
+    verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
+                        help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
+    verify.add_argument("--stage", type=stage, metavar="I", help="refuse a key endorsed for another stage")
+    verify.add_argument("--at", type=_time, metavar="TIME",
+                        help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
+                        "time, because a kept file is always old)")  # fmt: skip
+    return parser
+
+
+def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, str]:
+    if (options.root is None) != (options.stage is None):
+        parser.error("keygen: a stage's key needs both --root and --stage; a root key needs neither")
+    if options.root is None:
+        if options.days is not None:
+            parser.error("keygen: --days is for a stage's key; a root key does not expire")
+        key: MockRoot | MockKey = MockRoot.generate()
+        advice = (
+            f"root key in {options.output}: keep it away from the stages; pin the public key below in the manifest\n"
+            f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json"
+        )
+    else:
+        root = MockRoot.from_json(
+            sys.stdin.buffer.read(MAX_FILE + 1) if options.root == "-" else read_private(options.root, MAX_FILE)
+        )
+        not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
+        key = MockKey.generate(root, options.stage, not_after_ms)
+        advice = (
+            f"key of stage {options.stage} in {options.output}, endorsed by root {root.public.hex()} "
+            f"until {date(not_after_ms)}\n"
+            f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
+            f"--mock-key {options.output} --allow-mock --model DIR"
+        )
+    write_private(options.output, key.to_json())
+    print(advice, file=sys.stderr)
+    return 0, key.public.hex() + "\n"
+
+
+def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    return 0, measure(options.folder).hex() + "\n"
+
+
+def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    evidence, binding = load_evidence(_read(options.file))
+    fields, warnings = _said(evidence, binding)
+    notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
+    return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
+
+
+def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+    try:
+        evidence, binding = load_evidence(_read(options.file))
+        at_ms = options.at
+        if not at_ms:
+            at_ms = parse_evidence(evidence.evidence).timestamp_ms if evidence.provider == Provider.MOCK else 0
+        result = authenticate(evidence, binding, options.root, at_ms)
+        stage = result.stage if options.stage is None else options.stage
+        Policy(Provider.MOCK, frozenset(options.measurement), result.claims, stage or 0).check(result)
+    except AttestationError as error:
+        reasons = getattr(error, "mismatches", (str(error),))
+        lines = ["verdict           refused", *(f"  {reason}" for reason in reasons)]
+        return error.exit_code, _report(options, {"verdict": "refused", "reasons": reasons}, lines)
+    fields, warnings = _said(evidence, binding)
+    window = f"as asked, within {MAX_SKEW} s" if options.at else "the evidence's own time, which its signer chose"
+    notes = [
+        *warnings,
+        f"judged as of {date(at_ms)} ({window}), when its key's endorsement was valid",
+        "not compared: the claims, and which session the handshake hash belongs to",
+    ]
+    fields = {"verdict": "accepted", **fields}
+    lines = [*_lines(fields), *(f"note: {note}" for note in notes)]
+    return 0, _report(options, {"at": date(at_ms), "notes": notes, **fields}, lines)
+
+
+def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[str]]:
+    """What a file says, and what to warn of. Raises EvidenceError where its evidence is malformed."""
+    provider = provider_name(evidence.provider)
+    platform = next((each for each in PLATFORMS.values() if each.provider == evidence.provider), None)
+    warnings = []
+    if evidence.provider == Provider.NONE:
+        warnings.append("there is no evidence in this file: nothing vouches for that end")
+    elif platform is None or platform.verifier is None:
+        warnings.append(f"evidence of provider {provider} is not supported yet")
+    elif platform.simulated:
+        warnings.append(
+            f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"
+        )
+
+    fields: dict[str, Any] = {"provider": provider, "role": "initiator" if binding.role == "I" else "responder"}
+    if platform is not None and platform.describe is not None:
+        fields |= platform.describe(evidence)
+    elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
+        fields |= {"evidence": evidence.evidence, "endorsed": [item.hex() for item in evidence.endorsements]}
+    claims = decode_claims(evidence.claims)
+    fields |= {
+        "handshake_hash": binding.handshake_hash,
+        "static_key": binding.static_key,
+        "claims": evidence.claims if claims is None else claims,
+    }
+    return fields, warnings
+
+
+def _report(options: argparse.Namespace, fields: dict[str, Any], lines: Iterable[str]) -> str:
+    """The one JSON object of --json, or else the lines."""
+    return (json.dumps(fields, indent=2, default=bytes.hex) if options.json else "\n".join(lines)) + "\n"
+
+
+def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
+    """Fields as aligned lines. What came from outside is escaped, so that a file cannot drive a terminal."""
+    lines = []
+    for name, value in fields.items():
+        label = f"{indent}{ascii(name)[1:-1].replace('_', ' '):<{16 - len(indent)}}  "
+        if isinstance(value, dict):
+            lines += [label.rstrip(), *_lines(value, indent + "  ")] if value else [label + "none"]
+        else:
+            lines += [label + _shown(item) for item in (value if isinstance(value, list) else [value])]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_shown(key)} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ascii(value)[1:-1] if isinstance(value, str) else show_scalar(value)
+
+
+def _read(name: str) -> bytes:
+    """The bytes of a file ("-": standard input), but no more than the parser needs to see that it is too long."""
+    return sys.stdin.buffer.read(MAX_FILE + 1) if name == "-" else read_file(name, MAX_FILE)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("minigpt-stages")
+    except metadata.PackageNotFoundError:
+        return "(run from a checkout that is not installed)"
+
+
+def _public_key(text: str) -> bytes:
+    try:
+        return public_key(text)
+    except DocumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _hex(size: int, text: str) -> bytes:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != size or not any(data):
+        raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
+    return data
+
+
+def _number(what: str, least: int, most: int, text: str) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"wanted {what}, {least}..{most}")
+    return int(text)
+
+
+def _time(text: str) -> int:
+    if text == "now":
+        return int(time.time() * 1000)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None or moment.year < 1971:
+        raise argparse.ArgumentTypeError("wanted now, or a time with its zone, such as 2027-01-31T12:00:00Z")
+    return int(moment.timestamp() * 1000)
