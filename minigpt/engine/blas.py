@@ -1,11 +1,16 @@
 """How the BLAS library behind NumPy behaves. It reads its settings once, when NumPy is first imported.
 
-So `import minigpt` sets them, and this module imports nothing heavy.
+So `import minigpt` sets them, and this module imports nothing heavy. Only the number of threads can
+be changed later, and only of OpenBLAS: `control`.
 """
 
+import ctypes
+import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 from minigpt.errors import UsageError
 
@@ -42,3 +47,25 @@ def warn_if_late() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+class Control(NamedTuple):
+    """The number of BLAS's threads, for all of the process's next computations."""
+
+    get: Callable[[], int]
+    set: Callable[[int], object]
+
+
+@functools.cache
+def control() -> Control | None:
+    """None where NumPy's BLAS is not OpenBLAS. NumPy must have been imported."""
+    try:
+        library = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the names of those it needs
+    except OSError:
+        return None
+    for prefix in ("scipy_", ""):  # of NumPy's wheels, and of everybody else
+        for suffix in ("64_", ""):
+            names = [f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("get", "set")]
+            if all(hasattr(library, name) for name in names):
+                return Control(*(getattr(library, name) for name in names))
+    return None
