@@ -17,8 +17,8 @@ from transport import codec, link
 from transport.address import Address
 from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
 from transport.fork import own
-from transport.records import PROCESS_BUDGET, Budget
-from transport.sockets import Listener, Wire, connect, hang_up, receive_all
+from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget
+from transport.sockets import Listener, Wire, connect, gathered, hang_up, receive_all
 
 __all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Listener", "hang_up", "receive_all"]
 
@@ -105,10 +105,16 @@ class Channel:
 
     @classmethod
     def accept(
-        cls, sock: socket, end: link.End, *, deadlines: Deadlines = DEFAULT_DEADLINES, budget: Budget = PROCESS_BUDGET
+        cls,
+        sock: socket,
+        end: link.End,
+        *,
+        deadlines: Deadlines = DEFAULT_DEADLINES,
+        budget: Budget = PROCESS_BUDGET,
+        max_message: int = MAX_MESSAGE,
     ) -> Self:
-        """Establishes a link over an accepted stream socket. Raises as `connect` does."""
-        return cls._establish(sock, link.respond(end, budget=budget), deadlines, end.keys)
+        """Establishes a link over an accepted stream socket; messages have `max_message` bytes. Raises as `connect`."""
+        return cls._establish(sock, link.respond(end, max_message=max_message, budget=budget), deadlines, end.keys)
 
     @classmethod
     def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines, keys: frozenset[bytes] | None) -> Self:
@@ -220,7 +226,7 @@ class Channel:
 
     def _receive(self, until: float, asker: Wire | None) -> dict[str, Any] | None:
         """The next message, or None once `until` has passed."""
-        session, wire = self._session, self._wire
+        session, wire, drips = self._session, self._wire, 0
         while not self._ended:
             start = time.perf_counter()
             body = session.next_message()
@@ -231,15 +237,18 @@ class Channel:
                 if type(message) is not dict:
                     raise DecodeError("message: wanted a map")
                 return message
-            limit = self._limit(session.partial)
+            partial = session.partial
+            limit = self._limit(partial)
             if not wire.wait(min(until, limit), asker) or time.monotonic() > limit:  # a drip is always readable
                 if until <= limit:
                     return None
-                raise TimedOut("the peer did not finish a message in time" if session.partial else "the link was idle")
-            data = wire.read(_LARGE_READ if session.partial else _SMALL_READ)
+                raise TimedOut("the peer did not finish a message in time" if partial else "the link was idle")
+            data = wire.read(_LARGE_READ if partial else _SMALL_READ)
             if data == b"":
                 session.eof()
             session.feed(data or b"")
+            if partial:
+                drips = gathered(data or b"", drips)
         raise self._closed()
 
     def _limit(self, partial: bool) -> float:

@@ -48,7 +48,8 @@ _LENGTH = struct.Struct(">H")
 _ATTEST = struct.Struct(">BBH")
 _U32 = struct.Struct(">I")
 
-# The types that are allowed before the peer's evidence is accepted, with the largest body of each in bytes.
+# The types that are allowed before the peer's evidence is accepted, with the largest body of each in bytes. All records
+# but the last are full, so a stranger can make an end open five at most.
 _FIRST: dict[int, int] = {Type.ATTEST: MAX_TOTAL, Type.ALERT: 1}
 
 

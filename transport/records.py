@@ -2,7 +2,7 @@
 
     record      u16 length (20..65535) | ChaCha20-Poly1305 of
                 u8 type | u8 flags | u16 pad_len | body | zeros[pad_len]
-    message     one or more records of one type, contiguous, FIN on the last
+    message     one or more records of one type, contiguous, FIN on the last; all before it are full
 
 A record's number is implicit: it is the nonce, and both ends count. So a record that was deleted, replayed, moved or
 inserted fails authentication. Before each record whose number is a multiple of 1024, except 0, the key is replaced by a
@@ -175,7 +175,7 @@ class Opener:
         self._held = 0  # bytes of it: of the message under way, or of the one that came out last
         self._buffer = bytearray()
         self._kind = 0  # of the message under way; 0 is none
-        self._body = bytearray()  # one buffer, so that a flood of tiny fragments costs no more than their bytes
+        self._body = bytearray()  # of its records so far
         self._padded = 0  # bytes of body and padding so far
 
     @property
@@ -272,8 +272,9 @@ class Opener:
                 body = b"".join((self._body, body))
             self._forget()
             return Message(kind, body)
-        if len(plaintext) == _HEADER.size:
-            raise self._error("nothing in it, though it is not the last record of its message")
+        if len(plaintext) != MAX_PLAINTEXT:  # else a message could cost a decryption for each of its bytes
+            room = len(plaintext) - _HEADER.size
+            raise self._error(f"{room or 'nothing'} in it, wanted {_ROOM} bytes: it is not the last of its message")
         self._reserve(end - _HEADER.size)
         self._body += memoryview(plaintext)[_HEADER.size : end]
         return None

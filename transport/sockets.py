@@ -27,6 +27,9 @@ _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
 _ACCEPT_POLL = 1.0  # seconds; not every system wakes a poll when its listener is shut down
 _LOOK = 0.5  # seconds between two looks at a peer, where no poll tells that it has left
 _STAGGER = 0.25  # seconds until the next address of a name is tried beside the ones before it: RFC 8305, section 5
+_DRIP = 1024  # bytes; less at a time than any network carries
+_DRIPS = 16  # so many such reads are free
+_GATHER = 0.001  # seconds
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -116,7 +119,7 @@ class Wire:
 
     def read_at_most(self, count: int, deadline: float, late: str) -> bytes:
         """`count` bytes, or fewer if the connection ends before. Raises TimedOut, which says `late`, and Truncated."""
-        data = bytearray()
+        data, reads = bytearray(), 0
         while len(data) < count:
             if not self.wait(deadline) or time.monotonic() > deadline:  # a drip is always readable
                 raise TimedOut(late)
@@ -124,6 +127,8 @@ class Wire:
             if part == b"":
                 break
             data += part or b""
+            if len(data) < count:
+                reads = gathered(part or b"", reads)
         return bytes(data)
 
     def readable(self) -> bool:
@@ -174,6 +179,18 @@ class Wire:
         except (OSError, ValueError):  # it is closed
             return select.POLLNVAL
         return found[0][1] if found else 0
+
+
+def gathered(data: bytes, drips: int) -> int:
+    """Called with each read of something unfinished, and the drips so far; returns those with this one.
+
+    After some, it lets bytes gather for a moment: a peer that sends one at a time must not cost a wakeup for each.
+    """
+    if len(data) >= _DRIP:
+        return drips
+    if drips >= _DRIPS:
+        time.sleep(_GATHER)
+    return drips + 1
 
 
 class Listener:

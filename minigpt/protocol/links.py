@@ -37,6 +37,7 @@ from minigpt.protocol.request import Ask, Traffic, flaw
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
 from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
+from transport.records import MAX_MESSAGE
 
 
 class OneAtATime:
@@ -86,6 +87,14 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
         suites=manifest.suites,
         keys=messages.KEYS,
     )
+
+
+def largest(manifest: Manifest, index: int) -> int:
+    """Bytes of the largest message that stage `index` takes: all the ids that a Generate can have, so that they are
+    refused in words where the model has fewer positions; or a Step of all positions."""
+    config = manifest.config
+    array = 4 * config.n_positions * config.n_embd if index else 4 * messages.MAX_IDS
+    return min(array + 2**16, MAX_MESSAGE)
 
 
 def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget = PROCESS_BUDGET) -> Channel:

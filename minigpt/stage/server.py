@@ -1,5 +1,6 @@
 """Accepts the channels of a stage, one thread for each, and makes room for newcomers."""
 
+import ctypes
 import itertools
 import logging
 import threading
@@ -15,6 +16,7 @@ from transport.channel import Channel, Listener
 log = logging.getLogger("minigpt.stage")
 
 YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
+M_ARENA_MAX = -8  # of malloc.h
 HANDSHAKE_SHARE = 0.1  # of one core, spent on handshakes; at 5 ms each, 20 a second
 
 
@@ -35,6 +37,14 @@ class Pace:
         return max(0.0, self._free - time.monotonic())
 
 
+def _share_heap() -> None:
+    """Lets all threads allocate from one heap. The GNU C library gives most threads one of their own, and keeps up to
+    64 MB in each that nobody uses: as much as all the messages that strangers have ever sent at once."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
 class Server:
     """Serves a stage's channels."""
 
@@ -43,6 +53,7 @@ class Server:
         self._exposed = exposed  # what this process could not lock down
         self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
         self._pace = Pace(HANDSHAKE_SHARE)
+        _share_heap()
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
@@ -96,8 +107,10 @@ class Server:
         began = time.thread_time()
         self.stage.manifest.check_time(time.time())
         try:
-            end = links.answering_end(self.stage.manifest, self.stage.index, self.stage.attester)
-            return Channel.accept(sock, end, deadlines=self.stage.limits.deadlines, budget=self.stage.budget)
+            stage = self.stage
+            end = links.answering_end(stage.manifest, stage.index, stage.attester)
+            most = links.largest(stage.manifest, stage.index)
+            return Channel.accept(sock, end, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most)
         finally:
             self._pace.spend(time.thread_time() - began)
 

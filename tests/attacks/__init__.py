@@ -10,7 +10,7 @@
     evidence.py     attacks 14 to 19, 22, 26, 27: on the evidence
     records.py      attacks 28 to 38: on the records
     application.py  attacks 40 to 44, 54, 60: by ends that are authentic
-    load.py         attacks 39, 45, 61: by their number
+    load.py         attacks 39, 45, 61, 62: by their number
     secrecy.py      attacks 47 to 50: by looking
     host.py         attacks 20, 46, 51 to 53, 55: what only the host can do
 

@@ -17,7 +17,7 @@ from attacks import Seen, attack, require
 from attacks.arena import PATIENCE, TOKENS, Arena, eventually, together
 from attacks.ends import FakeStage, admitted_client, admitted_stage, generate_map, genuine, step_map, token_map
 from attacks.proxy import Frame, Tap, honest
-from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, Rogue
+from attacks.rogue import ALERT, CLOSE, MESSAGE, ROOM, Rogue
 from minigpt.errors import RequestRefused
 from minigpt.protocol import messages
 from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Done, Failure, Generate, Reason, Refusal, Tokens
@@ -48,13 +48,12 @@ def outcome(rogue: Rogue) -> str:
 def endless(arena: Arena) -> Seen:
     seen = []
     for link, admit in ((0, admitted_client), (1, admitted_stage)):
-        for size in (60000, 1):
+        for size in (ROOM, 1):
             before, peak, sent, taken = arena.memory(link), 0, 0, 0
             arena.mark()
             with admit(arena.stages, direct=True) as rogue:
                 piece = bytes(size)
-                most = 2 * CAP if size > 1 else 2 * MB  # one byte at a time it would take all day
-                while sent < most:
+                while sent < 2 * CAP:
                     try:
                         rogue.sock.sendall(b"".join(rogue.seal(MESSAGE, piece, flags=0) for _ in range(16)))
                         sent += 16 * size
@@ -62,12 +61,10 @@ def endless(arena: Arena) -> Seen:
                     except OSError:
                         break
                     peak = max(peak, arena.memory(link) - before)
-                    if size == 1 and sent >= (20000 if arena.thorough else 2000):
-                        break
-                if size > 1:
-                    require(taken < CAP + 8 * MB, f"stage {link} took {taken >> 20} MB of one message")
-                    rogue.last_words()
-            seen.append(Seen("cut" if size > 1 else "left", arena.verdict(link)))
+                require(taken < CAP + 8 * MB, f"stage {link} took {taken >> 20} MB of one message")
+                require(sent < 2 * CAP or size > 1, f"stage {link} took {sent} records of one byte")
+                rogue.last_words()
+            seen.append(Seen("cut", arena.verdict(link)))
             require(peak < 3 * CAP, f"stage {link} grew by {peak >> 20} MB")
             arena.notes.append(
                 f"40: stage {link}, fragments of {size} bytes: {taken / MB:.2f} MB taken, memory +{peak / MB:.1f} MB"
@@ -123,11 +120,7 @@ def msgpack_bombs(arena: Arena) -> Seen:
         for name, body in bad_maps().items():
             arena.mark()
             with admit(arena.stages) as rogue:
-                pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)] or [b""]
-                data = b"".join(
-                    rogue.seal(MESSAGE, piece, flags=FIN if i == len(pieces) - 1 else 0)
-                    for i, piece in enumerate(pieces)
-                )
+                data = rogue.seal_message(body)
                 began = time.monotonic()
                 rogue.write(data)
                 verdict = outcome(rogue)
@@ -141,9 +134,7 @@ def msgpack_bombs(arena: Arena) -> Seen:
             rogue.shake().attest(genuine(arena.stages, 0))
             rogue.hear_attest()
             rogue.hear_map()
-            pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)] or [b""]
-            for i, piece in enumerate(pieces):
-                rogue.say(MESSAGE, piece, flags=FIN if i == len(pieces) - 1 else 0)
+            rogue.write(rogue.seal_message(body))
             return [record.kind for record in rogue.last_words()]
 
         with FakeStage(arena.stages, 0, play) as fake:

@@ -20,7 +20,7 @@ from attacks.ends import (
     token_map,
 )
 from attacks.host import exit_code, refused_before
-from attacks.rogue import ATTEST, FIN, MESSAGE, Rogue
+from attacks.rogue import ATTEST, FIN, MESSAGE, ROOM, Rogue
 from attest import Evidence
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from transport.link import dump_attest, load_attest
@@ -293,7 +293,7 @@ def bombs() -> dict[str, tuple[bytes, int]]:
         "an endorsement beyond the message": (head + b"\0\1\x80" + bytes(4) + b"\1" + b"\xff" * 4, FIN),
         "trailing bytes": (head + b"\0\1\x80" + bytes(4) + b"\0" + b"\0", FIN),
         "256 Ki + 1": (bytes(262145), FIN),
-        "no end": (bytes(600000), 0),
+        "no end": (bytes(10 * ROOM), 0),
         "nothing": (b"", FIN),
     }
 
@@ -308,7 +308,7 @@ def evidence_bombs(arena: Arena) -> Seen:
             arena.mark()
             with as_client(arena.stages) as rogue:
                 rogue.shake().hear_attest()
-                pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)] or [b""]
+                pieces = [body[i : i + ROOM] for i in range(0, len(body), ROOM)] or [b""]
                 records = [
                     rogue.seal(ATTEST, piece, flags=flags if i == len(pieces) - 1 else 0)
                     for i, piece in enumerate(pieces)

@@ -1,4 +1,4 @@
-"""Attacks 39, 45 and 61: many connections at once, by which a host wants memory, sockets, threads or the processor.
+"""Attacks 39, 45, 61 and 62: many connections at once, by which a host wants memory, sockets, threads or the processor.
 
 What is measured is told in notes: memory above the quiet state, and an honest client's tokens a second before and
 meanwhile. The attackers go past the proxies, so that these cost nothing.
@@ -20,7 +20,7 @@ from attacks import Seen, attack, require
 from attacks.arena import FLAGS, Arena, Pipes, eventually
 from attacks.ends import admitted_client, admitted_stage, as_client, generate_map, step_map
 from attacks.proxy import Tap
-from attacks.rogue import ALERT
+from attacks.rogue import ALERT, ATTEST, MESSAGE, ROOM
 from transport.link import SUITES
 
 MB = 1 << 20
@@ -283,19 +283,19 @@ def flood(arena: Arena) -> Seen:
 
 @attack(
     61,
-    "60 idle clients, each with one refused request of 2^20 ids; steps of 12 MB; maps of keys that nobody knows",
+    "60 idle clients, each with one refused request of 2^20 ids; stages so; maps of keys that nobody knows",
     "nothing of a request outlives its answer; sequences and memory are left for others",
 )
 def idle(arena: Arena) -> Seen:
     ids = np.arange(2**20, dtype="<u4").tobytes()
-    rows = np.zeros((12 * MB // 4 // arena.config.n_embd, arena.config.n_embd), np.float32)
+    rows = np.zeros((arena.config.n_positions + 1, arena.config.n_embd), np.float32)
     for link, admit, asked in (
         (0, admitted_client, generate_map(ids)),
         (1, admitted_stage, step_map(rows)),
     ):
         before = arena.memory(link)
         with contextlib.ExitStack() as stack:
-            for _ in range(60 if link == 0 else 20):
+            for _ in range(60):
                 rogue = stack.enter_context(admit(arena.stages, direct=True))
                 rogue.say_map(asked)
                 answer = rogue.hear_map() or {}
@@ -314,3 +314,42 @@ def idle(arena: Arena) -> Seen:
     require(grown < 100 * MB, f"keys that nobody knows hold {grown >> 20} MB")
     arena.control()
     return Seen("refused in words", "memory and sequences bounded")
+
+
+@attack(
+    62,
+    "evidence in records of one byte; evidence, and a message, in packets of one byte",
+    "a little of the processor, and newcomers served at once",
+)
+def tiny_pieces(arena: Arena) -> Seen:
+    pid = arena.stages.processes[0].pid
+    for name in ("records of one byte", "evidence in packets of one byte", "a message in packets of one byte"):
+        before, slowest = processor(pid), 0.0
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                if name.startswith("a message"):
+                    rogue = stack.enter_context(admitted_client(arena.stages, direct=True))
+                    kind = MESSAGE
+                else:
+                    rogue = stack.enter_context(as_client(arena.stages, direct=True).shake())
+                    rogue.hear_attest()
+                    kind = ATTEST
+                with contextlib.suppress(OSError):  # the stage may hang up meanwhile
+                    if name.startswith("records"):
+                        rogue.sock.sendall(b"".join(rogue.seal(kind, b"x", flags=0) for _ in range(90_000)))
+                    else:
+                        for byte in b"".join(rogue.seal(kind, bytes(ROOM), flags=0) for _ in range(3)):
+                            rogue.sock.send(bytes([byte]))
+                    rogue.sock.shutdown(socket.SHUT_WR)
+                rogue.last_words()
+            slowest = max(slowest, newcomer(arena, arena.stages)[1])
+        spent = (processor(pid) - before) / 3
+        arena.notes.append(f"62: {name}: {1000 * spent:.0f} ms of the processor, a newcomer served in {slowest:.2f} s")
+        require(spent < 0.25, f"{name}: a connection costs {spent:.2f} s of the processor")
+    return Seen("served at once", "cut, or let gather")
+
+
+def processor(pid: int) -> float:
+    """Seconds of the processor that a process has used."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")

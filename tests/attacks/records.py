@@ -14,7 +14,7 @@ from attacks.arena import PATIENCE, TOKENS, Arena, eventually, together
 from attacks.ends import FakeStage, admitted_client, admitted_stage, genuine
 from attacks.handshake import flip
 from attacks.proxy import Frame, Rule, Tap
-from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, PING, Rogue
+from attacks.rogue import ALERT, CLOSE, FIN, MESSAGE, PING, ROOM, Rogue
 from minigpt.protocol.messages import CHUNK
 from transport.noise import CipherState
 from transport.records import padded_size
@@ -213,7 +213,7 @@ def fin(arena: Arena) -> Seen:
             seen.append(arena.assault(at(sender, index, cut), link=link))
     arena.mark()
     with admitted_client(arena.stages) as rogue:  # inside a message, between two of its records
-        rogue.say(MESSAGE, bytes(60000), flags=0)
+        rogue.say(MESSAGE, bytes(ROOM), flags=0)
         rogue.sock.shutdown(1)
         rogue.last_words()
     seen.append(Seen("(malicious)", arena.verdict(0)))

@@ -19,6 +19,7 @@ from transport.noise import CipherState, KeyPair
 
 ATTEST, MESSAGE, ALERT, CLOSE, PING = range(1, 6)
 FIN = 1
+ROOM = 65515  # bytes of body and padding in a full record; all records but a message's last are full
 PATIENCE = 20.0  # seconds
 
 
@@ -140,10 +141,14 @@ class Rogue:
 
     def say_map(self, value: dict[str, Any]) -> None:
         """Sends a message, in as many records as it takes."""
-        body = msgpack.packb(value)
-        pieces = [body[i : i + 60000] for i in range(0, len(body), 60000)]
-        for i, piece in enumerate(pieces):
-            self.say(MESSAGE, piece, flags=FIN if i == len(pieces) - 1 else 0)
+        self.write(self.seal_message(msgpack.packb(value)))
+
+    def seal_message(self, body: bytes, kind: int = MESSAGE) -> bytes:
+        """The records of a message, as they go on the wire, without padding."""
+        pieces = [body[i : i + ROOM] for i in range(0, len(body), ROOM)] or [b""]
+        return b"".join(
+            self.seal(kind, piece, flags=FIN if i == len(pieces) - 1 else 0) for i, piece in enumerate(pieces)
+        )
 
     def hear(self) -> Record:
         """The next record; ENDED when the connection has."""

@@ -9,9 +9,11 @@ import time
 import pytest
 from ends import STAGE_END, background, make
 
+from transport import codec
 from transport.channel import Channel, Deadlines
 from transport.errors import Closed, TimedOut
 from transport.records import Type
+from transport.sockets import Wire
 
 
 def drip(sock, data, pause, stop):
@@ -37,6 +39,27 @@ def test_a_drip_does_not_prolong_the_deadline_of_a_message(pause):
     stop.set()
     task.join()
     a.abort()
+
+
+def test_bytes_that_come_one_at_a_time_are_let_gather(monkeypatch):
+    reads, read = [], Wire.read
+    monkeypatch.setattr(Wire, "read", lambda wire, count: reads.append(count) or read(wire, count))
+    one, two = socket.socketpair()
+    a, b = make((one, two))
+    reads.clear()
+    start = time.monotonic()
+    task = background(drip, one, a._session.seal(codec.encode({"rows": bytes(60_000)})), 0, threading.Event())
+    assert b.receive(60.0) == {"rows": bytes(60_000)}
+    assert len(reads) < 20 + 1000 * (time.monotonic() - start)  # a millisecond each, after the first
+    reads.clear()
+    start = time.monotonic()
+    other = background(drip, one, bytes(60_000), 0, threading.Event())
+    assert b._wire.read_exactly(60_000, start + 60.0) == bytes(60_000)
+    assert len(reads) < 20 + 1000 * (time.monotonic() - start)
+    for each in (task, other):
+        each.join()
+    a.abort()
+    b.abort()
 
 
 @pytest.mark.parametrize("data", [b"", b"mGPT\x01\x01\0\0\0\x20" + bytes(20), b"mG"])

@@ -12,6 +12,7 @@ from transport.errors import Closed, LimitError, RecordError, TransportError
 from transport.noise import CipherState
 from transport.records import FIN, Budget, Message, Opener, Sealer, Type, padded_size
 
+ROOM = 65515  # bytes of body and padding in a full record
 KEY = bytes(range(32))
 LIMITS: dict[int, int] = {Type.MESSAGE: records.MAX_MESSAGE, Type.ATTEST: 1000, Type.PING: 0}
 
@@ -168,6 +169,18 @@ def test_what_was_moved_ends_in_a_true_prefix_and_an_error(name, change, first):
     assert len(got) < 4
 
 
+@pytest.mark.parametrize("size", [1, 65515, 65516, 262_144])
+def test_evidence_of_any_size_takes_five_records_at_most(size):
+    data = sealer().seal(Type.ATTEST, bytes(size))
+    assert len(split(data)) == 1 + (padded_size(size) - 1) // ROOM <= 5
+    reader = opener(limits={Type.ATTEST: 262_144})
+    assert opened(reader, data) == [Message(Type.ATTEST, bytes(size))]
+    for _ in range(4):
+        assert opened(reader, record(plain(Type.ATTEST, 0, b"", ROOM), reader.records)) == []
+    with pytest.raises(LimitError):
+        opened(reader, record(plain(Type.ATTEST, 0, b"", ROOM), reader.records))
+
+
 def test_a_whole_tensor_can_not_be_deleted():
     writer = sealer()
     parts = [writer.seal(Type.MESSAGE, bytes(size)) for size in (10, 100_000, 10)]
@@ -202,6 +215,8 @@ def test_a_record_under_the_key_before_the_rekey_is_refused():
         (b"\x02\x01\x00\x03a\x00\x01\x00", "not zero"),
         (b"\x02\x01\x00\x03a\x01\x00\x00", "not zero"),
         (plain(Type.MESSAGE, 0), "nothing in it"),
+        (plain(Type.MESSAGE, 0, b"a"), "1 in it, wanted 65515 bytes: it is not the last"),
+        (plain(Type.MESSAGE, 0, bytes(60_000), 5514), "65514 in it"),
         (plain(Type.PING, FIN, b"x"), "more than 0 bytes"),
         (plain(Type.ATTEST, FIN, bytes(1001)), "more than 1000 bytes"),
     ],
@@ -221,19 +236,20 @@ def test_nothing_comes_between_the_records_of_a_message():
     for kind in (Type.PING, Type.ATTEST):
         reader = opener()
         with pytest.raises(RecordError, match="inside a message"):
-            opened(reader, record(plain(Type.MESSAGE, 0, b"a")) + record(plain(kind, FIN), 1))
+            opened(reader, record(plain(Type.MESSAGE, 0, bytes(ROOM))) + record(plain(kind, FIN), 1))
 
 
 def test_a_record_may_be_all_padding():
-    parts = [plain(Type.MESSAGE, 0, b"ab"), plain(Type.MESSAGE, 0, b"", 9), plain(Type.MESSAGE, FIN, b"", 0)]
+    parts = [
+        plain(Type.MESSAGE, 0, b"ab", ROOM - 2), plain(Type.MESSAGE, 0, b"", ROOM), plain(Type.MESSAGE, FIN, b"", 0),
+    ]  # fmt: skip
     data = b"".join(record(part, n) for n, part in enumerate(parts))
     assert opened(opener(), data) == [Message(Type.MESSAGE, b"ab")]
 
 
-@pytest.mark.parametrize(("body", "padding"), [(bytes(60_000), 0), (b"x", 60_000), (b"", 60_000), (b"x", 0)])
+@pytest.mark.parametrize(("body", "padding"), [(bytes(ROOM), 0), (b"x", ROOM - 1), (b"", ROOM)])
 def test_endless_fragments_are_cut_at_the_cap(body, padding):
-    limits = {Type.MESSAGE: 1000 if len(body) == 1 and not padding else 300_000}
-    reader, budget = opener(limits=limits), Budget(1 << 20)
+    reader, budget = opener(limits={Type.MESSAGE: 300_000}), Budget(1 << 20)
     reader._budget = budget
 
     def flood():
