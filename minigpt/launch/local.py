@@ -7,6 +7,7 @@ stages take turns at the cores. The children live as long as a pipe to each of t
 """
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -95,11 +96,12 @@ class LocalStages:
             listener = handed.enter_context(_bound(self._ports[index].getsockname()[1]))
             listener.listen()
             pipes = [_pipe(handed) for _ in range(2)]
-            readers = [reading for reading, _ in pipes]
+            inherited = [listener.fileno(), self._turns.fileno(), *(reading for reading, _ in pipes)]
+            listening, turns, *readers = [_above_standard(handed, fd) for fd in inherited]
             command = [
                 sys.executable, "-P", "-m", "minigpt.stage", "--index", str(index), "--model", str(self._folder),
                 "--manifest", f"/dev/fd/{readers[0]}", "--mock-key", f"/dev/fd/{readers[1]}", "--allow-mock",
-                "--listen", f"fd:{listener.fileno()}", "--turns", f"/dev/fd/{self._turns.fileno()}", "--until-eof",
+                "--listen", f"fd:{listening}", "--turns", f"/dev/fd/{turns}", "--until-eof",
             ]  # fmt: skip
             if self._threads is not None:
                 command += ["--threads", str(self._threads)]
@@ -111,7 +113,7 @@ class LocalStages:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                pass_fds=[listener.fileno(), self._turns.fileno(), *readers],
+                pass_fds=[listening, turns, *readers],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for this process, which ends them in order
             )
@@ -178,6 +180,14 @@ def _bound(port: int = 0) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _above_standard(ends: contextlib.ExitStack, fd: int) -> int:
+    """A copy of a descriptor, which is closed with `ends`. In a daemon the descriptor itself may be 0, 1 or 2, which
+    mean something else in a child."""
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    ends.callback(os.close, copy)
+    return copy
 
 
 def _pipe(ends: contextlib.ExitStack) -> tuple[int, IO[bytes]]:

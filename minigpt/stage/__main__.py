@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import minigpt
-from minigpt.cli.values import natural, positive, seconds
+from minigpt.cli.values import natural, positive, seconds, threads
+from minigpt.stage import streams
 
 log = logging.getLogger("minigpt.stage")
 
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--index", "I", "which stage this is, from 0", natural)
     add("--model", "DIR", "the checkpoint's folder, or tiny (default: the manifest's model)")
     add("--listen", "ADDR|fd:N", "where to serve; fd:N is a socket handed down (default: the manifest's address)")
-    add("--threads", "N", "BLAS threads (default: MINIGPT_THREADS, or one for each core)", positive)
+    add("--threads", "N", "BLAS threads (default: MINIGPT_THREADS, or one for each core)", threads)
     add("--mock-key", "FILE|ADDR", "this stage's mock key, from `python -m attest keygen`, or where to receive it")
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 64)
@@ -59,9 +60,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stage; returns its exit code."""
+    closed = streams.open_standard()
     options = parser().parse_args(argv)
+    if options.until_eof and 0 in closed:
+        parser().error("--until-eof: standard input is closed, wanted a pipe that whoever starts this stage keeps open")
     lock_down()
-    logging.basicConfig(level=logging.INFO, format=f"stage {options.index}: %(levelname)s %(message)s")
+    streams.set_up(f"stage {options.index}")
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(0))  # until there is something to end in order
     minigpt.set_threads(options.threads)
 

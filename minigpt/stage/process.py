@@ -14,6 +14,7 @@ from minigpt.engine import threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
+from minigpt.stage import streams
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -112,7 +113,7 @@ def _listener(listen: str | None, entry: StageEntry) -> Listener:
         return Listener(Address.parse(listen))
     if not listen[3:].isdecimal():
         raise UsageError(f"--listen {listen}: wanted fd: and the number of an open, listening socket")
-    return Listener(int(listen[3:]))
+    return Listener(streams.moved_up(int(listen[3:])))
 
 
 def _receive(what: str, source: str, limit: int, read: Callable[[bytes], T]) -> T:
