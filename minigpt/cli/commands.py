@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import logging
 import re
 import signal
 import sys
@@ -38,6 +37,7 @@ from minigpt.protocol import manifest
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
 from minigpt.protocol.request import Options
+from minigpt.stage import streams
 from transport.address import Address
 from transport.noise import KeyPair
 from transport.relay import Relay
@@ -318,7 +318,7 @@ def keygen(options: argparse.Namespace) -> int:
 
 def relay(options: argparse.Namespace) -> int:
     """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C, and logs peers and bytes."""
-    logging.basicConfig(level=logging.INFO, format="relay: %(levelname)s %(message)s")
+    streams.set_up("relay")
     target = Address.parse(options.target)
     passing = Relay(Address.parse(options.listen), target, options.connections)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: passing.close())

@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 import minigpt
-from minigpt.cli.values import counts, days, integer, one_of, option, positive, seconds, variable
+from minigpt.cli.values import counts, days, integer, one_of, option, positive, seconds, threads, variable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
     option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
     _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
-    option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage, pinned")
+    option(generate, "--threads", None, "N", threads, "BLAS threads of each local stage, pinned")
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
     option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
-    option(bench, "--threads", None, "N", positive, "BLAS threads of each stage, pinned")
+    option(bench, "--threads", None, "N", threads, "BLAS threads of each stage, pinned")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")

@@ -78,6 +78,14 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
+def threads(text: str) -> int:
+    """A number of threads: 256 is more than any machine has use for, and each takes memory."""
+    value = positive(text)
+    if value > 256:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at most 256")
+    return value
+
+
 def seconds(text: str) -> float:
     """A number of seconds, more than 0."""
     return _between(0, 1e9, text, "a number of seconds")

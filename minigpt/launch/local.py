@@ -7,6 +7,7 @@ the cores. The children live as long as a pipe to each of them: if this process 
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import select
@@ -110,11 +111,14 @@ class LocalStages:
             ready, serving = os.pipe()
             handed.callback(os.close, serving)
             descriptors = {
-                "--manifest": manifest.fileno(),
-                "--mock-key": secret,
-                "--listen": listener.fileno(),
-                "--turns": self._turns.fileno(),
-                "--ready": serving,
+                flag: _above_standard(handed, fd)
+                for flag, fd in {
+                    "--manifest": manifest.fileno(),
+                    "--mock-key": secret,
+                    "--listen": listener.fileno(),
+                    "--turns": self._turns.fileno(),
+                    "--ready": serving,
+                }.items()
             }
             options = ["--index", str(index), "--model", str(self._folder), "--allow-mock", "--until-eof"]
             for flag, descriptor in descriptors.items():
@@ -219,3 +223,11 @@ def _bound(port: int = 0) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _above_standard(ends: contextlib.ExitStack, fd: int) -> int:
+    """A copy of a descriptor, which is closed with `ends`. In a daemon the descriptor itself may be 0, 1 or 2, which
+    mean something else in a child."""
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    ends.callback(os.close, copy)
+    return copy

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import minigpt
-from minigpt.cli.values import blame, descriptor, natural, option, place, positive, seconds
+from minigpt.cli.values import blame, descriptor, natural, option, place, positive, seconds, threads
 from minigpt.errors import MiniGPTError, shortage
+from minigpt.stage import streams
 
 log = logging.getLogger("minigpt.stage")
 
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--threads",
         "N",
         "BLAS threads, pinned (default: one for each core, and fewer beside busy neighbours)",
-        positive,
+        threads,
     )
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a stage; returns its exit code."""
+    closed = streams.open_standard()
     try:
         from attest.document import DocumentError, refuse_private
 
@@ -83,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DocumentError as error:
         parser().error(str(error))
     options = parser().parse_args(argv)
+    if options.until_eof and 0 in closed:
+        parser().error("--until-eof: standard input is closed, wanted a pipe that whoever starts this stage keeps open")
     exposed = lock_down()
-    logging.basicConfig(level=logging.INFO, format=f"stage {options.index}: %(levelname)s %(message)s")
+    streams.set_up(f"stage {options.index}")
     if exposed:
         log.warning("not locked down: %s", exposed)
     if not (sys.flags.isolated and sys.flags.no_site):

@@ -13,6 +13,7 @@ from minigpt.engine import threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
+from minigpt.stage import streams
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -61,8 +62,12 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     end_with(listener.close)  # and `serve` returns
     try:
-        with open(1 if options.ready is None else options.ready, "w", closefd=options.ready is not None) as ready:
-            ready.write(f"stage {entry.index} ready: {layers}, {listener.address}\n")
+        line = f"stage {entry.index} ready: {layers}, {listener.address}"
+        if options.ready is None:
+            print(line, flush=True)
+        else:
+            with open(options.ready, "w") as ready:
+                print(line, file=ready)
         size, kind = model.nbytes / 1e6, entry.platform.name
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         server.serve(listener)
@@ -115,7 +120,7 @@ def _opened(place: str | int) -> IO[bytes]:
 def _listener(place: str | int | None, entry: StageEntry) -> Listener:
     if place is None:
         return Listener(entry.address)
-    return Listener(Address.parse(place) if isinstance(place, str) else place)
+    return Listener(Address.parse(place) if isinstance(place, str) else streams.moved_up(place))
 
 
 def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T], load: Load = read_file) -> T:
