@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     _option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
     _option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
     _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
-    _option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage")
+    _option(generate, "--threads", None, "N", positive, "BLAS threads of each local stage, pinned")
     _option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     _option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     _option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
     _option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
-    _option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
+    _option(bench, "--threads", None, "N", positive, "BLAS threads of each stage, pinned")
     _option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")

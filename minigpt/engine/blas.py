@@ -1,11 +1,16 @@
 """How the BLAS library behind NumPy behaves. It reads its settings once, when NumPy is first imported.
 
-So `import minigpt` sets them, and this module imports nothing but the standard library.
+So `import minigpt` sets them, and this module imports nothing but the standard library. Only the number of threads can
+be changed later, and only of OpenBLAS: `control`.
 """
 
+import ctypes
+import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 # An idle OpenBLAS thread spins for 2 ** this many cycles before it sleeps. Its default, 2 ** 26 (about 29 ms), keeps a
 # core busy that another stage on this machine needs: two stages then take twice as long as one.
@@ -38,3 +43,25 @@ def warn_if_late() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+class Control(NamedTuple):
+    """The number of BLAS's threads, for all of the process's next computations."""
+
+    get: Callable[[], int]
+    set: Callable[[int], object]
+
+
+@functools.cache
+def control() -> Control | None:
+    """None where NumPy's BLAS is not OpenBLAS. NumPy must have been imported."""
+    try:
+        library = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the names of those it needs
+    except OSError:
+        return None
+    for prefix in ("scipy_", ""):  # of NumPy's wheels, and of everybody else
+        for suffix in ("64_", ""):
+            names = [f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("get", "set")]
+            if all(hasattr(library, name) for name in names):
+                return Control(*(getattr(library, name) for name in names))
+    return None

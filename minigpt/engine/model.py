@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.engine import blas
+from minigpt.engine import blas, threads
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
@@ -165,6 +165,7 @@ class GPT2:
 
     def __init__(self, config: Config, layers: range, tensors: Mapping[str, Array]) -> None:
         blas.warn_if_late()
+        threads.settle()
         shapes = tensor_shapes(config, layers)
         for name, shape in shapes.items():
             if name not in tensors:

@@ -6,27 +6,92 @@ takes about 110 µs, so this pays only for work that takes several times that.
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minigpt.engine import blas
 
 Work = Callable[[slice], object]
 
 
+def chosen() -> int | None:
+    """The number of threads that somebody has set, in the order in which OpenBLAS looks."""
+    for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        wanted = os.environ.get(name, "")
+        if wanted.isdecimal() and int(wanted) > 0:
+            return int(wanted)
+    return None
+
+
+def processors() -> list[int]:
+    """Those that the calling thread may run on."""
+    with contextlib.suppress(OSError, AttributeError):  # a seccomp profile may refuse it, and macOS has none
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def quota(proc: Path = Path("/proc/self")) -> float:
+    """How many processors the control groups of this process may keep busy; infinity if there is no limit.
+
+    The smallest of those of its own group and all above it that can be seen: cgroups(7), `cpu.max` of version 2, and
+    `cpu.cfs_quota_us` by `cpu.cfs_period_us` of version 1.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines() if line.count(":") > 1]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return math.inf
+    path = {name: where for _, controllers, where in groups for name in controllers.split(",")}  # version 2 has no name
+    least = math.inf
+    for mount in mounts:
+        root, point, (kind, _, options) = mount[3], mount[4], mount[mount.index("-") + 1 :]
+        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
+        if controller not in path or (controller and controller not in options.split(",")):
+            continue
+        below = os.path.relpath(path[controller], root)
+        top = Path(point)
+        own = top if below.startswith("..") else top / below  # the group may lie above what is mounted
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit, written as "max"
+                if controller:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    limit, period = (folder / "cpu.max").read_text().split()
+                if int(limit) > 0 < int(period):
+                    least = min(least, int(limit) / int(period))
+            if folder == top:
+                break
+    return least
+
+
 def available() -> int:
-    """How many threads BLAS has: the number that was set, or one for each processor."""
-    wanted = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many threads compute: the number that was set, or one for each processor that this process may keep busy.
+
+    Half a processor more counts as one. Under a quota of one, two threads of BLAS that wait for each other took twice
+    as long for a token as one; under a quota of one and a half, three quarters.
+    """
+    return chosen() or max(1, math.floor(min(len(processors()), quota() + 0.5)))
 
 
+SET = chosen() is not None  # whether the number stays as it is, whatever happens
 THREADS = available()
+
+
+def settle() -> None:
+    """Leaves BLAS no more than THREADS threads: it counts processors itself, and knows nothing of quotas."""
+    control = blas.control()
+    if control is not None and not SET and control.get() > THREADS:
+        control.set(THREADS)
+
 
 _LOOK = 1.0  # seconds between two looks at whether a thread that is waited for still lives
 
 _processors: list[int] = []  # of each computing thread, once they are spread
+_workers: list[int] = []  # of BLAS, then
 
 
 def native() -> list[int]:
@@ -54,24 +119,34 @@ def spread(workers: Sequence[int]) -> None:
     """
     if sys.platform != "linux":
         return
-    processors = sorted(os.sched_getaffinity(0))
-    if len(processors) == THREADS == len(workers) + 1:
-        _processors[:] = processors
-        for thread, processor in zip([0, *workers], processors, strict=True):
-            _pin(thread, processor)
+    found = processors()
+    if len(found) == THREADS == len(workers) + 1:
+        _processors[:], _workers[:] = found, workers
+        place(THREADS)
 
 
-def _pin(thread: int, processor: int) -> None:
+def place(count: int) -> None:
+    """Where threads are spread: pins all of them as `spread` says, or none if fewer than all compute."""
+    if not _processors:
+        return
+    homes = dict(zip(_workers, _processors[1:], strict=True))
+    homes |= {helper.native_id: _processors[helper.place] for helper in _pool().helpers}
+    with contextlib.suppress(OSError):  # no /proc
+        for thread in map(int, os.listdir("/proc/self/task")):
+            _pin(thread, {homes.get(thread, _processors[0])} if count == THREADS else set(_processors))
+
+
+def _pin(thread: int, processors: set[int]) -> None:
     """A refusal costs some speed and nothing else: the process's cpuset may have shrunk meanwhile."""
     with contextlib.suppress(OSError):
-        os.sched_setaffinity(thread, {processor})
+        os.sched_setaffinity(thread, processors)
 
 
 class _Helper:
     """A thread that waits for parts to compute. It uses two bare locks, because an executor takes 30 µs longer."""
 
     def __init__(self, place: int) -> None:
-        self._place = place  # among the computing threads; the caller is the first
+        self.place = place  # among the computing threads; the caller is the first
         self._begin, self._end = threading.Lock(), threading.Lock()
         self._begin.acquire()
         self._end.acquire()
@@ -96,9 +171,13 @@ class _Helper:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def native_id(self) -> int:
+        return self._thread.native_id or 0
+
     def _run(self) -> None:
         if _processors:
-            _pin(0, _processors[self._place])
+            _pin(0, {_processors[self.place]})
         while True:
             self._begin.acquire()
             assert self._job is not None

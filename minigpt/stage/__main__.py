@@ -42,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     add("--index", "I", "which stage this is, from 0", natural)
     add("--model", "DIR", "the checkpoint's folder, or tiny (default: the manifest's model)")
     add("--listen", "ADDR|fd:N", "where to serve; fd:N is a socket handed down (default: the manifest's address)")
-    add("--threads", "N", "BLAS threads (default: MINIGPT_THREADS, or one for each core)", positive)
+    add(
+        "--threads",
+        "N",
+        "BLAS threads, pinned (default: MINIGPT_THREADS, or one for each core and fewer beside busy neighbours)",
+        positive,
+    )
     add("--mock-key", "FILE|ADDR", "this stage's mock key, from `python -m attest keygen`, or where to receive it")
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 64)

@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 
 from numpy.typing import NDArray
 
+from minigpt.engine.crew import fitted
 from minigpt.engine.model import GPT2, KVCache
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ class Schedule:
             start: position of the first row.
             rows: (T,) token ids in the first stage, (T, C) hidden states in the others.
         """
-        with self._turns:
+        with self._turns, fitted(len(rows)):
             began = time.perf_counter()
             cache.truncate(start)
             hidden = self.model.embed(rows, start) if self.model.is_first else rows

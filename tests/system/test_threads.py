@@ -1,6 +1,7 @@
 """Computing in parts: every part once, errors raised, and the same bits on any number of threads."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -66,6 +67,68 @@ def test_there_are_as_many_threads_as_blas_has(
     assert threads.available() == wanted or (wanted is None and threads.available() >= 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "group", "root", "limits", "wanted"),
+    [
+        ("cgroup2 none rw", "0::/", "/", {"": "150000 100000"}, 1.5),
+        ("cgroup2 none rw", "0::/a/b", "/", {"a": "200000 100000", "a/b": "max 100000"}, 2.0),
+        ("cgroup2 none rw", "0::/a/b", "/", {"": "50000 100000", "a/b": "400000 100000"}, 0.5),
+        ("cgroup2 none rw", "0::/docker/a", "/docker/a", {"": "100000 50000"}, 2.0),  # without a namespace of its own
+        ("cgroup2 none rw", "0::/../other", "/", {"": "100000 50000"}, 2.0),  # moved out of what it sees
+        ("cgroup2 none rw", "0::/", "/", {}, math.inf),
+        ("cgroup2 none rw", "0::/", "/", {"": "nonsense"}, math.inf),
+        ("cgroup none rw,cpu,cpuacct", "4:cpu,cpuacct:/a\n0::/b", "/", {"a": "150000 100000"}, 1.5),
+        ("cgroup none rw,cpu", "4:cpu:/a", "/", {"a": "-1 100000"}, math.inf),
+        ("cgroup none rw,cpuset", "4:cpuset:/a", "/", {"a": "100000 100000"}, math.inf),
+        ("tmpfs none rw", "", "/", {}, math.inf),
+    ],
+)
+def test_the_quota_is_the_least_of_those_of_the_groups_above(
+    kind: str, group: str, root: str, limits: dict[str, str], wanted: float, tmp_path: Path
+) -> None:
+    point = tmp_path / "mounted"
+    for where, text in limits.items():
+        (point / where).mkdir(parents=True, exist_ok=True)
+        if kind.startswith("cgroup2"):
+            (point / where / "cpu.max").write_text(text + "\n")
+        else:
+            for name, number in zip(("quota", "period"), text.split(), strict=True):
+                (point / where / f"cpu.cfs_{name}_us").write_text(number + "\n")
+    (tmp_path / "cgroup").write_text(group + "\n")
+    (tmp_path / "mountinfo").write_text(f"31 23 0:28 {root} {point} rw,relatime shared:4 - {kind}\n")
+    assert threads.quota(tmp_path) == wanted
+
+
+def test_without_proc_there_is_no_quota(tmp_path: Path) -> None:
+    assert threads.quota(tmp_path / "missing") == math.inf
+
+
+QUOTA = """
+import os, sys
+from pathlib import Path
+(Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+for name in ("MINIGPT_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.pop(name, None)
+import minigpt
+from minigpt.engine import blas, threads
+model = minigpt.load("tiny")
+print(threads.THREADS, blas.control().get())
+"""
+
+
+@pytest.mark.parametrize(("processors", "wanted"), [(0.5, 1), (1.0, 1), (1.4, 1), (1.5, 2)])
+def test_a_process_under_a_quota_has_as_many_threads_as_it_may_keep_busy(
+    processors: float, wanted: int, cgroup: Callable[[str], Path]
+) -> None:
+    group = cgroup("cpu")
+    (group / "cpu.cfs_period_us").write_text("100000")
+    (group / "cpu.cfs_quota_us").write_text(str(int(processors * 100_000)))
+    command = [sys.executable, "-c", QUOTA, str(group)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    wanted = min(wanted, len(threads.processors()))
+    assert done.stdout == f"{wanted} {wanted}\n", done.stderr
+
+
 SPREAD = """
 import minigpt, os, numpy
 from minigpt.engine import threads
@@ -73,7 +136,12 @@ workers = threads.native()
 threads.spread(workers)
 places = [sorted(os.sched_getaffinity(thread)) for thread in (0, *workers)]
 threads.in_parts(lambda part: places.append(sorted(os.sched_getaffinity(0))) if part.start else None, threads.THREADS)
-print(places)
+tids = [0, *workers, *(helper.native_id for helper in threads._pool().helpers)]
+found = [places]
+for number in (threads.THREADS - 1, threads.THREADS):
+    threads.place(number)
+    found.append([sorted(os.sched_getaffinity(thread)) for thread in tids])
+print(found)
 """
 
 
@@ -83,10 +151,12 @@ def test_threads_are_spread_where_they_are_as_many_as_the_processors(count: int)
     processors = sorted(os.sched_getaffinity(0))
     environment = os.environ | {"MINIGPT_THREADS": str(count)}
     done = subprocess.run([sys.executable, "-c", SPREAD], capture_output=True, text=True, cwd=ROOT, env=environment)
-    places = json.loads(done.stdout)
+    places, fewer, again = json.loads(done.stdout)
     if count == len(processors):
         assert places[:count] == [[one] for one in processors]  # the caller's, and those of BLAS
         assert sorted(places[count:]) == [[one] for one in processors[1:]]  # our own beside the caller's
+        assert fewer == [processors] * len(places)  # whoever computes alone goes where there is room
+        assert again == places
     else:  # BLAS may have taken fewer
         assert all(place == processors for place in places)
 
