@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.client.text import Prompt, TextModel, encode_prompt
+from minigpt.engine.crew import fitted
 from minigpt.engine.model import GPT2
 from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason
 from minigpt.stage.generation import StageSequence, generate
@@ -34,8 +35,9 @@ class Model(TextModel):
         rows = []
         for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
-            hidden = self._model.forward(self._model.embed(chunk, start), [(cache, len(chunk))])
-            rows.append(self._model.logits(hidden))
+            with fitted(len(chunk)):
+                hidden = self._model.forward(self._model.embed(chunk, start), [(cache, len(chunk))])
+                rows.append(self._model.logits(hidden))
         return np.concatenate(rows)
 
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:

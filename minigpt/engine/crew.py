@@ -23,6 +23,7 @@ from minigpt.engine import blas, threads
 WINDOW = 4  # passes that are judged together
 MANY = 4  # switches per pass: quiet, GPT-2 small has 1 to 3; beside one busy process on two cores 10 to 90
 FIRST, LAST = 0.5, 8.0  # seconds from one trial to the next; twice as many after each that failed
+FORK = 60.0  # seconds that a fork waits for passes at most, and they for it
 SHARE = 20  # and at least so many times what the failed one took, whatever the model's size
 
 
@@ -106,15 +107,46 @@ class _System:
 
 
 class _Own:
-    """The crew of this process, and the lock for its use."""
+    """The crew of this process, the lock for its use, and the passes under way.
+
+    A fork waits for the passes of other threads: the child has none of those threads, and would wait for ever for the
+    locks of BLAS that they held.
+    """
 
     def __init__(self) -> None:
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)  # in the child, the lock may be held for ever
+        os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._reset)
 
     def _reset(self) -> None:
         self.lock = threading.Lock()
         self.crew = Crew(threads.THREADS, _System())
+        self._passes: set[int] = set()  # the identifiers of their threads
+        self._forks = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A context for a pass."""
+        mine = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forks, FORK)
+            self._passes.add(mine)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._passes.discard(mine)
+                self._changed.notify_all()
+
+    def _hold(self) -> None:
+        with self._changed:
+            self._forks += 1
+            self._changed.wait_for(lambda: not self._passes - {threading.get_ident()}, FORK)
+
+    def _let_go(self) -> None:
+        with self._changed:
+            self._forks -= 1
+            self._changed.notify_all()
 
 
 _own = functools.cache(_Own)  # the process's only one, made when it is first used
@@ -125,22 +157,19 @@ def fitted(rows: int) -> Iterator[None]:
     """A context for a pass of so many rows: one row is a token, and BLAS uses the crew's number of threads for it.
 
     Outside, BLAS has its usual number, for prompts and for whoever else uses it. While a pass is under way, those of
-    other Python threads are neither timed nor fitted.
+    other Python threads are neither timed nor fitted, and a fork waits.
     """
-    control = blas.control()
-    if rows != 1 or control is None or threads.SET or threads.THREADS < 2:
-        yield
-        return
-    own = _own()
-    if not own.lock.acquire(blocking=False):
-        yield
-        return
-    usual = control.get()
-    try:
-        control.set(min(own.crew.count, usual))
-        own.crew.begin()
-        yield
-        own.crew.end()
-    finally:
-        control.set(usual)
-        own.lock.release()
+    control, own = blas.control(), _own()
+    with own.under_way():
+        if rows != 1 or control is None or threads.SET or threads.THREADS < 2 or not own.lock.acquire(blocking=False):
+            yield
+            return
+        usual = control.get()
+        try:
+            control.set(min(own.crew.count, usual))
+            own.crew.begin()
+            yield
+            own.crew.end()
+        finally:
+            control.set(usual)
+            own.lock.release()

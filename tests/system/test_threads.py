@@ -1,8 +1,10 @@
 """Computing in parts: every part once, errors raised, and the same bits on any number of threads."""
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -310,6 +312,40 @@ def test_a_model_that_was_loaded_before_a_fork_generates_in_both_processes(first
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.stdout == "7 4\n", done.stderr
+
+
+FORKED_MEANWHILE = """
+import os, threading, minigpt
+model = minigpt.load("tiny")
+def ids(): return [token.id for token in model.generate([5 + i % 50 for i in range(100)], max_tokens=4)]
+wanted, ended = ids(), threading.Event()
+def keep_busy():
+    while not ended.is_set(): ids()
+other = threading.Thread(target=keep_busy)
+other.start()
+try:
+    for _ in range(3):
+        if os.fork() == 0:
+            os._exit(7 if ids() == wanted else 1)
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+finally:
+    ended.set()
+other.join()
+print(ids() == wanted)
+"""
+
+
+def test_a_fork_while_another_thread_computes_leaves_a_child_that_computes() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", FORKED_MEANWHILE],  # Python 3.12 warns of any fork beside threads
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"MINIGPT_THREADS": "2"},
+    )  # fmt: skip
+    try:
+        found, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a child that hangs, too
+    assert found == "7\n" * 3 + "True\n"
 
 
 SHRUNK = """
