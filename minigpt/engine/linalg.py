@@ -33,7 +33,8 @@ def _small_blocks_pay() -> bool:
     return "openblas" in blas and not {"X86_V4", "AVX512_SKX"}.isdisjoint(simd)
 
 
-# Chosen once per machine and by shape, never by load: a text must not depend on who else is served.
+# Chosen once per machine and by shape, never by load: a text must not depend on who else is served. (On who else runs
+# it may, in the last bits and unless the number of threads is set: see crew.py.)
 BLOCKED = _small_blocks_pay()
 FEW_ROWS = 32 if BLOCKED else 3  # more rows are left to BLAS
 EVEN_ROWS = 1 if BLOCKED else 4 * THREADS  # and are then filled up to a multiple of this

@@ -41,16 +41,17 @@ def quota(proc: Path = Path("/proc/self")) -> float:
     `cpu.cfs_quota_us` by `cpu.cfs_period_us` of version 1.
     """
     try:
-        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines() if line.count(":") > 1]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+        lines, mounts = ((proc / name).read_text(errors="surrogateescape") for name in ("cgroup", "mountinfo"))
     except OSError:
         return math.inf
+    groups = [line.split(":", 2) for line in lines.splitlines() if line.count(":") > 1]
     path = {name: where for _, controllers, where in groups for name in controllers.split(",")}  # version 2 has no name
     least = math.inf
-    for mount in mounts:
-        root, point, (kind, _, options) = mount[3], mount[4], mount[mount.index("-") + 1 :]
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if controller not in path or (controller and controller not in options.split(",")):
+    for line in mounts.splitlines():
+        mounted, _, how = line.partition(" - ")
+        root, point = mounted.split(" ")[3:5]
+        controller = {"cgroup2": "", "cgroup": "cpu"}.get(how.split(" ")[0])
+        if controller not in path or (controller and controller not in how.split(" ")[-1].split(",")):
             continue
         below = os.path.relpath(path[controller], root)
         top = Path(point)

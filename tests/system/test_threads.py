@@ -97,7 +97,8 @@ def test_the_quota_is_the_least_of_those_of_the_groups_above(
             for name, number in zip(("quota", "period"), text.split(), strict=True):
                 (point / where / f"cpu.cfs_{name}_us").write_text(number + "\n")
     (tmp_path / "cgroup").write_text(group + "\n")
-    (tmp_path / "mountinfo").write_text(f"31 23 0:28 {root} {point} rw,relatime shared:4 - {kind}\n")
+    others = "22 1 0:3 / /odd\\040name rw - tmpfs  rw\n"  # whose source has no name
+    (tmp_path / "mountinfo").write_text(f"{others}31 23 0:28 {root} {point} rw,relatime shared:4 - {kind}\n")
     assert threads.quota(tmp_path) == wanted
 
 
