@@ -24,7 +24,7 @@ WINDOW = 4  # passes that are judged together
 MANY = 4  # switches per pass: quiet, GPT-2 small has 1 to 3; beside one busy process on two cores 10 to 90
 FIRST, LAST = 0.5, 8.0  # seconds from one trial to the next; twice as many after each that failed
 FORK = 60.0  # seconds that a fork waits for passes at most, and they for it
-SHARE = 20  # and at least so many times what the failed one took, whatever the model's size
+SHARE = 20  # and at least so many times what the failed one took, in seconds of passes: also where pauses are long
 
 
 class Machine(Protocol):
@@ -52,7 +52,8 @@ class Crew:
         self._most = most
         self._machine = machine
         self._delay = FIRST
-        self._next = 0.0  # when a trial is due
+        self._next = 0.0  # when a trial is due: a time,
+        self._rest = 0.0  # and the seconds of passes until then
         self._before: tuple[int, float] | None = None  # during a trial: the count before it, and its window's seconds
         self._clear()
 
@@ -63,12 +64,14 @@ class Crew:
         now = self._machine.now()
         self._passes += 1
         self._seconds += now - self._began
+        self._rest -= now - self._began
         self._switches += self._machine.switches() - self._switched
         if self._before is not None:
             count, seconds = self._before
             if self._seconds >= seconds:  # at once: it can only get worse
                 self._delay = min(2 * self._delay, LAST)
-                self._next = now + max(self._delay, SHARE * self._seconds)
+                self._next = now + self._delay
+                self._rest = SHARE * self._seconds
                 self._change(count)
             elif self._passes == WINDOW:
                 self._delay = FIRST
@@ -77,10 +80,10 @@ class Crew:
                 self._clear()
         elif self._passes == WINDOW:
             before = self.count, self._seconds
-            crowded = self._switches > MANY * WINDOW
-            if now >= self._next and crowded and self.count > 1:
+            due = now >= self._next and self._rest <= 0
+            if due and self.count > 1 and self._switches > MANY * WINDOW:
                 self._change(self.count // 2, before)
-            elif now >= self._next and self.count < self._most:
+            elif due and self.count < self._most:
                 self._change(min(2 * self.count, self._most), before)
             else:
                 self._clear()

@@ -58,6 +58,19 @@ def test_a_token_takes_hardly_longer_than_on_the_better_number_of_threads(loops:
     assert machine.tokens(crew, 1000) < 1.15 * machine.best(1000)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_pauses_do_not_make_trials_dearer(seed: int) -> None:
+    machine = Simulated(seed=seed)
+    crew = Crew(2, machine)
+    machine.loops = 1
+    machine.tokens(crew, 3 * WINDOW)
+    seconds = 0.0
+    for _ in range(100):
+        machine.clock += 30
+        seconds += machine.tokens(crew, 10)
+    assert seconds < 1.15 * machine.best(1000)
+
+
 def test_a_quiet_machine_is_left_alone() -> None:
     machine = Simulated()
     machine.tokens(Crew(2, machine), 1000)
