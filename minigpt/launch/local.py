@@ -8,9 +8,8 @@ the cores. The children live as long as a pipe to each of them: if this process 
 
 import contextlib
 import fcntl
-import math
 import os
-import select
+import selectors
 import socket
 import subprocess
 import tempfile
@@ -145,15 +144,15 @@ class LocalStages:
         process, ready, log = self._children[index]
         until = time.monotonic() + READY
         line = b""
-        while not line.endswith(b"\n"):
-            poller = select.poll()
-            poller.register(ready, select.POLLIN)
-            if not poller.poll(max(0, math.ceil(1000 * (until - time.monotonic())))):
-                raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
-            part = os.read(ready, 4096)
-            if not part:  # the child has ended
-                break
-            line += part
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(ready, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not waiting.select(max(0.0, until - time.monotonic())):
+                    raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
+                part = os.read(ready, 4096)
+                if not part:  # the child has ended
+                    break
+                line += part
         if line.startswith(b"stage %d ready" % index):
             return
         try:

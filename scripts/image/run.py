@@ -45,6 +45,7 @@ from scripts.image.slirp import Network, SlirpError
 LOOPBACK = "127.0.0.1"
 READY = re.compile(rb"stage \d+ ready")
 LAST_WORDS = re.compile(rb"stage \d+: ERROR .*|minigpt image: .*|Kernel panic.*")
+REFUSED = re.compile(rb"did not send the [a-z ]+, still waiting: (.*)")
 MIB = 2**20
 QEMU = ["qemu-system-x86_64", "-M", "q35", "-cpu", "max", "-accel", "tcg", "-no-reboot", "-nodefaults", "-display",
         "none", "-serial", "stdio", "-device", "virtio-net-pci,netdev=net,romfile="]  # fmt: skip
@@ -77,6 +78,7 @@ class Guest:
         self._started = time.monotonic()
         self._news = threading.Event()  # the console said something that decides
         self._last_words: list[str] = []
+        self._refused = ""  # why the stage does not take what it was sent; it waits for somebody else's
         try:
             folder = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="minigpt-image-")))
             eif.extract(image, folder)
@@ -110,6 +112,9 @@ class Guest:
             if READY.search(line):
                 self.booted = time.monotonic() - self._started
                 self._news.set()
+            elif words := REFUSED.search(line):
+                self._refused = words[1].decode(errors="replace").strip()
+                self._news.set()
             elif words := LAST_WORDS.search(line):
                 self._last_words.append(words[0].decode(errors="replace").strip())
         self._news.set()
@@ -128,6 +133,8 @@ class Guest:
             if mock_key is not None:
                 send(self._ports[MOCK_KEY_PORT], mock_key)
             self._news.wait(0.2)
+        if self._refused:
+            raise RunError(f"the stage does not take what it was sent: {self._refused}")
         if self.booted is None:
             self._process.wait()
             said = "; ".join(self._last_words) or f"exit code {self._process.returncode}"
