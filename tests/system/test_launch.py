@@ -219,6 +219,17 @@ def test_without_any_python_the_error_says_what_is_missing(monkeypatch: pytest.M
         Pipeline.local()
 
 
+def test_stages_start_without_proc_and_dev_fd() -> None:
+    hidden = "mount -t tmpfs none /proc && ! ls /dev/fd/0 && "
+    command = f'exec "{sys.executable}" -m minigpt generate "The capital of France is" --max-tokens 1'
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace can be made: needs root")
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden + command], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, " Paris\n"), run.stderr
+
+
 # What runs in them.
 
 
