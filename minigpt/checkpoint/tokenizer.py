@@ -72,6 +72,17 @@ class Tokenizer:
             return bytes(_BYTES[letter] for letter in text)
         return text.encode()  # an added token, which stands for itself
 
+    def name(self, token: int) -> str:
+        r"""What OpenAI's API calls a token: its text, or a special token's name, or its bytes if they are no text.
+
+        For example " Paris", "<|endoftext|>", or r"bytes:\xe2\x80".
+        """
+        data = self.bytes(token) or (self._encoder.id_to_token(token) or "").encode()
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
 
 class Stream:
     """Decodes token by token. All that `push` and `flush` return, joined, is `decode` of the tokens."""

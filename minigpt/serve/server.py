@@ -1,0 +1,141 @@
+"""uvicorn, with bounds on connections, and the words at the start."""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from minigpt.client.pipeline import Pipeline
+from minigpt.errors import UsageError
+from minigpt.serve.app import build
+from minigpt.serve.guard import Guard, lines
+from minigpt.serve.service import Service
+
+CONNECTIONS = 512  # at a time; a newcomer then ends one that has no request under way
+IDLE = 15.0  # seconds that a connection may take until its next request has come, headers and all
+UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
+MAX_HEADERS = 16 * 1024  # bytes
+DRAIN = 30.0  # seconds that answers may still take after SIGTERM
+
+
+class Connection(H11Protocol):
+    """One HTTP connection that costs only so much, whatever its client does."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= CONNECTIONS and not self._make_room():
+            transport.abort()
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._unread: asyncio.TimerHandle | None = None
+        self._timer = self.loop.call_later(IDLE, self._look)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way: none that has come whole, and is not answered yet."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _make_room(self) -> bool:
+        """Ends the connection that is idle longest: one that never had an answer, if there is such a one."""
+        others = [each for each in self.connections if isinstance(each, Connection) and each.idle]
+        if not others:
+            return False
+        oldest = min(others, key=lambda each: (each.cycle is not None, each._since))
+        oldest.transport.abort()
+        self.connections.discard(oldest)
+        return True
+
+    def _look(self) -> None:
+        """Ends a connection whose next request has not come in time. Looks again as long as there are requests."""
+        now = self.loop.time()
+        if not self.idle or (self.cycle is not None and self.cycle.more_body):  # a body has a deadline of its own
+            self._since = now
+        if now - self._since >= IDLE:
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(IDLE - (now - self._since), self._look)
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        if self._unread is not None:
+            self._unread.cancel()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets no answer."""
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or Ctrl-C; answers under way are finished first."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> None:
+        """`ready` gets the address once it is served."""
+        # Nothing of uvicorn's is logged but what stops it: of a request, only our own line is.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        super().__init__(
+            uvicorn.Config(
+                app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE),
+                timeout_graceful_shutdown=int(DRAIN), h11_max_incomplete_event_size=MAX_HEADERS,
+            )
+        )  # fmt: skip
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged why
+            raise UsageError(f"cannot listen on {self.config.host} port {self.config.port}") from None
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def serve_until_told(self) -> None:
+        """uvicorn raises the signal that ended it again: SIGTERM is then the usual end, and no death."""
+        signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+        self.run()
+
+
+def curl(address: str, model: str, key: bool) -> str:
+    """A command that works as it stands."""
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20, "temperature": 0})
+    authorization = ' -H "Authorization: Bearer $(cat KEYFILE)"' if key else ""
+    return f"curl {address}/v1/completions -H 'Content-Type: application/json'{authorization} -d '{body}'"
+
+
+def run(pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Serves a pipeline with the options of `minigpt serve`, until it is told to end."""
+    name = options.model_name or pipeline.manifest.model
+    service = Service(pipeline, watcher, connections=options.connections, queue=options.queue, name=name)
+    guard = Guard(
+        build(service),
+        service.metrics,
+        names=frozenset(map(str.lower, [options.host, *options.hostname])),
+        key=None,
+        log=lines(options.log_format, say),
+    )
+
+    def ready(address: str) -> None:
+        say(f"serving {name} at {address}, where there is also a page to look at; for example:")
+        say(curl(address, name, key=False))
+
+    Server(guard, options.host, options.port, ready).serve_until_told()
