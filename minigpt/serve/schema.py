@@ -4,6 +4,8 @@ Fields are read strictly: no number is parsed from a string. null means the defa
 those that would change the text.
 """
 
+import logging
+import traceback
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +15,7 @@ from minigpt.errors import MiniGPTError, RequestRefused, UsageError
 
 MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
 MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+_LOG = logging.getLogger("minigpt.serve")
 
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
 _LATER: dict[str, tuple[Any, ...]] = {
@@ -57,7 +60,9 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, MiniGPTError):
         stage = getattr(error, "stage", None)
         return Problem(503, str(error), code="pipeline_unavailable", stage=stage)
-    return Problem(500, f"the server failed: {type(error).__name__}", code="internal_error")
+    place = traceback.extract_tb(error.__traceback__)[-1]  # a bug. Its message might quote a request
+    _LOG.error("failed: %s at %s:%s", type(error).__name__, place.filename, place.lineno)
+    return Problem(500, "the server failed, and says where in its log", code="internal_error")
 
 
 def invalid(errors: Any) -> Problem:
