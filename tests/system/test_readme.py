@@ -2,7 +2,8 @@
 
 A fenced block of `sh` or `python` is run as it stands, but for its ports, in an empty folder, with this Python first on
 the path. GPT-2 is served by a hub on loopback: a small random model under its id, which the real hub client downloads.
-Blocks of `sh install` are run by continuous integration, in an empty environment. `text` is not a command.
+Blocks of `sh install` are run by continuous integration, in an empty environment; those of `serve` are a server and its
+client. `text` is not a command.
 """
 
 import os
@@ -17,6 +18,7 @@ import pytest
 from hub import Hub
 from made import random_tensors, write
 from processes import ROOT
+from serving import Serving
 
 from minigpt.engine.config import Config
 
@@ -67,8 +69,24 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def test_every_block_says_what_it_is() -> None:
-    assert {name.split(":")[2] for name, _ in blocks()} <= {"sh", "sh install", "python", "text"}
+    known = {"sh", "sh install", "sh serve", "python", "python serve", "text"}
+    assert {name.split(":")[2] for name, _ in blocks()} <= known
     assert sum("sh install" in name for name, _ in blocks()) == 2
+
+
+def test_the_documented_server_answers_the_documented_client(tmp_path: Path) -> None:
+    ((_, command),) = [block for block in blocks() if block[0].endswith(":sh serve")]
+    ((_, client),) = [block for block in blocks() if block[0].endswith(":python serve")]
+    assert command == "minigpt serve\n"
+    assert len(client.split()) < 20  # three lines
+    with Serving() as server:
+        text = PORTS.sub(str(server.port), client)
+        environment = os.environ | {"NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Paris")
 
 
 @pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
