@@ -245,7 +245,7 @@ function showStages(found) {
   stages.forEach((stage, i) => {
     const now = verdict(stage);
     if (now !== before[i]) showStage(stage, now);
-    if (before[i] && now !== before[i]) say(`Stage ${stage.index} ${now === "pass" ? "is back" : WORDS[now][1]}`);
+    if (before[i] && now !== before[i] && now !== "unasked" && before[i] !== "unasked") say(`Stage ${stage.index} ${now === "pass" ? "is back" : WORDS[now][1]}`);
   });
   const wrong = stages.find((stage) => verdict(stage) in { fail: 1, gone: 1 });
   if (wrong) showState("bad", `stage ${wrong.index} ${WORDS[verdict(wrong)][1]}`);
@@ -396,7 +396,7 @@ function draw(id, value) {
   $(id).querySelector("polyline").setAttribute("points", points.join(" "));
   $(id).querySelector("polygon").setAttribute("points", [`${points[0].split(",")[0]},32`, ...points, "120,32"].join(" "));
   const short = (number) => (number < 10 && number % 1 ? number.toFixed(1) : String(Math.round(number)));
-  $(id).querySelector("output").textContent = `${short(value)}, at most ${short(Math.max(...values))}`;
+  $(id).querySelector("output").textContent = short(value) + (most > value && most > 1 ? `, peak ${short(most)}` : "");
 }
 
 // ---- the same from a program ----
