@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from minigpt.checkpoint import tokenizer_files
 from minigpt.errors import CheckpointError
@@ -30,18 +30,28 @@ def _byte_characters() -> dict[str, int]:
 _BYTES = _byte_characters()
 
 
+class ChatTemplate(NamedTuple):
+    """What a checkpoint says about how messages become a prompt: a jinja template, and two tokens that it may name."""
+
+    template: str
+    bos_token: str
+    eos_token: str
+
+
 class Tokenizer:
     """A byte-level BPE.
 
     Attributes:
+        chat: the checkpoint's chat template, None if it ships none.
         digest: SHA-256 over the files of `tokenizer_files.read`, of each: u16 length of the name, the name, u64 length
             of the content, the content; big-endian.
     """
 
-    def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes) -> None:
+    def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes, chat: ChatTemplate | None = None) -> None:
         encoder.no_truncation()  # a tokenizer.json may ask for either, which would silently change a prompt
         encoder.no_padding()
         self.digest = digest
+        self.chat = chat
         self._encoder = encoder
         # Of a token that was declared twice, the flag shown is not always the one that counts: so the package is asked.
         added = encoder.get_added_tokens_decoder()
@@ -112,12 +122,13 @@ def load(folder: Path) -> Tokenizer | None:
             return None
         with _refused(f"{next(iter(files))}: not a byte-level BPE that can be loaded"):
             encoder = tokenizer_files.build(files)
+        chat = tokenizer_files.chat(folder, files)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}") from None
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
-    return Tokenizer(encoder, digest.digest())
+    return Tokenizer(encoder, digest.digest(), ChatTemplate(*chat) if chat else None)
 
 
 @contextlib.contextmanager

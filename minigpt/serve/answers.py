@@ -44,11 +44,19 @@ class Answer:
 
     Args:
         prompts: their ids.
+        stop: where to end, beside what the body says.
         state: of the HTTP request; tokens are counted there for the log.
     """
 
     def __init__(
-        self, service: Service, body: Completion | Chat, prompts: list[tuple[int, ...]], max_tokens: int, state: State
+        self,
+        service: Service,
+        body: Completion | Chat,
+        prompts: list[tuple[int, ...]],
+        state: State,
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
     ) -> None:
         self.service = service
         self.body = body
@@ -60,7 +68,7 @@ class Answer:
         service.metrics.prompt_tokens.inc(state.prompt_tokens)
         self._options: Keywords = {
             "max_tokens": max_tokens, "temperature": body.temperature, "top_p": body.top_p, "top_k": max(0, body.top_k),
-            "stop": body.stops, "logprobs": body.logprobs is not None and body.logprobs is not False,
+            "stop": [*body.stops, *stop], "logprobs": body.logprobs is not None and body.logprobs is not False,
         }  # fmt: skip
         kind = ("chatcmpl", "chat.completion") if self.chat else ("cmpl", "text_completion")
         self._id, self._object = f"{kind[0]}-{secrets.token_hex(12)}", kind[1]
@@ -178,7 +186,7 @@ class _Names:
     """The tokens of one answer as OpenAI names them, and where each begins in the text, in characters."""
 
     def __init__(self, service: Service, *, chat: bool) -> None:
-        self._tokenizer = service.tokenizer
+        self._tokenizer, self._name = service.tokenizer, service.token_name
         self._chat = chat
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
@@ -199,9 +207,6 @@ class _Names:
     def _chat_token(self, token: Token) -> dict[str, Any]:
         data = None if self._tokenizer is None else list(self._tokenizer.bytes(token.id))
         return {"token": self._name(token.id), "logprob": token.logprob, "bytes": data, "top_logprobs": []}
-
-    def _name(self, token: int) -> str:
-        return str(token) if self._tokenizer is None else self._tokenizer.name(token)
 
 
 def _joined(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -15,14 +15,15 @@ from attest import AttestationError
 from minigpt import __version__
 from minigpt.errors import MiniGPTError
 from minigpt.serve.answers import Answer, Part
-from minigpt.serve.schema import Completion, Problem, invalid, problem
+from minigpt.serve.chat import Templates
+from minigpt.serve.schema import Chat, Completion, Detokenize, Problem, Tokenize, invalid, problem
 from minigpt.serve.service import Service
 
 _PAGE = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
-def build(service: Service) -> FastAPI:
+def build(service: Service, chat: Templates) -> FastAPI:
     """The application: every route of the server."""
     app = FastAPI(title="minigpt serve", version=__version__, docs_url=None, redoc_url=None)
     _errors(app)
@@ -30,19 +31,45 @@ def build(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [_model(service, chat)]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         _check_model(service, model)
-        return _model(service)
+        return _model(service, chat)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: Completion, request: Request) -> Response:
         _check_model(service, body.model)
-        service.admit()
-        prompts = await service.encode(body.prompts)
-        return await _answer(Answer(service, body, prompts, body.max_tokens, request.state))
+        prompts = await service.encode(body.prompts, "prompt")
+        return await _answer(Answer(service, body, prompts, request.state, max_tokens=body.max_tokens))
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: Chat, request: Request) -> Response:
+        _check_model(service, body.model)
+        prompts = await service.encode([await chat.prompt(body.messages)], "messages")
+        rest = service.config.n_positions - len(prompts[0]) + 1
+        most = body.max_completion_tokens or body.max_tokens or rest
+        return await _answer(Answer(service, body, prompts, request.state, max_tokens=most, stop=chat.stop))
+
+    @app.post("/tokenize")
+    async def tokenize(body: Tokenize) -> dict[str, Any]:
+        _check_model(service, body.model)
+        (ids,) = await service.encode([body.prompt], "prompt", whole=False)
+        names = [service.token_name(token) for token in ids] if body.return_token_strs else None
+        length = service.config.n_positions
+        return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
+
+    @app.post("/detokenize")
+    async def detokenize(body: Detokenize) -> dict[str, str]:
+        _check_model(service, body.model)
+        return {"prompt": service.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        ends = service.config.eos_token_id
+        eos = service.token_name(ends[0]) if ends else None
+        return {"tokenizer_class": "GPT2Tokenizer", "eos_token": eos, "bos_token": None, "pad_token": None}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -67,13 +94,14 @@ def build(service: Service) -> FastAPI:
     return app
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, chat: Templates) -> dict[str, Any]:
     return {
         "id": service.name,
         "object": "model",
         "created": int(service.pipeline.manifest.issued.timestamp()),
         "owned_by": "minigpt",
         "max_model_len": service.config.n_positions,
+        "chat_template": chat.name,
     }
 
 
@@ -86,6 +114,7 @@ def _check_model(service: Service, asked: str) -> None:
 
 async def _answer(answer: Answer) -> Response:
     """The response to a request. Before its first token an error is a status, and after it an event."""
+    answer.service.admit()
     if not answer.body.stream:
         return JSONResponse(await answer.whole())
     parts = answer.parts()

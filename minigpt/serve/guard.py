@@ -9,11 +9,12 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +46,7 @@ class Guard:
 
     Args:
         names: of this server: what a Host may say, beside loopback.
+        numbers: whether it may also be any IP address: by such a one no page can pass for us.
         key: what clients must know, None for nothing.
         log: writes the line of a request, which says nothing of its content.
     """
@@ -54,13 +56,15 @@ class Guard:
         app: ASGIApp,
         metrics: Metrics,
         *,
-        names: frozenset[str],
+        names: Iterable[str],
+        numbers: bool,
         key: str | None,
         log: Callable[[dict[str, Any]], None],
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._names = names | LOOPBACK
+        self._names = LOOPBACK | {name.lower() for name in names}
+        self._numbers = numbers
         self._key = None if key is None else hashlib.sha256(key.encode()).digest()
         self._log = log
 
@@ -121,7 +125,7 @@ class Guard:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:
             return False
-        return name in self._names
+        return name in self._names or (self._numbers and is_address(name))
 
     def _knows_key(self, given: str) -> bool:
         """Whether an Authorization has the key: as a token, or as the password that a browser asks for."""
@@ -150,6 +154,20 @@ class Guard:
             if name in scope["state"]:
                 fields[name] = scope["state"][name]
         self._log(fields)
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 async def _body(receive: Receive, headers: Headers) -> bytes:

@@ -180,6 +180,10 @@ class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
     content: str | list[Part] = ""
 
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
 
 class Chat(Sampled):
     """The body of POST /v1/chat/completions."""

@@ -4,6 +4,8 @@ import argparse
 import asyncio
 import json
 import logging
+import os
+import shlex
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +17,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import UsageError
 from minigpt.serve.app import build
-from minigpt.serve.guard import Guard, lines
+from minigpt.serve.chat import Templates
+from minigpt.serve.guard import Guard, is_loopback, lines
 from minigpt.serve.service import Service
 
 CONNECTIONS = 512  # at a time; a newcomer then ends one that has no request under way
 IDLE = 15.0  # seconds that a connection may take until its next request has come, headers and all
 UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
 MAX_HEADERS = 16 * 1024  # bytes
+MAX_KEY = 256  # characters
 DRAIN = 30.0  # seconds that answers may still take after SIGTERM
 
 
@@ -115,27 +119,53 @@ class Server(uvicorn.Server):
         self.run()
 
 
-def curl(address: str, model: str, key: bool) -> str:
-    """A command that works as it stands."""
-    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20, "temperature": 0})
-    authorization = ' -H "Authorization: Bearer $(cat KEYFILE)"' if key else ""
-    return f"curl {address}/v1/completions -H 'Content-Type: application/json'{authorization} -d '{body}'"
-
-
 def run(pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Serves a pipeline with the options of `minigpt serve`, until it is told to end."""
+    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+    key = None if options.api_key_file is None else _read_key(options.api_key_file)
+    public = not is_loopback(options.host)
+    if public and key is None:
+        raise UsageError(f"--host {options.host} lets other machines in: give --api-key-file, or listen on 127.0.0.1")
     name = options.model_name or pipeline.manifest.model
     service = Service(pipeline, watcher, connections=options.connections, queue=options.queue, name=name)
-    guard = Guard(
-        build(service),
-        service.metrics,
-        names=frozenset(map(str.lower, [options.host, *options.hostname])),
-        key=None,
-        log=lines(options.log_format, say),
-    )
+    template = pipeline.tokenizer.chat if pipeline.tokenizer is not None else None
+    templates = Templates(template, plain=options.chat_template == "plain")
+    names = {options.host, *options.hostname}
+    log = lines(options.log_format, say)
+    guard = Guard(build(service, templates), service.metrics, names=names, numbers=public, key=key, log=log)
 
     def ready(address: str) -> None:
-        say(f"serving {name} at {address}, where there is also a page to look at; for example:")
-        say(curl(address, name, key=False))
+        say(f"serving {name} at {address}, which is also a page to look at; for example:")
+        say(_curl(address, name, options.api_key_file))
+        if templates.name == "plain":
+            say('chats become plain "role: text" lines: this model was not trained for them')
+        if public:
+            say("requests and the key cross the network as they are: put a proxy with TLS in front")
+        elif key is None:
+            say("other users of this machine can reach it too: --api-key-file FILE keeps them out")
 
     Server(guard, options.host, options.port, ready).serve_until_told()
+
+
+def _curl(address: str, model: str, key_file: str | None) -> str:
+    """A command that works as it stands."""
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20, "temperature": 0})
+    key = "" if key_file is None else f' -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"'
+    return f"curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _read_key(path: str) -> str:
+    """What an --api-key-file holds. Raises UsageError, which does not quote it."""
+    try:
+        with open(path, "rb") as file:
+            open_to_others = os.fstat(file.fileno()).st_mode & 0o077
+            key = file.read(MAX_KEY + 1).decode("ascii").strip()
+    except (OSError, ValueError):
+        raise UsageError(f"--api-key-file {path}: cannot be read, or is not text") from None
+    if open_to_others:
+        raise UsageError(f"--api-key-file {path}: others may read it, wanted mode 0600: chmod 600 {path}")
+    if not 16 <= len(key) <= MAX_KEY or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"--api-key-file {path}: wanted one line of 16 to {MAX_KEY} characters without spaces; for example: "
+            "head -c 24 /dev/urandom | base64"
+        )
+    return key

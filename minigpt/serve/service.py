@@ -72,17 +72,36 @@ class Service:
         self._reports: tuple[StageReport, ...] = ()
         self._reported_at = -REPORT
 
-    async def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        """The prompts' ids. Raises Problem for one that the model cannot continue."""
+    async def encode(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], param: str, *, whole: bool = True
+    ) -> list[tuple[int, ...]]:
+        """The prompts' ids. Raises Problem, naming `param`, for one that the model cannot continue.
+
+        Args:
+            whole: False for a text that need not be continued: it may be empty, or longer than the model's context.
+        """
 
         def encode() -> list[tuple[int, ...]]:
-            return [encode_prompt(prompt, self.tokenizer, self.config) for prompt in prompts]
+            if whole or self.tokenizer is None:
+                return [encode_prompt(prompt, self.tokenizer, self.config) for prompt in prompts]
+            return [tuple(self.tokenizer.encode(str(prompt))) for prompt in prompts]
 
         try:
             return await asyncio.to_thread(encode)
         except UsageError as error:
             code = "context_length_exceeded" if "positions" in str(error) else None
-            raise Problem(400, str(error), param="prompt", code=code) from None
+            raise Problem(400, f"{param}: {error}", param=param, code=code) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids' text. Raises Problem."""
+        if self.tokenizer is None or max(ids, default=0) >= self.config.vocab_size:
+            text = f"tokens: wanted ids from 0 to {self.config.vocab_size - 1}, of a model with a tokenizer"
+            raise Problem(400, text, param="tokens")
+        return self.tokenizer.decode(ids)
+
+    def token_name(self, token: int) -> str:
+        """A token as OpenAI's API names it."""
+        return str(token) if self.tokenizer is None else self.tokenizer.name(token)
 
     def admit(self) -> None:
         """Raises Problem if the queue is full."""

@@ -45,7 +45,8 @@ MAY_IMPORT = {
         "minigpt.errors",
     },
     "minigpt.serve": {
-        "minigpt.serve", "minigpt.client", "minigpt.protocol", "minigpt.errors", "=minigpt", "attest",
+        "minigpt.serve", "minigpt.client", "minigpt.protocol", "minigpt.checkpoint.tokenizer", "minigpt.errors",
+        "=minigpt", "attest",
     },
     "minigpt.cli": {"minigpt", "attest", "transport"},
     "minigpt.cli.values": set(),
