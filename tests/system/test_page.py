@@ -32,27 +32,7 @@ WAIT = 60_000  # ms; the longest that anything may take on a machine that does o
 SEED = 11
 LONG = 4000  # tokens: more than anybody waits for
 
-# Contrast of all text that can be seen with what is behind it, as WCAG 2 computes it. A canvas reads any colour's RGBA.
-CONTRAST = """() => {
-  const pen = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
-  const rgba = (colour) => { pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
-  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
-  const behind = (element) => { if (!element) return [255, 255, 255];
-    const colour = rgba(getComputedStyle(element).backgroundColor);
-    return colour[3] === 1 ? colour.slice(0, 3) : over(colour, behind(element.parentElement)); };
-  const light = (colour) => { const [r, g, b] = colour.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const poor = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const element = walk.currentNode.parentElement;
-    if (!walk.currentNode.data.trim() || !element.checkVisibility({visibilityProperty: true}) || element.closest(".unseen")) continue;
-    const under = behind(element), [a, b] = [light(over(rgba(getComputedStyle(element).color), under)), light(under)];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push(`${element.id || element.className || element.tagName}: ${walk.currentNode.data.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
-  }
-  return poor;
-}"""
+CONTRAST = (ROOT / "tests" / "data" / "contrast.js").read_text()
 
 
 @contextmanager
@@ -290,25 +270,28 @@ def test_escape_cancels_in_every_stage(browser: Any, tmp_path: Path) -> None:
     config = Config.from_json(SMALL.to_json() | {"n_positions": LONG + 100, "vocab_size": 2048, "eos_token_id": None})
     folder = write(tmp_path / "long", config, random_tensors(config))
     shutil.copy(TINY / "tokenizer.json", folder)
-    with Stages(folder, "2+2", tmp_path) as stages, serving(stages.start_all()) as address:
-        with tab(browser, address) as opened:
-            page = opened.page
-            for stop in ("Escape", "click"):
-                page.fill("#max_tokens", str(LONG))
-                page.press("#prompt", "Enter")
-                page.wait_for_selector("#continuation span:nth-child(4)")
-                page.keyboard.press("Escape") if stop == "Escape" else page.click("#go")
-                opened.ended()
-                outcome = page.text_content("#outcome")
-                assert "stopped by you" in outcome
-                assert 3 < int(outcome.split()[0]) < LONG
-                with Pipeline.connect(stages.bytes, text=False, allow_mock=True) as pipeline:
+    with (
+        Stages(folder, "2+2", tmp_path) as stages,
+        serving(stages.start_all()) as address,
+        tab(browser, address) as opened,
+    ):
+        page = opened.page
+        for stop in ("Escape", "click"):
+            page.fill("#max_tokens", str(LONG))
+            page.press("#prompt", "Enter")
+            page.wait_for_selector("#continuation span:nth-child(4)")
+            page.keyboard.press("Escape") if stop == "Escape" else page.click("#go")
+            opened.ended()
+            outcome = page.text_content("#outcome")
+            assert "stopped by you" in outcome
+            assert 3 < int(outcome.split()[0]) < LONG
+            with Pipeline.connect(stages.bytes, text=False, allow_mock=True) as pipeline:
 
-                    def steps(pipeline: Pipeline = pipeline) -> list[int]:
-                        return [report.steps for report in pipeline.status()]
+                def steps(pipeline: Pipeline = pipeline) -> list[int]:
+                    return [report.steps for report in pipeline.status()]
 
-                    assert eventually(lambda steps=steps: _stands_still(steps))
-            assert len(opened.generate("The", max_tokens=5, temperature=0, seed=0)) > 0
+                assert eventually(lambda steps=steps: _stands_still(steps))
+        assert len(opened.generate("The", max_tokens=5, temperature=0, seed=0)) > 0
 
 
 def _stands_still(figures: Any) -> bool:

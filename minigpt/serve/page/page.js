@@ -16,6 +16,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 let model = "";
 let stages = []; // as /v1/attestation has them
+let shown = []; // what is shown of each stage: its verdict and, where that is bad, the reasons
 let running = null; // AbortController of the request under way
 let generated = []; // the tokens shown: {text, logprob, top, element}
 let asked = null; // the body of the last request
@@ -57,7 +58,7 @@ async function* chunks(stream) { // not every browser iterates streams
 // ---- a request ----
 
 async function send(prompt) {
-  if (running || !prompt || !$("form").reportValidity()) return;
+  if (running || !$("form").reportValidity()) return;
   const number = (id) => Number($(id).value);
   // A seed of our own, so that the lines to copy give the same text.
   const seed = $("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : number("seed");
@@ -84,6 +85,12 @@ async function send(prompt) {
   }
   running = null;
   finish(reason, clock);
+}
+
+function sendThis(text) {
+  $("prompt").value = text;
+  $("prompt").focus();
+  send(text);
 }
 
 function begin(prompt) {
@@ -120,16 +127,20 @@ function take(choice, clock, spans) {
   }
 }
 
+let scrolling = 0;
 let held = 0; // the logprob of tokens that are not a character yet
 function add(text, logprob, top) {
   if (!text) return void (held += logprob);
-  const token = { text, logprob: logprob + held, top };
+  const token = { text, logprob: logprob + held, top: held ? undefined : top };
   held = 0;
   token.element = make("span", { id: `token-${generated.length}`, role: "option", "aria-selected": "false" }, text);
   token.element.style.setProperty("--surprise", (1 - Math.exp(token.logprob)).toFixed(3));
   generated.push(token);
   $("continuation").append(token.element);
-  $("sheet").scrollTop = $("sheet").scrollHeight;
+  scrolling ||= requestAnimationFrame(() => { // once a frame: each time costs a layout of the whole text
+    scrolling = 0;
+    $("sheet").scrollTop = $("sheet").scrollHeight;
+  });
   $("last").textContent = text.trim() || "↵";
   $("last").hidden = false;
 }
@@ -142,10 +153,10 @@ function finish(reason, clock) {
   $("go").textContent = "Send";
   $("last").hidden = true;
   const pace = clock.count > 1 ? `, then ${ms((clock.last - clock.first) / (clock.count - 1))} each` : "";
-  const count = clock.count ? `${clock.count} token${clock.count > 1 ? "s" : ""}: first after ${ms(clock.first - clock.sent)}${pace}` : "no token";
+  const tokens = clock.count === 1 ? "1 token" : `${clock.count} tokens`;
+  const count = clock.count ? `${tokens}: first after ${ms(clock.first - clock.sent)}${pace}` : "no token";
   $("outcome").textContent = reason === "error" ? "" : count + (REASONS[reason] ?? "");
-  $("more").hidden = !generated.length;
-  $("legend").hidden = !generated.length;
+  $("more").hidden = $("legend").hidden = !generated.length;
   if (generated.length) $("continuation").tabIndex = 0;
   say(generated.map((token) => token.text).join(""));
   showTime(clock.spans);
@@ -158,25 +169,33 @@ function fail(error) {
   $("problem").hidden = false;
 }
 
-function say(text) {
-  $("news").textContent = text;
-}
+const say = (text) => ($("news").textContent = text); // to those who listen
 
 // ---- about a token ----
 
+let selected = null; // the token that the card is about
+
+function select(token) {
+  selected?.element.setAttribute("aria-selected", "false");
+  token?.element.setAttribute("aria-selected", "true");
+  selected = token;
+}
+
 function showCard(token, focus = false) {
-  for (const each of generated) each.element.setAttribute("aria-selected", String(each === token));
+  select(token);
   $("continuation").setAttribute("aria-activedescendant", token.element.id);
   const others = Object.entries(token.top ?? {}).map(([text, logprob]) => [text, Math.exp(logprob)]);
+  others.sort((one, other) => other[1] - one[1]);
   const own = Math.exp(token.logprob);
   if (!others.length) others.push([token.text, own], [null, 1 - own]);
   const rows = others.map(([text, p]) => {
     const bar = make("i");
     bar.style.setProperty("--p", p.toFixed(4));
-    const name = make("span", {}, text === null ? "all other tokens" : visible(text));
-    const choose = text !== null && text !== token.text;
-    const row = make(choose ? "button" : "div", { type: choose ? "button" : undefined, class: text === token.text ? "own" : undefined }, name, bar, make("b", {}, percent(p)));
-    if (choose) row.addEventListener("click", () => branch(token, text));
+    const parts = [make("span", {}, text === null ? "all other tokens" : visible(text)), bar, make("b", {}, percent(p))];
+    if (text === token.text) return make("div", { class: "own" }, ...parts);
+    if (text === null || text.startsWith("bytes:")) return make("div", {}, ...parts); // nothing to continue from
+    const row = make("button", { type: "button" }, ...parts);
+    row.addEventListener("click", () => branch(token, text));
     return row;
   });
   const place = `token ${generated.indexOf(token) + 1} of ${generated.length}, ${surprise(own)}`;
@@ -190,15 +209,13 @@ function showCard(token, focus = false) {
 
 function hideCard() {
   $("card").hidden = true;
-  for (const each of generated) each.element.setAttribute("aria-selected", "false");
+  select(null);
 }
 
 /** Continues from an alternative. */
 function branch(token, text) {
   const before = generated.slice(0, generated.indexOf(token)).map((each) => each.text);
-  $("prompt").value = $("given").textContent + before.join("") + text;
-  $("prompt").focus();
-  send($("prompt").value);
+  sendThis($("given").textContent + before.join("") + text);
 }
 
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll(" ", "␣");
@@ -218,6 +235,8 @@ async function look() {
     chart(await metrics.text());
   } catch (error) {
     showState("bad", error instanceof TypeError ? "server does not answer" : error.message);
+    for (const stage of stages) showStage(stage, "unasked");
+    shown = [];
   }
 }
 
@@ -239,13 +258,16 @@ function showState(kind, text) {
 }
 
 function showStages(found) {
-  const before = stages.map(verdict);
+  const same = stages.length === found.stages.length;
   stages = found.stages;
-  if (before.length !== stages.length) build();
+  if (!same) build();
+  const before = shown;
+  shown = stages.map((stage) => [verdict(stage), ...(verdict(stage) === "pass" ? [] : stage.checks)].join("\n"));
   stages.forEach((stage, i) => {
-    const now = verdict(stage);
-    if (now !== before[i]) showStage(stage, now);
-    if (before[i] && now !== before[i] && now !== "unasked" && before[i] !== "unasked") say(`Stage ${stage.index} ${now === "pass" ? "is back" : WORDS[now][1]}`);
+    if (shown[i] === before[i]) return;
+    const now = verdict(stage), then = before[i]?.split("\n")[0] ?? "unasked";
+    showStage(stage, now);
+    if (now !== then && now !== "unasked" && then !== "unasked") say(`Stage ${stage.index} ${now === "pass" ? "is back" : WORDS[now][1]}`);
   });
   const wrong = stages.find((stage) => verdict(stage) in { fail: 1, gone: 1 });
   if (wrong) showState("bad", `stage ${wrong.index} ${WORDS[verdict(wrong)][1]}`);
@@ -259,22 +281,27 @@ function build() {
   $("pipeline").classList.toggle("many", stages.length > 3);
   for (const stage of stages) {
     const strip = make("span", { class: "layers", "aria-hidden": "true" });
-    for (let i = 0; i < layers; i++) strip.append(make("i", { class: i >= stage.layers[0] && i < stage.layers[1] ? "on" : undefined }));
-    $("pipeline").append(
-      make("li", { class: "line" }, make("span", { class: "track", "aria-hidden": "true" }), make("p", {}, make("b"), make("span"), make("small", {}, stage.index ? "half-computed numbers" : "token numbers")), noise()),
-      make("li", { class: "room stage" },
-        make("div", {}, make("h3", {}, `Stage ${stage.index}`, make("small", {}, `layers ${stage.layers[0]}–${stage.layers[1] - 1}`)), strip, make("p", { class: "where" }, stage.address ?? "")),
-        make("p", { class: "verdict" }), make("div", { class: "trouble" })));
-    hue($("pipeline").lastChild, stage.index);
+    const [first, end] = stage.layers;
+    for (let i = 0; i < layers; i++) strip.append(make("i", { class: i >= first && i < end ? "on" : undefined }));
+    const carries = make("small", {}, stage.index ? "half-computed numbers" : "token numbers");
+    const title = make("h3", {}, `Stage ${stage.index}`, make("small", {}, range(first, end)));
+    const track = make("span", { class: "track", "aria-hidden": "true" });
+    const line = make("li", { class: "line" }, track, make("p", {}, make("b"), make("span"), carries), noise());
+    const about = make("div", {}, title, strip, make("p", { class: "where" }, stage.address));
+    const room = make("li", { class: "room stage" }, about, make("p", { class: "verdict" }), make("div", { class: "trouble" }));
+    hue(room, stage.index);
+    $("pipeline").append(line, room);
   }
 }
 
 /** What others see of a line: a pattern that means nothing, and changes with each packet. */
-function noise(element = make("span", { class: "noise", "aria-hidden": "true" }, ...Array.from({ length: CELLS }, () => make("i")))) {
+function noise(element) {
+  element ??= make("span", { class: "noise", "aria-hidden": "true" }, ...Array.from({ length: CELLS }, () => make("i")));
   for (const cell of element.children) cell.style.opacity = String(0.12 + 0.88 * Math.random() ** 2);
   return element;
 }
 
+const range = (first, end) => (end - first === 1 ? `layer ${first}` : `layers ${first}–${end - 1}`);
 const hue = (element, index) => element.style.setProperty("--hue", String((165 + 67 * index) % 360));
 
 function showStage(stage, now) {
@@ -283,18 +310,21 @@ function showStage(stage, now) {
   room.className = `room stage ${now}`;
   line.className = `line ${now}`;
   line.querySelector("b").textContent = passage;
-  room.querySelector(".verdict").replaceChildren(make("b", {}, badge), make("span", {}, stage.simulated && now === "pass" ? `${says} (${stage.provider})` : says));
-  room.querySelector(".trouble").replaceChildren(...(now === "fail" || now === "gone" ? trouble(stage, now) : []));
-  if (now === "fail" || now === "gone") $("map").scrollTop = room.offsetTop + room.offsetHeight; // where the map is too high
+  const by = stage.simulated && now === "pass" ? ` (${stage.provider})` : "";
+  room.querySelector(".verdict").replaceChildren(make("b", {}, badge), make("span", {}, says + by));
+  const bad = now === "fail" || now === "gone";
+  room.querySelector(".trouble").replaceChildren(...(bad ? trouble(stage, now) : []));
+  if (bad) $("map").scrollTop = room.offsetTop + room.offsetHeight; // where the map is too high
 }
 
 /** What is wrong: got, wanted, and what to do, as the errors say it. */
 function trouble(stage, now) {
   const text = stage.checks.join("; ");
   const [, what, got, wanted, then] = text.match(/^(.*?):? got (.*?), wanted ([^;]*)(?:; (.*))?$/s) ?? [, text];
-  const remedy = now === "fail" ? "Nothing is sent to it. Start the code that the manifest pins, or get the manifest that fits." : "Start it again, and the page will notice.";
-  const rows = [["Got", got], ["Wanted", wanted]].filter(([, value]) => value);
-  return [make("p", {}, what), make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])), make("p", {}, then ? `${then}. ${remedy}` : remedy)];
+  const rows = got ? [make("dt", {}, "Got"), make("dd", {}, got), make("dt", {}, "Wanted"), make("dd", {}, wanted)] : [];
+  const remedy = now === "gone" ? "Start it again, and the page will notice."
+    : "Nothing is sent to it. Start the code that the manifest pins, or get the manifest that fits.";
+  return [make("p", {}, what), make("dl", {}, ...rows), make("p", {}, then ? `${then}. ${remedy}` : remedy)];
 }
 
 function showProof(found) {
@@ -308,7 +338,8 @@ function showProof(found) {
   if ($("proof").open) return; // do not replace what has the focus
   for (const link of $("evidence").querySelectorAll("a")) URL.revokeObjectURL(link.href);
   $("evidence").replaceChildren(...stages.map((stage) => {
-    const line = make("li", { class: verdict(stage) }, make("b", {}, `Stage ${stage.index}`), make("span", {}, `${stage.verdict}, ${stage.provider}`));
+    const says = make("span", {}, `${stage.verdict}, ${stage.provider}`);
+    const line = make("li", { class: verdict(stage) }, make("b", {}, `Stage ${stage.index}`), says);
     if (stage.evidence) {
       const href = URL.createObjectURL(new Blob([JSON.stringify(stage.evidence, null, 2)], { type: "application/json" }));
       line.append(make("a", { href, download: `stage-${stage.index}.json` }, `stage-${stage.index}.json`));
@@ -355,7 +386,8 @@ async function travel(trip) {
 function showTime(spans) {
   const later = spans.length > 1 ? spans.slice(1) : spans;
   if (!later.length) return;
-  const mean = later[0].map((span, i) => Object.fromEntries(Object.keys(span).map((name) => [name, later.reduce((sum, each) => sum + each[i][name], 0) / later.length])));
+  const average = (i, name) => later.reduce((sum, spans) => sum + spans[i][name], 0) / later.length;
+  const mean = later[0].map((span, i) => Object.fromEntries(Object.keys(span).map((name) => [name, average(i, name)])));
   const whole = (span) => span.compute + span.seal + span.open + span.wait;
   const [client, ...own] = mean;
   const parts = own.map((span, i) => [`stage ${i}`, span.compute, i]);
@@ -372,7 +404,9 @@ function showTime(spans) {
   $("bar").setAttribute("aria-label", parts.map(([name, seconds]) => `${name} ${(1000 * seconds).toFixed(2)} ms`).join(", "));
   $("parts").replaceChildren(...shown.map(([, line]) => line));
   $("total").textContent = `${(1000 * whole(client)).toFixed(2)} ms`;
-  document.querySelectorAll(".line p span").forEach((label, i) => (label.textContent = `${Math.round(mean[i].bytes).toLocaleString("en")} bytes a token`));
+  document.querySelectorAll(".line p span").forEach((label, i) => {
+    label.textContent = `${Math.round(mean[i].bytes).toLocaleString("en")} bytes a token`;
+  });
 }
 
 const history = { rate: [], queue: [] };
@@ -434,24 +468,13 @@ $("prompt").addEventListener("keydown", (event) => {
   event.preventDefault();
   send($("prompt").value);
 });
-$("more").addEventListener("click", () => {
-  $("prompt").value = $("given").textContent + $("continuation").textContent;
-  $("prompt").focus();
-  send($("prompt").value);
-});
-for (const example of document.querySelectorAll("#examples button")) {
-  example.addEventListener("click", () => {
-    $("prompt").value = example.textContent;
-    $("prompt").focus();
-    send(example.textContent);
-  });
-}
+$("more").addEventListener("click", () => sendThis($("text").textContent));
+for (const each of document.querySelectorAll("#examples button")) each.addEventListener("click", () => sendThis(each.textContent));
 const tokenOf = (element) => generated.find((token) => token.element === element);
-const chosen = () => generated.findIndex((token) => token.element.getAttribute("aria-selected") === "true");
 $("continuation").addEventListener("mouseover", (event) => tokenOf(event.target) && showCard(tokenOf(event.target)));
-$("continuation").addEventListener("focus", () => generated.length && showCard(generated[Math.max(0, chosen())]));
+$("continuation").addEventListener("focus", () => generated.length && showCard(selected ?? generated[0]));
 $("continuation").addEventListener("keydown", (event) => {
-  const at = chosen(), last = generated.length - 1;
+  const at = generated.indexOf(selected), last = generated.length - 1;
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last }[event.key];
   if (to !== undefined) showCard(generated[Math.max(0, Math.min(last, to))]);
   else if ((event.key === "Enter" || event.key === "ArrowDown") && at >= 0) showCard(generated[at], true);
@@ -474,7 +497,7 @@ document.addEventListener("keydown", (event) => {
 $("sheet").addEventListener("scroll", hideCard);
 $("promise").addEventListener("click", () => $("proof").showModal());
 $("copy").addEventListener("click", copy);
-for (const radio of document.querySelectorAll("[name=language]")) radio.addEventListener("change", showCode);
+for (const each of document.querySelectorAll("[name=language]")) each.addEventListener("change", showCode);
 
 async function start() {
   const [first] = (await (await ask("/v1/models")).json()).data;
