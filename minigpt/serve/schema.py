@@ -17,7 +17,7 @@ MAX_TOP = 20  # alternatives that a request may ask for, once there are any
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
 _LATER: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "echo": (False,), "logprobs": (0, False, True), "top_logprobs": (0,),
+    "echo": (False,), "top_logprobs": (0,),
 }  # fmt: skip
 _NEVER: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
@@ -69,6 +69,8 @@ def invalid(errors: Any) -> Problem:
         return Problem(400, "the body is not JSON")
     if first["type"] == "refused":
         return Problem(400, first["msg"], param=param)
+    if first["type"] == "string_unicode":
+        return Problem(400, f"{'.'.join(place)}: not UTF-8 text", param=param)
     if param == "prompt" and first["type"] != "missing":
         text = "prompt: wanted a string, a list of strings, a list of token ids, or a list of such lists; none empty"
         return Problem(400, text, param=param)
@@ -159,6 +161,9 @@ class Completion(Sampled):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> "Completion":
+        if self.logprobs:
+            text = f"logprobs is {self.logprobs}, which is not implemented yet: 0 returns each token's own"
+            raise refuse("logprobs", text)
         if len(self.prompts) * self.n > MAX_CHOICES:
             text = f"n is {self.n} for {len(self.prompts)} prompts, wanted at most {MAX_CHOICES} answers in all"
             raise refuse("n", text)

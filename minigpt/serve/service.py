@@ -14,7 +14,7 @@ from typing import Any
 from attest import AttestationError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Token, encode_prompt
-from minigpt.errors import MiniGPTError, RequestRefused, UsageError
+from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import Reason, Span, StageReport
 from minigpt.protocol.request import Keywords
@@ -125,6 +125,9 @@ class Service:
                         begun = True
                         yield piece
                 return
+            except StageError:
+                self._token_at, self._reported_at = -FRESH, -REPORT  # what was true before it need not be now
+                raise
             except RequestRefused as error:
                 if begun or error.reason != "busy" or time.monotonic() > until:
                     raise
