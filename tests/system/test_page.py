@@ -23,7 +23,7 @@ from minigpt.engine.config import Config
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra test)")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed", allow_module_level=True)
 
