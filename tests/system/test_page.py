@@ -36,12 +36,12 @@ CONTRAST = (ROOT / "tests" / "data" / "contrast.js").read_text()
 
 
 @contextmanager
-def serving(stages: Stages) -> Iterator[str]:
+def serving(stages: Stages, *flags: str) -> Iterator[str]:
     """The address of a server of this pipeline."""
     command = [sys.executable, "-m", "minigpt", "serve", "--port", "0", "--allow-mock"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*command, "--manifest", str(stages.path), "--model", str(stages.folder)], cwd=ROOT, stderr=log
+            [*command, "--manifest", str(stages.path), "--model", str(stages.folder), *flags], cwd=ROOT, stderr=log
         )
 
         def said() -> str:
@@ -127,6 +127,15 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
 def address(stages: Stages) -> Iterator[str]:
     with serving(stages) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that goes on for thousands of tokens, of every kind."""
+    config = Config.from_json(SMALL.to_json() | {"n_positions": LONG + 100, "vocab_size": 2048, "eos_token_id": None})
+    folder = write(tmp_path_factory.mktemp("model") / "talker", config, random_tensors(config))
+    shutil.copy(TINY / "tokenizer.json", folder)
+    return folder
 
 
 def expected(stages: Stages, prompt: str, max_tokens: int, temperature: float, seed: int = SEED) -> str:
@@ -266,12 +275,9 @@ def test_the_lines_to_copy_give_the_text_that_is_shown(browser: Any, address: st
 
 
 @pytest.mark.slow
-def test_escape_cancels_in_every_stage(browser: Any, tmp_path: Path) -> None:
-    config = Config.from_json(SMALL.to_json() | {"n_positions": LONG + 100, "vocab_size": 2048, "eos_token_id": None})
-    folder = write(tmp_path / "long", config, random_tensors(config))
-    shutil.copy(TINY / "tokenizer.json", folder)
+def test_escape_cancels_in_every_stage(browser: Any, talker: Path, tmp_path: Path) -> None:
     with (
-        Stages(folder, "2+2", tmp_path) as stages,
+        Stages(talker, "2+2", tmp_path) as stages,
         serving(stages.start_all()) as address,
         tab(browser, address) as opened,
     ):
@@ -323,6 +329,38 @@ def test_a_stage_that_dies_is_shown_and_so_is_its_return(browser: Any, tmp_path:
         # The browser itself notes an answer that is an error; the page adds nothing.
         assert all("status of 503" in error for error in opened.errors), opened.errors
         opened.context.close()
+
+
+@pytest.mark.slow
+def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(browser: Any, talker: Path, tmp_path: Path) -> None:
+    with (
+        Stages(talker, "2+2", tmp_path) as stages,
+        serving(stages.start_all()) as address,
+        tab(browser, address) as opened,
+    ):
+        page = opened.page
+        page.fill("#max_tokens", str(LONG))
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#continuation span:nth-child(4)")
+        stages.kill(1)
+        page.wait_for_selector("#problem:not([hidden])")
+        assert "stage 1" in page.text_content("#problem")
+        opened.ended()
+        assert opened.text
+        page.wait_for_selector(".stage.gone")
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_by_the_browser(browser: Any, stages: Stages, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("a-key-of-some-length\n")
+    path.chmod(0o600)
+    login = {"username": "any", "password": "a-key-of-some-length"}
+    with (
+        serving(stages, "--api-key-file", str(path)) as address,
+        tab(browser, address, http_credentials=login) as opened,
+    ):
+        assert opened.generate("Spain", max_tokens=5, temperature=0, seed=0) == expected(stages, "Spain", 5, 0, 0)
 
 
 @pytest.mark.slow
