@@ -250,9 +250,9 @@ def test_the_keyboard_is_enough(browser: Any, stages: Stages, address: str) -> N
         with page.expect_download() as download:
             reach("stage-1.json")
             press("Enter")
-        where = Path(download.value.path())
+        where = download.value.path()
         pins = ["--root", stages.root.public.hex(), "--measurement", measure(ROOT).hex(), "--stage", "1"]
-        command = [sys.executable, "-m", "attest", "verify", where, *pins]
+        command = [sys.executable, "-m", "attest", "verify", str(where), *pins]
         subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)
         press("Escape")
         page.wait_for_selector("#proof", state="hidden")
