@@ -21,8 +21,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", "continue a prompt")
-    generate.add_argument("prompt", metavar="PROMPT|-", help="the text to continue (- reads it from standard input); "
-                          "for a checkpoint without a tokenizer, token ids")  # fmt: skip
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT|-", help="the text to continue (- reads it from "
+                          "standard input; without it, a terminal is asked for one after the other); for a checkpoint "
+                          "without a tokenizer, token ids")  # fmt: skip
     _model(generate)
     _stages(generate)
     _manifest(generate, required=False)

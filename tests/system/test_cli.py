@@ -25,7 +25,8 @@ def run(*arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProc
     """Runs minigpt; its exit code must be this one, and nothing in it a traceback."""
     command = [sys.executable, "-m", "minigpt", *arguments]
     environment = {**os.environ, **more}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    nobody = subprocess.DEVNULL  # and no terminal
+    done = subprocess.run(command, stdin=nobody, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
