@@ -323,13 +323,19 @@ def _load(report: StageReport) -> str:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`minigpt bench`: tables, or every latency."""
+    """`minigpt bench`: tables, or every latency; and a plot."""
+    if options.plot is not None:
+        from minigpt.cli import plot  # before anything is measured: matplotlib may be missing
     names = ("prompt", "runs", "max_tokens", "revision", "threads")
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     with progress() as tell:
         results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=tell)
     text = json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results)
     show(text + "\n")
+    if options.plot is not None:
+        name = Path(options.model or "tiny").name
+        title = f"{name}: {options.runs} interleaved runs of {options.max_tokens} tokens"
+        write_file(options.plot, plot.draw(benchmark.summarise(results), title, options.plot[-3:].lower()))
     return 0
 
 

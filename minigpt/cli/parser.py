@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 import minigpt
-from minigpt.cli.values import counts, days, integer, one_of, option, positive, seconds, variable
+from minigpt.cli.values import counts, days, integer, one_of, option, picture, positive, seconds, variable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
     option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
+    option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")
     keygen.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it: a new file")

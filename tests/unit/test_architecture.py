@@ -67,6 +67,7 @@ OUTSIDE = {  # of what is not in the standard library
     "minigpt.stage.generation": {"numpy"},
     "minigpt.stage.schedule": {"numpy"},
     "minigpt.client": {"numpy"},
+    "minigpt.cli.plot": {"matplotlib"},
 }
 LAZY = {
     "minigpt.checkpoint.sources": "huggingface_hub",
