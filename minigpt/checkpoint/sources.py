@@ -27,6 +27,7 @@ TOKENIZER_FILES = [  # what a client needs
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
 ]
 # What a pipeline needs from a repository; the rest (pickles, other frameworks' weights, pictures) is not fetched.
 FILES = [

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from minigpt.checkpoint import tokenizer_files
 from minigpt.errors import CheckpointError
@@ -30,18 +30,28 @@ def _byte_characters() -> dict[str, int]:
 _BYTES = _byte_characters()
 
 
+class ChatTemplate(NamedTuple):
+    """What a checkpoint says about how messages become a prompt: a jinja template, and two tokens that it may name."""
+
+    template: str
+    bos_token: str
+    eos_token: str
+
+
 class Tokenizer:
     """A byte-level BPE.
 
     Attributes:
+        chat: the checkpoint's chat template, None if it ships none.
         digest: SHA-256 over the files of `tokenizer_files.read`, of each: u16 length of the name, the name, u64 length
             of the content, the content; big-endian.
     """
 
-    def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes) -> None:
+    def __init__(self, encoder: "tokenizers.Tokenizer", digest: bytes, chat: ChatTemplate | None = None) -> None:
         encoder.no_truncation()  # a tokenizer.json may ask for either, which would silently change a prompt
         encoder.no_padding()
         self.digest = digest
+        self.chat = chat
         self._encoder = encoder
         # Of a token that was declared twice, the flag shown is not always the one that counts: so the package is asked.
         added = encoder.get_added_tokens_decoder()
@@ -72,6 +82,17 @@ class Tokenizer:
             return bytes(_BYTES[letter] for letter in text)
         return text.encode()  # an added token, which stands for itself
 
+    def name(self, token: int) -> str:
+        r"""What OpenAI's API calls a token: its text, or a special token's name, or its bytes if they are no text.
+
+        For example " Paris", "<|endoftext|>", or r"bytes:\xe2\x80".
+        """
+        data = self.bytes(token) or (self._encoder.id_to_token(token) or "").encode()
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
 
 class Stream:
     """Decodes token by token. All that `push` and `flush` return, joined, is `decode` of the tokens."""
@@ -101,12 +122,13 @@ def load(folder: Path) -> Tokenizer | None:
             return None
         with _refused(f"{next(iter(files))}: not a byte-level BPE that can be loaded"):
             encoder = tokenizer_files.build(files)
+        chat = tokenizer_files.chat(folder, files)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}") from None
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
-    return Tokenizer(encoder, digest.digest())
+    return Tokenizer(encoder, digest.digest(), ChatTemplate(*chat) if chat else None)
 
 
 @contextlib.contextmanager

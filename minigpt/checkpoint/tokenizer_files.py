@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 ADDED, SPECIAL, SETTINGS = "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"
 CONFIG = "config.json"
+TEMPLATE = "chat_template.jinja"
 MORE = (ADDED, SPECIAL, SETTINGS)
 _OTHERS = ("tokenizer.model", "tekken.json", "tiktoken.model")
 MAX_FILE = 16 * 2**20  # bytes; GPT-2's tokenizer.json has 1.3 MB, and JSON of 16 MiB may become 400 MB of objects
@@ -80,6 +81,24 @@ def _check_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
     kind = config.get("tokenizer_class")
     if settings.get("tokenizer_class") is None and kind not in (None, *_OWN):
         _refuse(CONFIG, f"tokenizer_class is {kind!r:.80}: say so in {SETTINGS} instead")
+
+
+def chat(folder: Path, files: Mapping[str, bytes]) -> tuple[str, str, str] | None:
+    """The checkpoint's chat template and its BOS and EOS tokens, None if it ships none. It changes no id."""
+    settings = _object(files, SETTINGS)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of several, by their names
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if (folder / TEMPLATE).exists():  # transformers prefers it too
+        template = _text({TEMPLATE: _content(folder / TEMPLATE)}, TEMPLATE)
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        _refuse(SETTINGS, f"chat_template is of type {type(template).__name__}, wanted a string")
+    tokens = [settings.get(name) for name in ("bos_token", "eos_token")]
+    bos, eos = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return template, str(bos or ""), str(eos or "")
 
 
 def _content(path: Path) -> bytes:

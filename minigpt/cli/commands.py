@@ -34,6 +34,7 @@ from transport.relay import Relay
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
+WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
 MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
 
 
@@ -122,18 +123,18 @@ def _ask() -> str | None:
         return ""
 
 
-def _pipeline(options: argparse.Namespace) -> Pipeline:
+def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
     """The pipeline that the options name: a running one, or child processes of our own."""
     local = [flag for flag in ("stages", "split") if getattr(options, flag) is not None]
     if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
         if local:
             raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
-        return _connect(options, options.manifest, model=options.model)
+        return _connect(options, options.manifest, model=options.model, **more)
     for flag in ("manifest_sha256", "client_key"):
         if not isinstance(getattr(options, flag), Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
     split, model = _split(options), options.model or "tiny"
-    shape: dict[str, Any] = {"split": split} if isinstance(split, str) else {"stages": split}
+    shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
     shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout")}
     with progress() as tell:
         return Pipeline.local(model, **shape, progress=tell)
@@ -336,6 +337,22 @@ def bench(options: argparse.Namespace) -> int:
         name = Path(options.model or "tiny").name
         title = f"{name}: {options.runs} interleaved runs of {options.max_tokens} tokens"
         write_file(options.plot, plot.draw(benchmark.summarise(results), title, options.plot[-3:].lower()))
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """`minigpt serve`: OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
+    try:
+        from minigpt.serve.server import run
+    except ImportError as error:
+        raise UsageError(f"minigpt serve needs its extra, pip install 'minigpt-stages[serve]': {error}") from None
+    key = None if options.client_key is None else _read_key(options.client_key)
+    with (
+        _pipeline(options, connections=options.connections) as pipeline,
+        # One more link, which never waits for a generation, asks for the stages' state.
+        Pipeline(pipeline.manifest, None, True, WATCH, client_key=key, connections=1) as watcher,
+    ):
+        run(pipeline, watcher, options, say)
     return 0
 
 

@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 import minigpt
-from minigpt.cli.values import counts, days, integer, one_of, option, picture, positive, seconds, variable
+from minigpt.cli.values import counts, days, integer, natural, one_of, option, picture, positive, seconds, variable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +71,24 @@ def parser() -> argparse.ArgumentParser:
     option(bench, "--threads", None, "N", positive, "BLAS threads of each stage")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
     option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")
+
+    serve = _command(commands, "serve", "serve OpenAI's HTTP interface, and a page, on this machine (the extra serve)")
+    _model(serve)
+    _stages(serve)
+    _manifest(serve, required=False)
+    option(serve, "--threads", None, "N", positive, "BLAS threads of each local stage")
+    option(serve, "--host", "127.0.0.1", "HOST", str, "where to listen; for any other host than loopback, with a key")
+    option(serve, "--port", "8000", "PORT", natural, "and at which port; 0 for any that is free")
+    option(
+        serve, "--api-key-file", None, "FILE", str, "clients must send what this file holds, which only you may read"
+    )
+    _repeated(serve, "--hostname", "NAME", "another name by which clients call this server; repeatable")
+    option(serve, "--model-name", None, "NAME", str, "the model's name for clients (default: the manifest's)")
+    option(serve, "--chat-template", None, "plain", one_of("plain"), "make prompts of chats from lines of role: text, "
+           "for a model that has no template of its own")  # fmt: skip
+    option(serve, "--connections", "8", "N", positive, "answers at a time: at most as many as a stage has sequences")
+    option(serve, "--queue", "64", "N", natural, "requests that may wait for their turn; others are refused")
+    option(serve, "--log-format", "text", "text|json", one_of("text", "json"), "of the log, on standard error")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")
     keygen.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it: a new file")

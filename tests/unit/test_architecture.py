@@ -45,6 +45,10 @@ MAY_IMPORT = {
         "minigpt.stage.schedule",
         "minigpt.errors",
     },
+    "minigpt.serve": {
+        "minigpt.serve", "minigpt.client", "minigpt.protocol", "minigpt.checkpoint.tokenizer", "minigpt.errors",
+        "=minigpt", "attest",
+    },
     "minigpt.cli": {"minigpt", "attest", "transport"},
     "minigpt.cli.terminal": set(),
     "minigpt.cli.values": set(),
@@ -68,6 +72,8 @@ OUTSIDE = {  # of what is not in the standard library
     "minigpt.stage.schedule": {"numpy"},
     "minigpt.client": {"numpy"},
     "minigpt.cli.plot": {"matplotlib"},
+    "minigpt.serve": {"fastapi", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
+    "minigpt.serve.template": {"jinja2"},
 }
 LAZY = {
     "minigpt.checkpoint.sources": "huggingface_hub",
@@ -147,6 +153,10 @@ def test_a_module_imports_only_what_it_may(name: str) -> None:
         ("transport.link", "from attest.policy import Policy"),
         ("attest.policy", "import transport"),
         ("minigpt.stage.server", "import requests"),
+        ("minigpt.stage.server", "from minigpt.serve.schema import Problem"),
+        ("minigpt.client.pipeline", "from minigpt.serve import service"),
+        ("minigpt.client.pipeline", "import fastapi"),
+        ("minigpt.serve.service", "from minigpt.stage import server"),
         ("minigpt.engine.config", "import numpy"),
         ("minigpt.newcomer", "import minigpt.errors"),
     ],

@@ -1,0 +1,64 @@
+"""What Prometheus is told. No label holds anything of a request but its route and what became of it."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import Span, StageReport
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_STAGE = ("uptime", "weights_bytes", "channels", "sequences", "cache_bytes", "steps")  # of a report
+
+
+class Metrics:
+    """The figures of one server.
+
+    Args:
+        load: how many answers are under way, and how many requests wait.
+    """
+
+    def __init__(self, manifest: Manifest, load: Callable[[], tuple[int, int]]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "minigpt_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry
+        )
+        self.prompt_tokens = Counter("minigpt_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.tokens = Counter("minigpt_generated_tokens", "Tokens generated for requests.", registry=registry)
+        self.first = Histogram(
+            "minigpt_time_to_first_token_seconds", "From request to first token, with the wait in the queue.",
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.between = Histogram(
+            "minigpt_inter_token_seconds", "From token to token of one answer.", buckets=_SECONDS, registry=registry
+        )
+        running = Gauge("minigpt_answers_running", "Answers under way.", registry=registry)
+        running.set_function(lambda: load()[0])
+        waiting = Gauge("minigpt_requests_waiting", "Requests in the queue.", registry=registry)
+        waiting.set_function(lambda: load()[1])
+        expires = Gauge("minigpt_manifest_expires_days", "Days until the manifest expires.", registry=registry)
+        expires.set_function(lambda: (manifest.expires.timestamp() - time.time()) / 86_400)
+        self._link = Counter(
+            "minigpt_link_bytes", "Ciphertext of answers, both ways; link i leads to stage i.", ("link",),
+            registry=registry,
+        )  # fmt: skip
+        self._up = Gauge("minigpt_stage_up", "Whether the stage answers.", ("stage",), registry=registry)
+        self._stages = {
+            name: Gauge(f"minigpt_stage_{name}", f"The stage's own report: {name}.", ("stage",), registry=registry)
+            for name in _STAGE
+        }
+
+    def crossed(self, spans: Sequence[Span]) -> None:
+        """Counts what a token's messages took on each link."""
+        for link, span in enumerate(spans[:-1]):  # the last stage has no next one
+            self._link.labels(link).inc(span.bytes)
+
+    def show(self, reports: Sequence[StageReport]) -> bytes:
+        """All of it, in Prometheus's text format."""
+        for report in reports:
+            self._up.labels(report.stage).set(not report.error)
+            for name, gauge in self._stages.items():
+                gauge.labels(report.stage).set(0 if report.error else getattr(report, name))
+        return generate_latest(self.registry)

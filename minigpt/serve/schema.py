@@ -1,0 +1,209 @@
+"""What a request may say, as OpenAI's clients say it, and how errors are told.
+
+Fields are read strictly: no number is parsed from a string. null means the default. Unknown fields are ignored, but for
+those that would change the text.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from minigpt.errors import MiniGPTError, RequestRefused, UsageError
+
+MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
+MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+
+# Fields that change the text, by the values with which they do not: others are refused, never ignored.
+_LATER: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
+    "echo": (False,), "logprobs": (0, False, True), "top_logprobs": (0,),
+}  # fmt: skip
+_NEVER: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "prediction": (), "prompt_embeds": (), "use_beam_search": (False,), "length_penalty": (1,), "min_tokens": (0,),
+    "stop_token_ids": ([],), "ignore_eos": (False,), "bad_words": ([],), "allowed_token_ids": (),
+    "truncate_prompt_tokens": (), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "skip_special_tokens": (True,), "include_stop_str_in_output": (False,),
+}  # fmt: skip
+
+
+class Problem(Exception):
+    """A request that gets an error instead of an answer: a status, and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, stage: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.stage = stage  # that failed, if one did
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            status, "server_error" if status >= 500 else "invalid_request_error"
+        )
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def problem(error: Exception) -> Problem:
+    """What to tell of an error of the pipeline. None of them quotes a prompt."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestRefused):
+        if error.reason == "busy":
+            return Problem(429, str(error), code="busy")
+        return Problem(400, str(error), code=error.reason)
+    if isinstance(error, UsageError):
+        return Problem(400, str(error))
+    if isinstance(error, MiniGPTError):
+        stage = getattr(error, "stage", None)
+        return Problem(503, str(error), code="pipeline_unavailable", stage=stage)
+    return Problem(500, f"the server failed: {type(error).__name__}", code="internal_error")
+
+
+def invalid(errors: Any) -> Problem:
+    """The problem of a body that the models below refuse. The text of a prompt is not quoted."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = first.get("ctx", {}).get("param") or (place[0] if place else None)
+    if first["type"] == "json_invalid":
+        return Problem(400, "the body is not JSON")
+    if first["type"] == "refused":
+        return Problem(400, first["msg"], param=param)
+    if param == "prompt" and first["type"] != "missing":
+        text = "prompt: wanted a string, a list of strings, a list of token ids, or a list of such lists; none empty"
+        return Problem(400, text, param=param)
+    got = first.get("input")
+    shown = str(got)[:40] if isinstance(got, bool | int | float) else type(got).__name__
+    wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    text = "it is missing" if first["type"] == "missing" else f"got {shown}, wanted {wanted}"
+    return Problem(400, f"{'.'.join(place) or 'the body'}: {text}", param=param)
+
+
+def refuse(param: str, text: str) -> PydanticCustomError:
+    """For validators: a field is refused, in words of our own."""
+    return PydanticCustomError("refused", "{text}", {"text": text, "param": param})
+
+
+class Model(BaseModel):
+    """Every body."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(Model):
+    include_usage: bool = False
+
+
+class Extension(Model):
+    """What this server adds, for whoever asks."""
+
+    spans: bool = False  # with stream: where each token's time went, and what crossed each link
+
+
+class Sampled(Model):
+    """What completions and chat completions have in common."""
+
+    model: str = ""
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    minigpt: Extension | None = None
+
+    @model_validator(mode="after")
+    def _nothing_that_would_change_the_text(self) -> "Sampled":
+        extra = self.model_extra or {}
+        for name, neutral in (_LATER | _NEVER).items():
+            given = extra[name] if name in extra else getattr(self, name, None)
+            if given is not None and given not in neutral:
+                shown = f"{name} is {given}" if isinstance(given, bool | int | float) else f"{name} is given"
+                why = "not implemented yet" if name in _LATER else "not supported"
+                raise refuse(name, f"{shown}, which is {why} and would change the answer: leave it out")
+        if self.best_of not in (None, self.n):
+            raise refuse("best_of", f"best_of is {self.best_of}, wanted n, {self.n}: all answers are returned")
+        if self.minigpt is not None and self.minigpt.spans and not self.stream:
+            raise refuse("minigpt", "minigpt.spans is true, which needs stream")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class Completion(Sampled):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Texts
+        | Ids
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+    )
+    max_tokens: int = Field(16, ge=1, lt=2**31)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> "Completion":
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            text = f"n is {self.n} for {len(self.prompts)} prompts, wanted at most {MAX_CHOICES} answers in all"
+            raise refuse("n", text)
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+class Part(Model):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Model):
+    role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
+    content: str | list[Part] = ""
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class Chat(Sampled):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool = False
+
+
+class Tokenize(Model):
+    """The body of POST /tokenize."""
+
+    model: str = ""
+    prompt: str
+    return_token_strs: bool = False
+
+
+class Detokenize(Model):
+    """The body of POST /detokenize."""
+
+    model: str = ""
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]

@@ -1,0 +1,171 @@
+"""uvicorn, with bounds on connections, and the words at the start."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import shlex
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from minigpt.client.pipeline import Pipeline
+from minigpt.errors import UsageError
+from minigpt.serve.app import build
+from minigpt.serve.chat import Templates
+from minigpt.serve.guard import Guard, is_loopback, lines
+from minigpt.serve.service import Service
+
+CONNECTIONS = 512  # at a time; a newcomer then ends one that has no request under way
+IDLE = 15.0  # seconds that a connection may take until its next request has come, headers and all
+UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
+MAX_HEADERS = 16 * 1024  # bytes
+MAX_KEY = 256  # characters
+DRAIN = 30.0  # seconds that answers may still take after SIGTERM
+
+
+class Connection(H11Protocol):
+    """One HTTP connection that costs only so much, whatever its client does."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= CONNECTIONS and not self._make_room():
+            transport.abort()
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._unread: asyncio.TimerHandle | None = None
+        self._timer = self.loop.call_later(IDLE, self._look)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way: none that has come whole, and is not answered yet."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _make_room(self) -> bool:
+        """Ends the connection that is idle longest: one that never had an answer, if there is such a one."""
+        others = [each for each in self.connections if isinstance(each, Connection) and each.idle]
+        if not others:
+            return False
+        oldest = min(others, key=lambda each: (each.cycle is not None, each._since))
+        oldest.transport.abort()
+        self.connections.discard(oldest)
+        return True
+
+    def _look(self) -> None:
+        """Ends a connection whose next request has not come in time. Looks again as long as there are requests."""
+        now = self.loop.time()
+        if not self.idle or (self.cycle is not None and self.cycle.more_body):  # a body has a deadline of its own
+            self._since = now
+        if now - self._since >= IDLE:
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(IDLE - (now - self._since), self._look)
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        if self._unread is not None:
+            self._unread.cancel()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets no answer."""
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or Ctrl-C; answers under way are finished first."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> None:
+        """`ready` gets the address once it is served."""
+        # Nothing of uvicorn's is logged but what stops it: of a request, only our own line is.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        super().__init__(
+            uvicorn.Config(
+                app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE),
+                timeout_graceful_shutdown=int(DRAIN), h11_max_incomplete_event_size=MAX_HEADERS,
+            )
+        )  # fmt: skip
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged why
+            raise UsageError(f"cannot listen on {self.config.host} port {self.config.port}") from None
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def serve_until_told(self) -> None:
+        """uvicorn raises the signal that ended it again: SIGTERM is then the usual end, and no death."""
+        signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+        self.run()
+
+
+def run(pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+    key = None if options.api_key_file is None else _read_key(options.api_key_file)
+    public = not is_loopback(options.host)
+    if public and key is None:
+        raise UsageError(f"--host {options.host} lets other machines in: give --api-key-file, or listen on 127.0.0.1")
+    name = options.model_name or pipeline.manifest.model
+    service = Service(pipeline, watcher, connections=options.connections, queue=options.queue, name=name)
+    template = pipeline.tokenizer.chat if pipeline.tokenizer is not None else None
+    templates = Templates(template, plain=options.chat_template == "plain")
+    names = {options.host, *options.hostname}
+    log = lines(options.log_format, say)
+    guard = Guard(build(service, templates), service.metrics, names=names, numbers=public, key=key, log=log)
+
+    def ready(address: str) -> None:
+        say(f"serving {name} at {address}, which is also a page to look at; for example:")
+        say(_curl(address, name, options.api_key_file))
+        if templates.name == "plain":
+            say('chats become plain "role: text" lines: this model was not trained for them')
+        if public:
+            say("requests and the key cross the network as they are: put a proxy with TLS in front")
+        elif key is None:
+            say("other users of this machine can reach it too: --api-key-file FILE keeps them out")
+
+    Server(guard, options.host, options.port, ready).serve_until_told()
+
+
+def _curl(address: str, model: str, key_file: str | None) -> str:
+    """A command that works as it stands."""
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20, "temperature": 0})
+    key = "" if key_file is None else f' -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"'
+    return f"curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _read_key(path: str) -> str:
+    """What an --api-key-file holds. Raises UsageError, which does not quote it."""
+    try:
+        with open(path, "rb") as file:
+            open_to_others = os.fstat(file.fileno()).st_mode & 0o077
+            key = file.read(MAX_KEY + 1).decode("ascii").strip()
+    except (OSError, ValueError):
+        raise UsageError(f"--api-key-file {path}: cannot be read, or is not text") from None
+    if open_to_others:
+        raise UsageError(f"--api-key-file {path}: others may read it, wanted mode 0600: chmod 600 {path}")
+    if not 16 <= len(key) <= MAX_KEY or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"--api-key-file {path}: wanted one line of 16 to {MAX_KEY} characters without spaces; for example: "
+            "head -c 24 /dev/urandom | base64"
+        )
+    return key

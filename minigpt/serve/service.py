@@ -1,0 +1,273 @@
+"""The pipeline as a service: a queue before it, generations in threads, the stages' state, and whether tokens come."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from attest import AttestationError, PolicyError, load_evidence
+from minigpt.client.pipeline import Pipeline
+from minigpt.client.text import Token, encode_prompt
+from minigpt.errors import MiniGPTError, RequestRefused, UsageError
+from minigpt.protocol.manifest import StageEntry
+from minigpt.protocol.messages import Reason, Span, StageReport
+from minigpt.protocol.request import Keywords
+from minigpt.serve.metrics import Metrics
+from minigpt.serve.schema import Problem
+
+FRESH = 30.0  # seconds for which a token proves that tokens come
+CANARY = 10.0  # seconds that a token may take which is to prove it
+REPORT = 1.0  # seconds for which the stages' report is not asked for again
+BUSY = 60.0  # seconds for which a request goes on trying while stages are busy with others'
+AGAIN = 0.25  # seconds between two tries
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of an answer, and its spans: the client's, then stage by stage."""
+
+    token: Token
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Why an answer ended; always what comes last."""
+
+    reason: Reason
+
+
+class Service:
+    """What the routes ask. Everything but the threads' own work is for the event loop's thread.
+
+    Args:
+        pipeline: generates, on at most `connections` links.
+        watcher: the same pipeline over a link of its own, which asks for the stages' state however busy the others are.
+        connections: generations at a time.
+        queue: requests that may wait for their turn.
+        name: of the model, to clients.
+    """
+
+    def __init__(self, pipeline: Pipeline, watcher: Pipeline, *, connections: int, queue: int, name: str) -> None:
+        self.pipeline = pipeline
+        self.name = name
+        self.tokenizer = pipeline.tokenizer
+        self.config = pipeline.config
+        self.metrics = Metrics(pipeline.manifest, lambda: (self.running, self.waiting))
+        self.waiting = 0
+        self.running = 0
+        self._watcher = watcher
+        self._threads = ThreadPoolExecutor(connections, "generation")
+        self._turns = asyncio.Semaphore(connections)
+        self._queue = queue
+        self._token_at = -FRESH  # when the last token came, by the monotonic clock
+        self._canary: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[tuple[StageReport, ...]] | None = None
+        self._reports: tuple[StageReport, ...] = ()
+        self._reported_at = -REPORT
+
+    async def encode(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], param: str, *, whole: bool = True
+    ) -> list[tuple[int, ...]]:
+        """The prompts' ids. Raises Problem, naming `param`, for one that the model cannot continue.
+
+        Args:
+            whole: False for a text that need not be continued: it may be empty, or longer than the model's context.
+        """
+
+        def encode() -> list[tuple[int, ...]]:
+            if whole or self.tokenizer is None:
+                return [encode_prompt(prompt, self.tokenizer, self.config) for prompt in prompts]
+            return [tuple(self.tokenizer.encode(str(prompt))) for prompt in prompts]
+
+        try:
+            return await asyncio.to_thread(encode)
+        except UsageError as error:
+            code = "context_length_exceeded" if "positions" in str(error) else None
+            raise Problem(400, f"{param}: {error}", param=param, code=code) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids' text. Raises Problem."""
+        if self.tokenizer is None or max(ids, default=0) >= self.config.vocab_size:
+            text = f"tokens: wanted ids from 0 to {self.config.vocab_size - 1}, of a model with a tokenizer"
+            raise Problem(400, text, param="tokens")
+        return self.tokenizer.decode(ids)
+
+    def token_name(self, token: int) -> str:
+        """A token as OpenAI's API names it."""
+        return str(token) if self.tokenizer is None else self.tokenizer.name(token)
+
+    def admit(self) -> None:
+        """Raises Problem if the queue is full."""
+        if self._turns.locked() and self.waiting >= self._queue:
+            text = f"{self.running} answers are under way and {self.waiting} requests wait: try again later"
+            raise Problem(429, text, code="queue_full")
+
+    async def generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
+        """An answer, when its turn comes. Closing this cancels it within one token."""
+        until = time.monotonic() + BUSY
+        while True:
+            self.waiting += 1
+            try:
+                await self._turns.acquire()
+            finally:
+                self.waiting -= 1
+            begun = False
+            try:
+                async with aclosing(self._generate(ids, options)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except RequestRefused as error:
+                if begun or error.reason != "busy" or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(AGAIN)
+
+    async def _generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
+        """One try, with a turn that is given back when its thread has ended."""
+        loop = asyncio.get_running_loop()
+        # Not bounded: a reader that is slow must not keep a link, and there are no more tokens than positions.
+        arrived: asyncio.Queue[Piece | End | None] = asyncio.Queue()
+        cancelled = threading.Event()
+        watched: Keywords = {**options, "spans": True}  # for the bytes on each link
+
+        def put(item: Piece | End) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        def work() -> None:
+            generation = self.pipeline.generate(ids, **watched)
+            try:
+                for token in generation:
+                    if cancelled.is_set():
+                        return
+                    put(Piece(token, generation.spans[-1]))
+                assert generation.reason is not None
+                put(End(generation.reason))
+            finally:
+                generation.close()
+
+        def ended(_: object) -> None:
+            self.running -= 1
+            self._turns.release()
+            arrived.put_nowait(None)
+
+        self.running += 1
+        future = loop.run_in_executor(self._threads, work)
+        future.add_done_callback(ended)
+        try:
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, Piece):
+                    self._token_at = time.monotonic()
+                    self.metrics.crossed(item.spans)
+                yield item
+            await future
+        finally:
+            cancelled.set()
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever wanted it has gone
+
+    async def reports(self) -> tuple[StageReport, ...]:
+        """The state of every stage: one that cannot be asked has an `error`. Asked for at most once a second."""
+        if time.monotonic() - self._reported_at >= REPORT:
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
+        return self._reports
+
+    async def _ask(self) -> tuple[StageReport, ...]:
+        try:
+            reports = await asyncio.to_thread(self._watcher.status)
+        except (MiniGPTError, AttestationError) as error:
+            stage = getattr(error, "stage", None) or 0
+            reason = "attestation" if isinstance(error, AttestationError) or error.exit_code == 3 else "failed"
+            unknown = tuple(StageReport(i, "not asked: another stage failed", "failed") for i in range(stage))
+            reports = (*unknown, StageReport(stage, str(error), reason))
+        finally:
+            self._asking = None
+        rest = range(len(reports), len(self.pipeline.manifest.stages))
+        self._reports = reports + tuple(StageReport(i, "not asked: a stage before it failed", "failed") for i in rest)
+        self._reported_at = time.monotonic()
+        return self._reports
+
+    async def check(self) -> None:
+        """Raises Problem unless every stage answers, with accepted evidence, and a token came within the last 30 s: for
+        a request, or else for this."""
+        for report in await self.reports():
+            if report.error and not report.error.startswith("not asked"):
+                raise Problem(503, f"stage {report.stage}: {report.error}", code="not_ready", stage=report.stage)
+        if time.monotonic() - self._token_at < FRESH:
+            return
+        if self._canary is None:
+            self._canary = asyncio.create_task(self._sing())
+            self._canary.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            await asyncio.shield(self._canary)
+        except TimeoutError:
+            text = f"no token was computed for {FRESH:.0f} s, nor within {CANARY:.0f} s of asking for one"
+            raise Problem(503, text, code="not_ready") from None
+        except MiniGPTError as error:
+            raise Problem(503, str(error), code="not_ready", stage=getattr(error, "stage", None)) from None
+
+    async def _sing(self) -> None:
+        """One token."""
+        try:
+            async with asyncio.timeout(CANARY), aclosing(self.generate([0], {"max_tokens": 1})) as pieces:
+                async for _ in pieces:
+                    pass
+        finally:
+            self._canary = None
+
+    async def attestation(self) -> dict[str, Any]:
+        """Each stage's evidence, what we make of it ourselves, and what the stage before it made of it."""
+        manifest = self.pipeline.manifest
+        reports = await self.reports()
+        stages = [self._attested(entry, report) for entry, report in zip(manifest.stages, reports, strict=True)]
+        return {
+            "manifest_sha256": manifest.digest.hex(),
+            "model": manifest.model,
+            "expires": manifest.expires.isoformat(),
+            "simulated": manifest.simulated,
+            "stages": stages,
+        }
+
+    def _attested(self, entry: StageEntry, report: StageReport) -> dict[str, Any]:
+        """One stage's. Links were accepted when they were made: here anybody can see by what, and check it again."""
+        verdict, checks = ("FAIL" if report.reason == "attestation" else "UNKNOWN"), [report.error]
+        if not report.error:
+            verdict, checks = self._verify(entry, report.evidence)
+        return {
+            "index": entry.index,
+            "layers": [entry.layers.start, entry.layers.stop],
+            "address": str(entry.address),
+            "provider": entry.platform.name,
+            "simulated": entry.platform.simulated,
+            "verdict": verdict,
+            "checks": checks,
+            "evidence": json.loads(report.evidence) if report.evidence and not report.error else None,
+        }
+
+    def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
+        """A verdict on an evidence file, as of the time when it was made, and the reasons: "got …, wanted …" each."""
+        platform, claims = entry.platform, self.pipeline.manifest.claims(entry.index)
+        try:
+            evidence, binding = load_evidence(text)
+            assert platform.verifier is not None, "or the manifest would not have been accepted"
+            assert platform.describe is not None, "as above"
+            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()
+            result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
+        except PolicyError as error:
+            return "FAIL", list(error.mismatches)
+        except AttestationError as error:
+            return "FAIL", str(error).split("; ")
+        return "PASS", [
+            "authentic: signed by a key that the manifest trusts for this stage, for the handshake of its link",
+            f"measurement: {result.measurement.hex()}, as pinned",
+            "claims: the manifest, this stage's layers and its weights, as pinned",
+            "debug: off",
+        ]
