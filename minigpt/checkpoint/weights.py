@@ -27,7 +27,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,8 @@ class _Stored:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
-def load(folder: Path, config: Config, layers: range) -> Weights:
-    """Reads the tensors of `layers` from the checkpoint in `folder`.
+def load(folder: Path, config: Config, layers: range, progress: Callable[[str], None] = lambda line: None) -> Weights:
+    """Reads the tensors of `layers` from the checkpoint in `folder`, and says after each how far it has come.
 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or of another shape or type than the config says.
@@ -104,7 +104,10 @@ def load(folder: Path, config: Config, layers: range) -> Weights:
     names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)
     with ThreadPoolExecutor(READERS, "weights") as readers:
         read = readers.map(lambda name: _read(name, places[name], tensors[name]), names)
-        digests = dict(zip(names, read, strict=True))
+        digests, done, size = {}, 0, sum(place.nbytes for place in places.values())
+        for name, digests[name] in zip(names, read, strict=True):
+            done += places[name].nbytes
+            progress(f"reading weights: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
     if head:
         _check_tied(head, digests["wte.weight"])
     digest = hashlib.sha256(_DOMAIN)

@@ -3,9 +3,9 @@
 import argparse
 import hashlib
 import json
-import re
 import signal
 import sys
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from attest.providers.mock import MockPins
 from attest.providers.nitro import NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
+from minigpt.cli.terminal import progress, say, visible
 from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, ids_in
-from minigpt.errors import StageError, UntrustedStage, UsageError
+from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.launch import plan as planning
 from minigpt.protocol import manifest
 from minigpt.protocol.manifest import StageEntry
@@ -43,31 +44,21 @@ from transport.noise import KeyPair
 from transport.relay import Relay
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
 MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
 
 
-def say(line: str) -> None:
-    """Prints a line for people, to standard error."""
-    print(line, file=sys.stderr)
-
-
-def visible(text: str) -> str:
-    """Generated text as a terminal may have it: a stage that is malicious chooses ids that write escape sequences."""
-    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text) if sys.stdout.isatty() else text
-
-
-def progress(line: str) -> None:
-    """Prints a line that the next one replaces; only on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
 def generate(options: argparse.Namespace) -> int:
-    """`minigpt generate`: text as it arrives, then a summary; or all of it as one object."""
+    """`minigpt generate`: text as it arrives, then a summary; or all of it as one object; or a loop of prompts."""
     prompt = options.prompt
+    chosen = {name: value for name, value in vars(options).items() if name in OPTIONS}
+    if prompt is None:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
+        if options.json:
+            raise UsageError("--json needs a PROMPT: a prompt loop prints text")
+        return _prompt_loop(options, chosen)
     if prompt == "-":
         try:
             text = sys.stdin.buffer.read().decode("utf-8-sig")  # a file from Windows may have a byte-order mark
@@ -75,28 +66,72 @@ def generate(options: argparse.Namespace) -> int:
         except UnicodeDecodeError:
             raise UsageError("standard input is not UTF-8 text") from None
     with _pipeline(options) as pipeline:
-        generation = pipeline.generate(
-            prompt if pipeline.tokenizer is not None else ids_in(prompt),
-            **{name: value for name, value in vars(options).items() if name in OPTIONS},
-            spans=True,  # for the bytes of each token
-        )
-        tokens = []
-        try:
-            for token in generation:
-                tokens.append(token)
-                if not options.json:
-                    show(f"{token.id} " if token.text is None else visible(token.text))
-        finally:
-            if tokens and not options.json:
-                show("\n")  # so that what follows, an error too, is on a line of its own
-        summary = _summary(pipeline, generation)
+        generation = _generation(pipeline, prompt, chosen)
         if options.json:
+            tokens = list(generation)
+            summary = _summary(pipeline, generation)
             listed = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
             text = None if pipeline.tokenizer is None else "".join(token.text or "" for token in tokens)
             show(json.dumps({"text": text, "tokens": listed, **summary}) + "\n")
         else:
-            _say_summary(summary)
+            _print(generation)
+            summary = _summary(pipeline, generation)
+            _say_stages(summary["stages"])
+            _say_pace(summary, pipeline)
     return 0
+
+
+def _generation(pipeline: Pipeline, prompt: str, chosen: dict[str, Any]) -> Generation:
+    given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
+    return pipeline.generate(given, **chosen, spans=True)  # for the bytes of each token
+
+
+def _print(generation: Generation) -> None:
+    """Prints tokens as they arrive."""
+    try:
+        for token in generation:
+            show(f"{token.id} " if token.text is None else visible(token.text))
+    finally:
+        if generation.times:
+            show("\n")  # so that what follows, an error too, is on a line of its own
+
+
+def _prompt_loop(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
+    """Answers prompts from the terminal until Ctrl-D."""
+    with suppress(ImportError):  # some Pythons are built without: lines can then be typed, but not edited
+        import readline  # noqa: F401 — makes `input` edit lines and remember them, in memory only
+    with _pipeline(options) as pipeline:
+        pipeline.generate([0], **chosen)  # sent only if iterated: refuses options now, and not at every prompt
+        _say_stages(_stage_states(pipeline))
+        say("Enter continues your text, Ctrl-C cancels an answer, Ctrl-D ends")
+        while (prompt := _ask()) is not None:
+            try:
+                if prompt:
+                    with closing(_generation(pipeline, prompt, chosen)) as generation:
+                        _print(generation)
+                    _say_pace(_figures(generation), pipeline)
+            except KeyboardInterrupt:
+                say("\ncancelled")
+            except UntrustedStage:  # the others may not happen to the next prompt
+                raise
+            except (UsageError, RequestRefused, StageError) as error:
+                say(f"minigpt: {error}")
+    return 0
+
+
+def _ask() -> str | None:
+    """A prompt: "" for one given up with Ctrl-C, None at the end of the input, Ctrl-D."""
+    try:
+        return input("> ")
+    except KeyboardInterrupt:
+        show("\n")
+        return ""
+    except EOFError:
+        show("\n")
+        return None
+    except UnicodeDecodeError:
+        say("minigpt: the prompt is not UTF-8 text")
+        return ""
 
 
 def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
@@ -111,7 +146,9 @@ def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
-    return Pipeline.local(model, revision=options.revision, threads=options.threads, timeout=options.timeout, **shape)
+    shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout")}
+    with progress() as tell:
+        return Pipeline.local(model, **shape, progress=tell)
 
 
 def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> Pipeline:
@@ -138,8 +175,16 @@ def _split(options: argparse.Namespace) -> str | int:
 
 def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
     """A summary of a generation: stages, evidence, times, bytes."""
-    times, count = generation.times, len(generation.times)
+    return _figures(generation) | {"stages": _stage_states(pipeline)}
+
+
+def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:
     stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
+    return [_stage_state(entry, report) for entry, report in stages]
+
+
+def _figures(generation: Generation) -> dict[str, Any]:
+    times, count = generation.times, len(generation.times)
     return {
         "reason": str(generation.reason),
         "seed": generation.seed,
@@ -149,22 +194,24 @@ def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
         "steps": len(set(times)),  # fewer than tokens where several were drafted together
         "latencies_ms": [1000 * (later - earlier) for earlier, later in zip([0.0, *times], times, strict=False)],
         "bytes_per_token": benchmark.bytes_per_token(generation.spans),
-        "stages": [_stage_state(entry, report) for entry, report in stages],
     }
 
 
-def _say_summary(summary: dict[str, Any]) -> None:
-    for stage in summary["stages"]:
+def _say_stages(stages: list[dict[str, Any]]) -> None:
+    for stage in stages:
         say(_stage_line(stage) + (f"  {stage['error']}" if stage["error"] else ""))
-    if any(stage["provider"] == "mock" for stage in summary["stages"]):
+    if any(stage["provider"] == "mock" for stage in stages):
         say(MOCK_NOTICE)
+
+
+def _say_pace(summary: dict[str, Any], pipeline: Pipeline) -> None:
     pace, count, steps = summary["ms_per_token"], len(summary["latencies_ms"]), summary["steps"]
     say(
         f"{count} tokens"
         + (f" in {steps} steps" if steps < count else "")
         + f", ended by {summary['reason']}; first after {summary['ttft_ms']:.1f} ms"
         + (f", then {pace:.2f} ms/token" if pace else "")
-        + f"; {summary['bytes_per_token']:.0f} bytes/token on {len(summary['stages'])} encrypted links"
+        + f"; {summary['bytes_per_token']:.0f} bytes/token on {len(pipeline.manifest.stages)} encrypted links"
         + (f"; seed {summary['seed']}" if summary["seed"] is not None else "")
     )
 
@@ -173,15 +220,17 @@ def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest, and prints its digest."""
     for address in options.address:
         Address.parse(address)
-    data = planning.plan(
-        sources.find(options.model or "tiny", options.revision),
-        _split(options),
-        pins=_pins(options),
-        addresses=options.address,
-        suites=options.suite or [2],
-        clients=[_public("--client", text) for text in options.client] or None,
-        days=options.days,
-    )
+    with progress() as tell:
+        data = planning.plan(
+            sources.find(options.model or "tiny", options.revision),
+            _split(options),
+            pins=_pins(options),
+            addresses=options.address,
+            suites=options.suite or [2],
+            clients=[_public("--client", text) for text in options.client] or None,
+            days=options.days,
+            progress=tell,
+        )
     write_file(options.output, data)
     show(hashlib.sha256(data).hexdigest() + "\n")
     for stage in manifest.Manifest.parse(data).stages:
@@ -293,15 +342,19 @@ def _load(report: StageReport) -> str:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`minigpt bench`: tables, or every latency."""
+    """`minigpt bench`: tables, or every latency; and a plot."""
+    if options.plot is not None:
+        from minigpt.cli import plot  # before anything is measured: matplotlib may be missing
     names = ("prompt", "runs", "max_tokens", "revision", "threads")
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
-    try:
-        results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=progress)
-    finally:
-        progress("")
+    with progress() as tell:
+        results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=tell)
     text = json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results)
     show(text + "\n")
+    if options.plot is not None:
+        name = Path(options.model or "tiny").name
+        title = f"{name}: {options.runs} interleaved runs of {options.max_tokens} tokens"
+        write_file(options.plot, plot.draw(benchmark.summarise(results), title, options.plot[-3:].lower()))
     return 0
 
 

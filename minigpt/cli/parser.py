@@ -7,7 +7,19 @@ import argparse
 from typing import Any
 
 import minigpt
-from minigpt.cli.values import counts, days, integer, natural, one_of, option, positive, seconds, threads, variable
+from minigpt.cli.values import (
+    counts,
+    days,
+    integer,
+    natural,
+    one_of,
+    option,
+    picture,
+    positive,
+    seconds,
+    threads,
+    variable,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", "continue a prompt")
-    generate.add_argument("prompt", metavar="PROMPT|-", help="the text to continue (- reads it from standard input); "
-                          "for a checkpoint without a tokenizer, token ids")  # fmt: skip
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT|-", help="the text to continue (- reads it from "
+                          "standard input; without it, a terminal is asked for one after the other); for a checkpoint "
+                          "without a tokenizer, token ids")  # fmt: skip
     _model(generate)
     _stages(generate)
     _manifest(generate, required=False)
@@ -69,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
     option(bench, "--threads", None, "N", threads, "BLAS threads of each stage, pinned")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
+    option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")
 
     serve = _command(commands, "serve", "serve OpenAI's HTTP interface, and a page, on this machine (the extra serve)")
     _model(serve)

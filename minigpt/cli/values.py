@@ -115,6 +115,15 @@ def one_of(*words: str) -> Callable[[str], str]:
     return check
 
 
+def picture(text: str) -> str:
+    """A file to draw into: its name says how."""
+    if not text.lower().endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a file's name that ends in .svg or .png")
+    if not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is in no folder that exists")
+    return text
+
+
 def descriptor(text: str) -> int:
     """The number of an open descriptor, written as fd:N."""
     number = text.removeprefix("fd:")

@@ -6,7 +6,7 @@ other stages are met by measured code that enforces the same manifest.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,7 @@ class Pipeline(TextModel):
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         connections: int = CONNECTIONS,
+        progress: Callable[[str], None] = lambda line: None,
     ) -> Self:
         """Starts stages as child processes on this machine, with fresh mock keys, and connects to them.
 
@@ -143,6 +144,7 @@ class Pipeline(TextModel):
             revision: of a hub id.
             threads: BLAS threads of each stage.
             timeout, connect_timeout, connections: as in `connect`.
+            progress: is told what is waited for, in a line for people.
         """
         from minigpt.launch.local import LocalStages
 
@@ -155,7 +157,7 @@ class Pipeline(TextModel):
             raise UsageError(f"threads is {threads}, wanted at least 1")
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         checkpoint = sources.find(model, revision)
-        processes = LocalStages(checkpoint, split or stages, threads=threads)
+        processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
             tokenizer = tokenizers.load(checkpoint.folder)
             pipeline = cls(processes.manifest, tokenizer, True, timeout, connect_timeout, connections=connections)

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 import weakref
+from collections.abc import Callable
 from typing import IO, NamedTuple
 
 from attest.measure import measure
@@ -50,12 +51,20 @@ class LocalStages:
         checkpoint: of the model.
         split: the layers of each stage, as "6+6", or a number of stages.
         threads: BLAS threads of each stage.
+        progress: is told what is waited for, in a line for people.
 
     Raises:
         UsageError, CheckpointError, ManifestError, StageError: a stage cannot be planned or started.
     """
 
-    def __init__(self, checkpoint: Checkpoint, split: str | int, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        split: str | int,
+        *,
+        threads: int | None = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
         count = len(split_layers(sources.read_config(checkpoint.folder).n_layer, split))
         self._folder = checkpoint.folder
         self._threads = threads
@@ -73,11 +82,13 @@ class LocalStages:
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
                 addresses=self.addresses,
                 days=LIFETIME,
+                progress=progress,
             )
             self.manifest = Manifest.parse(self._manifest)
             for index in range(count):
                 self.start(index)
             for index in range(count):
+                progress(f"stage {index} of {count} loads its layers")
                 self.wait(index)
         except BaseException:
             self.stop()

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attest.providers import Pins
 from minigpt.checkpoint import sources, tokenizer, weights
@@ -21,6 +21,7 @@ def plan(
     suites: Sequence[int] = (2,),
     clients: Sequence[bytes] | None = None,
     days: float = 30.0,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> bytes:
     """The manifest of a pipeline of this checkpoint. Reads all of its weights, for their digests.
 
@@ -30,6 +31,7 @@ def plan(
         addresses: where each stage will serve; by default tcp://127.0.0.1:5001 and the ports after it.
         suites: of the link protocol, accepted on every link; the first is proposed.
         clients: static keys of the clients admitted; None admits anyone.
+        progress: is told how far the reading has come, in a line for people.
 
     Raises:
         UsageError: the split does not fit the model, or there are more or fewer addresses or pins than stages.
@@ -50,7 +52,7 @@ def plan(
         revision=checkpoint.revision,
         tokenizer_sha256=found.digest if found else None,
         layers=layers,
-        weights_sha256=[weights.load(checkpoint.folder, config, part).digest for part in layers],
+        weights_sha256=[weights.load(checkpoint.folder, config, part, progress).digest for part in layers],
         addresses=addresses,
         pins=pins,
         suites=suites,

@@ -9,6 +9,7 @@ from typing import IO, TypeVar
 from attest import AttestationError, Attester, Binding
 from attest.document import DocumentError, read_file, read_private
 from minigpt.checkpoint import sources, weights
+from minigpt.cli.terminal import progress
 from minigpt.engine import threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
@@ -93,7 +94,8 @@ def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
 def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
     """The stage's layers, if they are those that the manifest pins."""
     folder = sources.local(model or manifest.model)
-    loaded = weights.load(folder, manifest.config, entry.layers)
+    with progress() as tell:
+        loaded = weights.load(folder, manifest.config, entry.layers, tell)
     if loaded.digest != entry.weights_sha256:
         found = f"weights sha256 {loaded.digest.hex()}, the manifest wants {entry.weights_sha256.hex()}"
         raise WeightsMismatch(f"{found}: {folder} is another checkpoint, or damaged")

@@ -1,6 +1,8 @@
 """Where a token's time goes: the breakdown of `minigpt bench`, from spans made by hand and from a real pipeline."""
 
 import statistics
+import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 from made import SMALL, random_tensors, write
+from processes import ROOT
 
 from minigpt.cli import bench
 from minigpt.cli.bench import Part, Run
@@ -98,6 +101,48 @@ def test_of_single_tokens_there_is_no_breakdown() -> None:
     results = {1: [run(spans(CLIENT, LAST))]}
     assert bench.figures(results)["breakdown"] == []
     assert bench.tables(results) == bench.markdown(bench.summarise(results))
+
+
+def test_a_plot_says_each_mean_with_its_interval_and_the_same_figures_give_the_same_file() -> None:
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    from minigpt.cli import plot
+
+    slow = Run(0.25, (0.5, 0.5), (), 0.0)
+    rows = bench.summarise({1: [slow, slow], 2: [slow._replace(first=0.375), slow._replace(between=(1.0, 1.0))]})
+    picture = plot.draw(rows, "tiny", "svg").decode()
+    for words in (
+        "tiny",
+        "1 stage",
+        "2 stages",
+        "500.00 ± 0.00",
+        "250.00 ± 0.00",
+        "750.00 ± 3176.50",
+        "312.50 ± 794.12",
+    ):
+        assert words in picture
+    assert plot.draw(rows, "tiny", "svg").decode() == picture
+    single = plot.draw(bench.summarise({1: [Run(0.25, (), (), 0.0)]}), "tiny", "svg").decode()
+    assert (">250.00<" in single, "±" in single) == (True, False)
+    assert [name in single for name in plot.PANELS.values()] == [False, True]
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.svg", b"<?xml"), ("b.PNG", b"\x89PNG")])
+def test_bench_draws_into_a_file(tmp_path: Path, name: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    command = [sys.executable, "-m", "minigpt", "bench", "--model", str(folder), "--prompt", "1 2", "--max-tokens", "2"]
+    done = subprocess.run([*command, "--runs", "1", "--plot", str(tmp_path / name)], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"| stages |")
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from minigpt.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "bench", "--model", "/nowhere", "--plot", "latencies.svg"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("minigpt: --plot needs matplotlib")
 
 
 def test_the_parts_of_a_real_token_are_the_time_since_the_one_before(tmp_path: Path) -> None:

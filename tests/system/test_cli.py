@@ -25,7 +25,8 @@ def run(*arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProc
     """Runs minigpt; its exit code must be this one, and nothing in it a traceback."""
     command = [sys.executable, "-m", "minigpt", *arguments]
     environment = {**os.environ, **more}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    nobody = subprocess.DEVNULL  # and no terminal
+    done = subprocess.run(command, stdin=nobody, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -142,6 +143,8 @@ def test_a_checkpoint_without_a_tokenizer_works_with_ids(tmp_path: Path) -> None
         (("bench", "--runs", "0"), 2, "at least 1"),
         (("bench", "--stages", "1,x"), 2, "whole number"),
         (("bench", "--format", "xml"), 2, "md or json"),
+        (("bench", "--plot", "latencies.pdf"), 2, ".svg or .png"),
+        (("bench", "--plot", "/nowhere/latencies.svg"), 2, "no folder that exists"),
         (("generate", PROMPT, "--model", "/nowhere/at all"), 1, "no such folder"),
         (("generate", PROMPT, "--manifest", "/nowhere"), 2, "No such file"),
         (("generate", PROMPT, "--manifest-sha256", "00"), 2, "needs --manifest"),

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     },
     "minigpt.stage": {
         "minigpt.stage", "minigpt.engine", "minigpt.checkpoint.weights", "minigpt.checkpoint.sources",
-        "minigpt.protocol", "minigpt.cli.values", "minigpt.errors", "=minigpt", "attest", "transport",
+        "minigpt.protocol", "minigpt.cli.terminal", "minigpt.cli.values", "minigpt.errors", "=minigpt", "attest",
+        "transport",
     },
     "minigpt.launch": {
         "minigpt.launch", "minigpt.protocol", "minigpt.checkpoint", "minigpt.engine.config", "minigpt.errors", "attest",
@@ -49,6 +50,7 @@ MAY_IMPORT = {
         "=minigpt", "attest",
     },
     "minigpt.cli": {"minigpt", "attest", "transport"},
+    "minigpt.cli.terminal": set(),
     "minigpt.cli.values": set(),
 }  # fmt: skip
 OUTSIDE = {  # of what is not in the standard library
@@ -69,6 +71,7 @@ OUTSIDE = {  # of what is not in the standard library
     "minigpt.stage.generation": {"numpy"},
     "minigpt.stage.schedule": {"numpy"},
     "minigpt.client": {"numpy"},
+    "minigpt.cli.plot": {"matplotlib"},
     "minigpt.serve": {"fastapi", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "minigpt.serve.template": {"jinja2"},
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made import SMALL
 
-from minigpt.cli import commands
+from minigpt.cli.terminal import visible
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
 from minigpt.protocol.messages import Done, Failure, Generate, Logits, Reason, Refusal, Span, Tokens, Wanted
@@ -128,4 +128,4 @@ def test_generated_text_cannot_steer_a_terminal_and_is_written_to_a_file_as_it_i
     text = "one\n\ttwo\x1b[2J\r\x9b\u00a0é"
     for terminal, shown in ((True, "one\n\ttwo\\x1b[2J\\r\\x9b\u00a0é"), (False, text)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
-        assert commands.visible(text) == shown
+        assert visible(text) == shown

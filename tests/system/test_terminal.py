@@ -1,0 +1,202 @@
+"""What a person at a terminal sees: prompts asked for one after the other, and how far a checkpoint has been loaded."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from made import SMALL, random_tensors, write
+from processes import ROOT, Stages
+
+import minigpt
+
+PROMPT = "The capital of France is"
+UP, BACKSPACE, CTRL_C, CTRL_D = b"\x1b[A", b"\x7f", b"\x03", b"\x04"
+LOADING = "reading weights: "
+# Makes the terminal that of the session, so that Ctrl-C in it is a signal.
+CONTROLLED = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class Terminal:
+    """A program that runs in a terminal of its own, and whoever sits there."""
+
+    def __init__(self, *command: str, home: Path) -> None:
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CONTROLLED, sys.executable, *command],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=ROOT,
+            env=os.environ | {"HOME": str(home), "TERM": "xterm"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._ours, keys)
+
+    def read(self, until: str = "> ") -> str:
+        """What comes up to and with these words."""
+        said, end = b"", time.monotonic() + 60
+        while until.encode() not in said:
+            assert select.select([self._ours], [], [], end - time.monotonic())[0], f"no {until!r} came: {said!r}"
+            try:
+                said += os.read(self._ours, 1)
+            except OSError:  # nobody holds the other end any more
+                raise AssertionError(f"it ended without {until!r}: {said!r}") from None
+        return said.decode()
+
+    def ask(self, prompt: str) -> str:
+        """What follows a prompt that was typed, up to the next."""
+        self.type(prompt.encode() + b"\n")
+        self.read(prompt + "\r\n")
+        return self.read()
+
+    def end(self) -> tuple[int, str]:
+        """The exit code, and the last words."""
+        said = b""
+        try:
+            while part := os.read(self._ours, 4096):
+                said += part
+        except OSError:
+            pass
+        return self.process.wait(60), said.decode()
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Iterator[Stages]:
+    """Two stages of a small model, which continues token ids."""
+    with Stages(write(tmp_path / "small", SMALL, random_tensors(SMALL)), "2+2", tmp_path) as made:
+        yield made.start_all()
+
+
+def loop(stages: Stages, tmp_path: Path, *flags: str) -> Terminal:
+    manifest = ("--manifest", str(stages.path), "--allow-mock")
+    return Terminal("-m", "minigpt", "generate", *manifest, "--max-tokens", "5", *flags, home=tmp_path)
+
+
+def answer(stages: Stages, *prompt: int) -> str:
+    tokens = minigpt.load(stages.folder).generate(prompt, max_tokens=5)
+    return "".join(f"{token.id} " for token in tokens) + "\r\n"
+
+
+def test_prompts_are_asked_for_until_ctrl_d_and_remembered_in_memory_only(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with Terminal("-m", "minigpt", "generate", home=home) as terminal:
+        opening = terminal.read()
+        assert "stage 1  layers 6-11" in opening
+        assert "nothing about hardware" in opening
+        first = terminal.ask(PROMPT)
+        assert first.startswith(" Paris")
+        assert "20 tokens, ended by length" in first
+        terminal.type(UP + len("France is") * BACKSPACE)
+        assert terminal.ask("Japan is").startswith(" Tokyo")
+        terminal.type(b"never mind" + CTRL_C)
+        terminal.read()
+        terminal.type(b"\n")  # an empty line is no prompt
+        assert terminal.read() == "\r\n> "
+        terminal.type(CTRL_D)
+        assert terminal.end() == (0, "\r\n")
+    assert not list(home.rglob("*"))
+
+
+def test_ctrl_c_cancels_an_answer_and_the_next_prompt_is_answered(tmp_path: Path, stages: Stages) -> None:
+    with loop(stages, tmp_path) as terminal:
+        terminal.read()
+        stages.processes[1].send_signal(signal.SIGSTOP)  # no answer will come
+        said, until = "", time.monotonic() + 60
+        while "cancelled" not in said:  # Ctrl-C may come before the prompt has been taken, and then gives that up
+            assert time.monotonic() < until, said
+            terminal.type(b"1 2 3\n")
+            terminal.read("1 2 3\r\n")
+            time.sleep(0.1)
+            terminal.type(CTRL_C)
+            said = terminal.read()
+        stages.processes[1].send_signal(signal.SIGCONT)
+        assert terminal.ask("4 5 6").startswith(answer(stages, 4, 5, 6))
+        terminal.type(CTRL_D)
+        assert terminal.end()[0] == 0
+
+
+def test_a_prompt_that_fails_is_followed_by_the_next(tmp_path: Path, stages: Stages) -> None:
+    with loop(stages, tmp_path) as terminal:
+        terminal.read()
+        assert "must be token ids" in terminal.ask("words")
+        assert "outside the vocabulary" in terminal.ask("97")
+        stages.kill(1)
+        assert "minigpt: stage 1" in terminal.ask("1 2 3")
+        stages.start(1)
+        assert terminal.ask("1 2 3").startswith(answer(stages, 1, 2, 3))
+        terminal.type(CTRL_D)
+        assert terminal.end()[0] == 0
+
+
+def test_what_no_prompt_can_make_good_ends_the_loop_before_it_asks(tmp_path: Path, stages: Stages) -> None:
+    for flags, words in ((("--temperature", "1e7"), "temperature"), (("--json",), "needs a PROMPT")):
+        with loop(stages, tmp_path, *flags) as terminal:
+            code, said = terminal.end()
+        assert code == 2
+        assert words in said
+        assert "> " not in said
+
+
+def test_the_output_must_be_a_terminal_too_for_prompts_to_be_asked_for(tmp_path: Path) -> None:
+    command = "[sys.executable, '-m', 'minigpt', 'generate']"
+    code = f"import subprocess, sys; sys.exit(subprocess.run({command}, stdout=subprocess.DEVNULL).returncode)"
+    with Terminal("-c", code, home=tmp_path) as terminal:
+        ended, said = terminal.end()
+    assert ended == 2
+    assert "PROMPT is missing" in said
+
+
+def test_a_terminal_is_told_how_far_a_checkpoint_has_been_loaded(tmp_path: Path, stages: Stages) -> None:
+    root = stages.root.public.hex()
+    plan = ("plan", "--model", str(stages.folder), "--root-key", root, "-o", str(tmp_path / "plan.json"))
+    generate = ("generate", "1 2", "--model", str(stages.folder), "--max-tokens", "2")
+    bench = ("bench", "--model", str(stages.folder), "--prompt", "1 2", "--runs", "1", "--max-tokens", "2")
+    for command in (plan, generate, bench):
+        with Terminal("-m", "minigpt", *command, home=tmp_path) as terminal:
+            code, said = terminal.end()
+        assert code == 0, said
+        assert LOADING in said
+        assert LOADING not in screen(said)
+
+
+def test_a_stage_started_in_a_terminal_tells_it_too(tmp_path: Path, stages: Stages) -> None:
+    stages.kill(1)
+    options = ("--manifest", str(stages.path), "--index", "1", "--model", str(stages.folder))
+    more = ("--mock-key", str(stages.key(1)), "--allow-mock", "--listen", "tcp://127.0.0.1:0")
+    with Terminal("-m", "minigpt.stage", *options, *more, home=tmp_path) as terminal:
+        said = terminal.read("stage 1 ready")
+        assert LOADING in said
+        assert LOADING not in screen(said)
+
+
+def test_a_file_is_told_nothing_of_it(stages: Stages) -> None:
+    command = [sys.executable, "-m", "minigpt", "generate", "1 2", "--model", str(stages.folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["prompt_tokens"] == 2
+    assert LOADING not in stages.log(0)
+
+
+def screen(said: str) -> str:
+    """What is left of each line once it was cleared."""
+    return "\n".join(line.rpartition("\r\x1b[K")[2] for line in said.split("\r\n"))
