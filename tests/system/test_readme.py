@@ -95,6 +95,13 @@ def test_the_documented_server_answers_the_documented_client(tmp_path: Path) -> 
     assert done.stdout.startswith(" Paris")
 
 
+def test_every_link_leads_to_a_file() -> None:
+    link = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in link.findall(path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
 @pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
 def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str], hub: Hub) -> None:
     language, _, extra = name.split(":")[2].partition(" ")
