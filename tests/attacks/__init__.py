@@ -9,11 +9,11 @@
     identity.py     attacks 5, 6, 9 to 11: on who is at the other end
     evidence.py     attacks 14 to 19, 22, 26, 27: on the evidence
     records.py      attacks 28 to 38: on the records
-    application.py  attacks 40 to 44, 54, 60: by ends that are authentic
-    load.py         attacks 39, 45, 61, 62: by their number
+    application.py  attacks 40 to 44, 54, 57: by ends that are authentic
+    load.py         attacks 39, 45, 58, 59: by their number
     secrecy.py      attacks 47 to 50: by looking
     host.py         attacks 20, 46, 51 to 53, 55: what only the host can do
-    gateway.py      attacks 63 to 66: on `minigpt serve`
+    gateway.py      attacks 60 to 63: on `minigpt serve`
 
 An attack is one function with the decorator `attack`. It returns what was `Seen` at both ends, or raises `Survived`:
 the attack did what it must not. "Dead" means: the connection is closed, what was delivered is at most a true prefix

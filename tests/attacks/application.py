@@ -1,4 +1,4 @@
-"""Attacks 40 to 44, 54 and 60: by ends that are authentic and malicious."""
+"""Attacks 40 to 44, 54 and 57: by ends that are authentic and malicious."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ def lies(arena: Arena, link: int, logprobs: bool) -> dict[str, Play]:
 
 
 @attack(
-    60,
+    57,
     "a malicious stage: tokens without end or after it, ids that are none, log-probabilities above 0, false ends and "
     "words with escape sequences",
     "reported as that stage's fault; nothing raw in a log or a terminal",

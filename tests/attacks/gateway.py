@@ -1,4 +1,4 @@
-"""Attacks 63 to 66: on `minigpt serve`, by web pages, other users of the machine, or whoever reaches its port.
+"""Attacks 60 to 63: on `minigpt serve`, by web pages, other users of the machine, or whoever reaches its port.
 
 The server is a client of the arena's pipeline. While it is attacked, an honest client asks it, and must get the right
 tokens; before and after, the pipeline's steps and the server's memory are looked at.
@@ -106,7 +106,7 @@ def say(server: Serving, data: bytes, seconds: float = 30.0) -> bytes:
 
 
 @attack(
-    63,
+    60,
     "a web page asks the local server: with its own Origin, under its own name (DNS rebinding), with forms",
     "refused before anything is computed; nothing that lets a page read an answer",
 )
@@ -164,7 +164,7 @@ GARBAGE: dict[str, bytes] = {
 
 
 @attack(
-    64,
+    61,
     "bytes that are no HTTP, bodies that are no request, lengths that lie, endless headers and bodies",
     "refused with an error or a closed connection; memory bounded; an honest client served",
 )
@@ -185,7 +185,7 @@ def garbage(arena: Arena) -> Seen:
 
 
 @attack(
-    65,
+    62,
     "heads and bodies of one byte a second, readers that stop, clients that leave at once",
     "deadlines for each; what nobody waits for is not computed; an honest client served",
     slow=True,
@@ -221,7 +221,7 @@ def slow(arena: Arena) -> Seen:
 
 
 @attack(
-    66,
+    63,
     "10 000 connections to the server: silent, and with half a request; and each sends a body in part",
     "sockets and memory bounded; an honest client served",
     slow=True,
@@ -241,5 +241,5 @@ def connections(arena: Arena) -> Seen:
                         most = max(most, sockets_of(server.process.pid))
                 most = max(most, sockets_of(server.process.pid))
                 require(most < 1000, f"the server holds {most} sockets")
-    arena.notes.append(f"66: at most {most} sockets in the server")
+    arena.notes.append(f"63: at most {most} sockets in the server")
     return Seen("honest client served", "sockets bounded; those that say nothing are ended for newcomers")

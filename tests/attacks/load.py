@@ -1,4 +1,4 @@
-"""Attacks 39, 45, 61 and 62: many connections at once, by which a host wants memory, sockets, threads or the processor.
+"""Attacks 39, 45, 58 and 59: many connections at once, by which a host wants memory, sockets, threads or the processor.
 
 What is measured is told in notes: memory above the quiet state, and an honest client's tokens a second before and
 meanwhile. The attackers go past the proxies, so that these cost nothing.
@@ -282,7 +282,7 @@ def flood(arena: Arena) -> Seen:
 
 
 @attack(
-    61,
+    58,
     "60 idle clients, each with one refused request of 2^20 ids; stages so; maps of keys that nobody knows",
     "nothing of a request outlives its answer; sequences and memory are left for others",
 )
@@ -301,7 +301,7 @@ def idle(arena: Arena) -> Seen:
                 answer = rogue.hear_map() or {}
                 require(answer.get("reason") == "too-long", f"stage {link} answered {answer}")
             grown = arena.memory(link) - before
-            arena.notes.append(f"61: idle links that were refused hold {grown / MB:.0f} MB in stage {link}")
+            arena.notes.append(f"58: idle links that were refused hold {grown / MB:.0f} MB in stage {link}")
             require(grown < 100 * MB, f"stage {link} holds {grown >> 20} MB for them")
             arena.control()  # while they are there: they hold no sequence
     before = arena.memory(0)
@@ -310,14 +310,14 @@ def idle(arena: Arena) -> Seen:
             rogue.say_map({f"{i} {n} {'x' * 4000}": n for n in range(1000)})
             require(rogue.hear().kind == ALERT, "keys that nobody knows were taken")
     grown = arena.memory(0) - before
-    arena.notes.append(f"61: 40 000 keys that nobody knows leave {grown / MB:.0f} MB")
+    arena.notes.append(f"58: 40 000 keys that nobody knows leave {grown / MB:.0f} MB")
     require(grown < 100 * MB, f"keys that nobody knows hold {grown >> 20} MB")
     arena.control()
     return Seen("refused in words", "memory and sequences bounded")
 
 
 @attack(
-    62,
+    59,
     "evidence in records of one byte; evidence, and a message, in packets of one byte",
     "a little of the processor, and newcomers served at once",
 )
@@ -344,7 +344,7 @@ def tiny_pieces(arena: Arena) -> Seen:
                 rogue.last_words()
             slowest = max(slowest, newcomer(arena, arena.stages)[1])
         spent = (processor(pid) - before) / 3
-        arena.notes.append(f"62: {name}: {1000 * spent:.0f} ms of the processor, a newcomer served in {slowest:.2f} s")
+        arena.notes.append(f"59: {name}: {1000 * spent:.0f} ms of the processor, a newcomer served in {slowest:.2f} s")
         require(spent < 0.25, f"{name}: a connection costs {spent:.2f} s of the processor")
     return Seen("served at once", "cut, or let gather")
 
