@@ -91,11 +91,12 @@ class Guard:
             if error.status == 401:
                 headers["WWW-Authenticate"] = 'Basic realm="minigpt: any name, and the key", charset="UTF-8"'
             await JSONResponse(error.body, error.status, headers)(scope, receive, answer)
-        except Exception as error:
-            told = problem(error)
-            if status:
-                raise ConnectionAbortedError from None  # uvicorn closes the connection
-            await JSONResponse(told.body, told.status)(scope, receive, answer)
+        except Exception as error:  # a bug; if the application has told the client, its response is whole
+            if not whole:
+                told = problem(error)
+                if status:
+                    raise ConnectionAbortedError from None  # uvicorn closes the connection
+                await JSONResponse(told.body, told.status)(scope, receive, answer)
         finally:
             self._tell(scope, status, time.perf_counter() - began)
 
@@ -106,8 +107,10 @@ class Guard:
             text = f"Host is {host[:80]!r}, wanted a name of this server: start it with --hostname to add one"
             raise Problem(403, text, code="unknown_host")
         origin = headers.get("origin")
-        if origin is not None and (urlsplit(origin).netloc or None) != host:
-            raise Problem(403, f"Origin is {origin[:80]!r}: pages of other hosts may not ask", code="foreign_origin")
+        if origin not in (None, f"http://{host}", f"https://{host}"):
+            raise Problem(
+                403, f"Origin is {str(origin)[:80]!r}: pages of other hosts may not ask", code="foreign_origin"
+            )
         if self._key is not None and path != "/health" and not self._knows_key(headers.get("authorization", "")):
             text = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Problem(401, text, code="invalid_api_key")

@@ -181,14 +181,14 @@ class Completion(Sampled):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-class Part(Model):
+class TextPart(Model):
     type: Literal["text"]
     text: str
 
 
 class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
-    content: str | list[Part] = ""
+    content: str | list[TextPart] = ""
 
     @property
     def text(self) -> str:

@@ -120,12 +120,19 @@ class Server(uvicorn.Server):
         self.run()
 
 
-def run(pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+def read_key(options: argparse.Namespace) -> str | None:
+    """What clients must know, by the options of `minigpt serve`. Raises UsageError if that is not safe."""
     key = None if options.api_key_file is None else _read_key(options.api_key_file)
-    public = not is_loopback(options.host)
-    if public and key is None:
+    if key is None and not is_loopback(options.host):
         raise UsageError(f"--host {options.host} lets other machines in: give --api-key-file, or listen on 127.0.0.1")
+    return key
+
+
+def run(
+    pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, key: str | None, say: Callable[[str], None]
+) -> None:
+    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+    public = not is_loopback(options.host)
     name = options.model_name or pipeline.manifest.model
     service = Service(pipeline, watcher, connections=options.connections, queue=options.queue, name=name)
     template = pipeline.tokenizer.chat if pipeline.tokenizer is not None else None

@@ -317,7 +317,15 @@ def test_a_foreign_page_is_refused(server: Serving) -> None:
     own = server.address.removeprefix("http://")
     body = {"prompt": PROMPT, "max_tokens": 1}
     assert server.post("/v1/completions", body, Origin=f"http://{own}").status_code == 200
-    for origin in ("http://evil.example", "null", f"http://{own}1", "https://127.0.0.1", f"http://evil@{own}"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://{own}1",
+        "https://127.0.0.1",
+        f"http://evil@{own}",
+        "http://[",
+        "",
+    ):
         answer = server.post("/v1/completions", body, Origin=origin)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
         assert "access-control-allow-origin" not in answer.headers
@@ -497,6 +505,29 @@ def test_the_log_has_a_line_for_each_request_and_nothing_of_its_content(server: 
     assert [line["status"] for line in lines[-3:]] == [200, 400, 404]
     for word in ("Kopenhagen", "xyzzy"):
         assert word not in server.log
+
+
+BUGS = """
+import sys
+from minigpt.__main__ import main
+from minigpt.serve.service import Service
+async def fail(self, *_, **__):
+    raise RuntimeError("a secret")
+    yield
+Service.attestation, Service.generate = fail, fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_bug_is_an_error_in_the_same_form_and_its_place_is_logged(tmp_path: Path) -> None:
+    with Serving(python=("-c", BUGS)) as server:
+        for answer in (server.get("/v1/attestation"), server.post("/v1/completions", {"prompt": PROMPT})):
+            assert answer.status_code == 500
+            assert answer.json()["error"]["type"] == "server_error"
+        assert server.log.count("failed: ") == 2
+        assert "secret" not in server.log
+        assert "Traceback" not in server.log
+        assert server.get("/health").status_code == 200
 
 
 # Keys, hosts, the command.
