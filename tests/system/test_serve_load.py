@@ -155,7 +155,9 @@ def test_a_stage_that_is_killed_is_named_and_served_again_once_it_is_back(stages
                 assert eventually(lambda: server.get("/ready").status_code == 200)
                 served = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0)
                 assert served.choices[0].text == wanted
-                assert time.monotonic() - back < 30  # 10 s on a machine that has nothing else to do
+                took = time.monotonic() - back
+                print(f"served {took:.2f} s after stage {index} was back")
+                assert took < 10
         finally:
             stop.set()
         for each in running:
