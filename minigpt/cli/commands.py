@@ -343,16 +343,17 @@ def bench(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`minigpt serve`: OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
     try:
-        from minigpt.serve.server import run
+        from minigpt.serve.server import read_key, run
     except ImportError as error:
         raise UsageError(f"minigpt serve needs its extra, pip install 'minigpt-stages[serve]': {error}") from None
-    key = None if options.client_key is None else _read_key(options.client_key)
+    api_key = read_key(options)
+    client_key = None if options.client_key is None else _read_key(options.client_key)
     with (
         _pipeline(options, connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
-        Pipeline(pipeline.manifest, None, True, WATCH, client_key=key, connections=1) as watcher,
+        Pipeline(pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1) as watcher,
     ):
-        run(pipeline, watcher, options, say)
+        run(pipeline, watcher, options, api_key, say)
     return 0
 
 

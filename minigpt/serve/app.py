@@ -56,14 +56,14 @@ def build(service: Service, chat: Templates) -> FastAPI:
     async def tokenize(body: Tokenize) -> dict[str, Any]:
         _check_model(service, body.model)
         (ids,) = await service.encode([body.prompt], "prompt", whole=False)
-        names = [service.token_name(token) for token in ids] if body.return_token_strs else None
+        names = await service.token_names(ids) if body.return_token_strs else None
         length = service.config.n_positions
         return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
 
     @app.post("/detokenize")
     async def detokenize(body: Detokenize) -> dict[str, str]:
         _check_model(service, body.model)
-        return {"prompt": service.decode(body.tokens)}
+        return {"prompt": await service.decode(body.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
@@ -173,5 +173,5 @@ def _errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http)
-    for kind in (Problem, MiniGPTError, AttestationError):  # anything else is a bug, and the guard's to tell
+    for kind in (Problem, MiniGPTError, AttestationError, Exception):
         app.add_exception_handler(kind, refused)

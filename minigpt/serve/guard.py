@@ -11,9 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minigpt.serve.metrics import Metrics
-from minigpt.serve.schema import Problem
+from minigpt.serve.schema import Problem, problem
 
 MAX_BODY = 2**20  # bytes; 128 prompts of 1024 ids are 900 KB
 BODY = 10.0  # seconds that a body may take
@@ -38,7 +36,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_LOG = logging.getLogger("minigpt.serve")
 
 
 class Guard:
@@ -94,13 +91,12 @@ class Guard:
             if error.status == 401:
                 headers["WWW-Authenticate"] = 'Basic realm="minigpt: any name, and the key", charset="UTF-8"'
             await JSONResponse(error.body, error.status, headers)(scope, receive, answer)
-        except Exception as error:  # a bug of ours. Its message might quote a request, so only its place is logged
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            _LOG.error("failed: %s at %s:%s", type(error).__name__, place.filename, place.lineno)
-            if status:
-                raise ConnectionAbortedError from None  # uvicorn closes the connection
-            text = "the server failed, and says where in its log"
-            await JSONResponse(Problem(500, text, code="internal_error").body, 500)(scope, receive, answer)
+        except Exception as error:  # a bug; if the application has told the client, its response is whole
+            if not whole:
+                told = problem(error)
+                if status:
+                    raise ConnectionAbortedError from None  # uvicorn closes the connection
+                await JSONResponse(told.body, told.status)(scope, receive, answer)
         finally:
             self._tell(scope, status, time.perf_counter() - began)
 
@@ -111,8 +107,10 @@ class Guard:
             text = f"Host is {host[:80]!r}, wanted a name of this server: start it with --hostname to add one"
             raise Problem(403, text, code="unknown_host")
         origin = headers.get("origin")
-        if origin is not None and (urlsplit(origin).netloc or None) != host:
-            raise Problem(403, f"Origin is {origin[:80]!r}: pages of other hosts may not ask", code="foreign_origin")
+        if origin not in (None, f"http://{host}", f"https://{host}"):
+            raise Problem(
+                403, f"Origin is {str(origin)[:80]!r}: pages of other hosts may not ask", code="foreign_origin"
+            )
         if self._key is not None and path != "/health" and not self._knows_key(headers.get("authorization", "")):
             text = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Problem(401, text, code="invalid_api_key")

@@ -4,6 +4,8 @@ Fields are read strictly: no number is parsed from a string. null means the defa
 those that would change the text.
 """
 
+import logging
+import traceback
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,11 +15,12 @@ from minigpt.errors import MiniGPTError, RequestRefused, UsageError
 
 MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
 MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+_LOG = logging.getLogger("minigpt.serve")
 
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
 _LATER: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "echo": (False,), "logprobs": (0, False, True), "top_logprobs": (0,),
+    "echo": (False,), "top_logprobs": (0,),
 }  # fmt: skip
 _NEVER: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
@@ -57,7 +60,9 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, MiniGPTError):
         stage = getattr(error, "stage", None)
         return Problem(503, str(error), code="pipeline_unavailable", stage=stage)
-    return Problem(500, f"the server failed: {type(error).__name__}", code="internal_error")
+    place = traceback.extract_tb(error.__traceback__)[-1]  # a bug. Its message might quote a request
+    _LOG.error("failed: %s at %s:%s", type(error).__name__, place.filename, place.lineno)
+    return Problem(500, "the server failed, and says where in its log", code="internal_error")
 
 
 def invalid(errors: Any) -> Problem:
@@ -69,6 +74,8 @@ def invalid(errors: Any) -> Problem:
         return Problem(400, "the body is not JSON")
     if first["type"] == "refused":
         return Problem(400, first["msg"], param=param)
+    if first["type"] == "string_unicode":
+        return Problem(400, f"{'.'.join(place)}: not UTF-8 text", param=param)
     if param == "prompt" and first["type"] != "missing":
         text = "prompt: wanted a string, a list of strings, a list of token ids, or a list of such lists; none empty"
         return Problem(400, text, param=param)
@@ -159,6 +166,9 @@ class Completion(Sampled):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> "Completion":
+        if self.logprobs:
+            text = f"logprobs is {self.logprobs}, which is not implemented yet: 0 returns each token's own"
+            raise refuse("logprobs", text)
         if len(self.prompts) * self.n > MAX_CHOICES:
             text = f"n is {self.n} for {len(self.prompts)} prompts, wanted at most {MAX_CHOICES} answers in all"
             raise refuse("n", text)
@@ -171,14 +181,14 @@ class Completion(Sampled):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-class Part(Model):
+class TextPart(Model):
     type: Literal["text"]
     text: str
 
 
 class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
-    content: str | list[Part] = ""
+    content: str | list[TextPart] = ""
 
     @property
     def text(self) -> str:

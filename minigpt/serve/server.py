@@ -22,6 +22,7 @@ from minigpt.serve.guard import Guard, is_loopback, lines
 from minigpt.serve.service import Service
 
 CONNECTIONS = 512  # at a time; a newcomer then ends one that has no request under way
+BACKLOG = 128  # accepted at once, before any of them is looked at
 IDLE = 15.0  # seconds that a connection may take until its next request has come, headers and all
 UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
 MAX_HEADERS = 16 * 1024  # bytes
@@ -36,7 +37,7 @@ class Connection(H11Protocol):
         if len(self.connections) >= CONNECTIONS and not self._make_room():
             transport.abort()
         super().connection_made(transport)
-        self._since = self.loop.time()
+        self._since, self._answered = self.loop.time(), False
         self._unread: asyncio.TimerHandle | None = None
         self._timer = self.loop.call_later(IDLE, self._look)
 
@@ -46,11 +47,11 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _make_room(self) -> bool:
-        """Ends the connection that is idle longest: one that never had an answer, if there is such a one."""
+        """Ends the connection that is idle longest: one that was never answered, if there is such a one."""
         others = [each for each in self.connections if isinstance(each, Connection) and each.idle]
         if not others:
             return False
-        oldest = min(others, key=lambda each: (each.cycle is not None, each._since))
+        oldest = min(others, key=lambda each: (each._answered, each._since))
         oldest.transport.abort()
         self.connections.discard(oldest)
         return True
@@ -66,7 +67,7 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(IDLE - (now - self._since), self._look)
 
     def on_response_complete(self) -> None:
-        self._since = self.loop.time()
+        self._since, self._answered = self.loop.time(), True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -99,7 +100,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, proxy_headers=False, timeout_keep_alive=int(IDLE),
+                server_header=False, backlog=BACKLOG, proxy_headers=False, timeout_keep_alive=int(IDLE),
                 timeout_graceful_shutdown=int(DRAIN), h11_max_incomplete_event_size=MAX_HEADERS,
             )
         )  # fmt: skip
@@ -119,12 +120,19 @@ class Server(uvicorn.Server):
         self.run()
 
 
-def run(pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+def read_key(options: argparse.Namespace) -> str | None:
+    """What clients must know, by the options of `minigpt serve`. Raises UsageError if that is not safe."""
     key = None if options.api_key_file is None else _read_key(options.api_key_file)
-    public = not is_loopback(options.host)
-    if public and key is None:
+    if key is None and not is_loopback(options.host):
         raise UsageError(f"--host {options.host} lets other machines in: give --api-key-file, or listen on 127.0.0.1")
+    return key
+
+
+def run(
+    pipeline: Pipeline, watcher: Pipeline, options: argparse.Namespace, key: str | None, say: Callable[[str], None]
+) -> None:
+    """Serves a pipeline with the options of `minigpt serve`, until it is told to end. Raises UsageError."""
+    public = not is_loopback(options.host)
     name = options.model_name or pipeline.manifest.model
     service = Service(pipeline, watcher, connections=options.connections, queue=options.queue, name=name)
     template = pipeline.tokenizer.chat if pipeline.tokenizer is not None else None

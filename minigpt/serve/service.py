@@ -14,7 +14,7 @@ from typing import Any
 from attest import AttestationError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Token, encode_prompt
-from minigpt.errors import MiniGPTError, RequestRefused, UsageError
+from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import Reason, Span, StageReport
 from minigpt.protocol.request import Keywords
@@ -25,6 +25,7 @@ FRESH = 30.0  # seconds for which a token proves that tokens come
 CANARY = 10.0  # seconds that a token may take which is to prove it
 REPORT = 1.0  # seconds for which the stages' report is not asked for again
 BUSY = 60.0  # seconds for which a request goes on trying while stages are busy with others'
+NOT_ASKED = "not asked: another stage failed"
 AGAIN = 0.25  # seconds between two tries
 
 
@@ -92,16 +93,20 @@ class Service:
             code = "context_length_exceeded" if "positions" in str(error) else None
             raise Problem(400, f"{param}: {error}", param=param, code=code) from None
 
-    def decode(self, ids: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int]) -> str:
         """The ids' text. Raises Problem."""
         if self.tokenizer is None or max(ids, default=0) >= self.config.vocab_size:
             text = f"tokens: wanted ids from 0 to {self.config.vocab_size - 1}, of a model with a tokenizer"
             raise Problem(400, text, param="tokens")
-        return self.tokenizer.decode(ids)
+        return await asyncio.to_thread(self.tokenizer.decode, ids)
 
     def token_name(self, token: int) -> str:
         """A token as OpenAI's API names it."""
         return str(token) if self.tokenizer is None else self.tokenizer.name(token)
+
+    async def token_names(self, ids: Sequence[int]) -> list[str]:
+        """All of them."""
+        return await asyncio.to_thread(lambda: [self.token_name(token) for token in ids])
 
     def admit(self) -> None:
         """Raises Problem if the queue is full."""
@@ -125,6 +130,9 @@ class Service:
                         begun = True
                         yield piece
                 return
+            except StageError:
+                self._token_at, self._reported_at = -FRESH, -REPORT  # what was true before it need not be now
+                raise
             except RequestRefused as error:
                 if begun or error.reason != "busy" or time.monotonic() > until:
                     raise
@@ -186,12 +194,12 @@ class Service:
         except (MiniGPTError, AttestationError) as error:
             stage = getattr(error, "stage", None) or 0
             reason = "attestation" if isinstance(error, AttestationError) or error.exit_code == 3 else "failed"
-            unknown = tuple(StageReport(i, "not asked: another stage failed", "failed") for i in range(stage))
+            unknown = tuple(StageReport(i, NOT_ASKED, "failed") for i in range(stage))
             reports = (*unknown, StageReport(stage, str(error), reason))
         finally:
             self._asking = None
         rest = range(len(reports), len(self.pipeline.manifest.stages))
-        self._reports = reports + tuple(StageReport(i, "not asked: a stage before it failed", "failed") for i in rest)
+        self._reports = reports + tuple(StageReport(i, NOT_ASKED, "failed") for i in rest)
         self._reported_at = time.monotonic()
         return self._reports
 
@@ -199,7 +207,7 @@ class Service:
         """Raises Problem unless every stage answers, with accepted evidence, and a token came within the last 30 s: for
         a request, or else for this."""
         for report in await self.reports():
-            if report.error and not report.error.startswith("not asked"):
+            if report.error not in ("", NOT_ASKED):
                 raise Problem(503, f"stage {report.stage}: {report.error}", code="not_ready", stage=report.stage)
         if time.monotonic() - self._token_at < FRESH:
             return
@@ -249,7 +257,7 @@ class Service:
             "simulated": entry.platform.simulated,
             "verdict": verdict,
             "checks": checks,
-            "evidence": json.loads(report.evidence) if report.evidence and not report.error else None,
+            "evidence": _object(report.evidence),
         }
 
     def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
@@ -259,11 +267,11 @@ class Service:
             evidence, binding = load_evidence(text)
             assert platform.verifier is not None, "or the manifest would not have been accepted"
             assert platform.describe is not None, "as above"
-            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()
+            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()  # ValueError after 9999
             result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
         except PolicyError as error:
             return "FAIL", list(error.mismatches)
-        except AttestationError as error:
+        except (AttestationError, ValueError) as error:
             return "FAIL", str(error).split("; ")
         return "PASS", [
             "authentic: signed by a key that the manifest trusts for this stage, for the handshake of its link",
@@ -271,3 +279,11 @@ class Service:
             "claims: the manifest, this stage's layers and its weights, as pinned",
             "debug: off",
         ]
+
+
+def _object(text: str) -> Any:
+    """An evidence file's JSON; the text itself if it is none."""
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return text

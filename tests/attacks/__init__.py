@@ -13,6 +13,7 @@
     load.py         attacks 39, 45, 61: by their number
     secrecy.py      attacks 47 to 50: by looking
     host.py         attacks 20, 46, 51 to 53, 55: what only the host can do
+    gateway.py      attacks 63 to 66: on `minigpt serve`
 
 An attack is one function with the decorator `attack`. It returns what was `Seen` at both ends, or raises `Survived`:
 the attack did what it must not. "Dead" means: the connection is closed, what was delivered is at most a true prefix
@@ -85,5 +86,5 @@ def require(holds: object, what: str) -> None:
 
 def everything() -> None:
     """Imports every module with attacks, so that all are registered."""
-    for name in ("handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host"):
+    for name in ("handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host", "gateway"):
         importlib.import_module(f"attacks.{name}")

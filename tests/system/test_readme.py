@@ -2,8 +2,8 @@
 
 A fenced block of `sh` or `python` is run as it stands, but for its ports, in an empty folder, with this Python first on
 the path. GPT-2 is served by a hub on loopback: a small random model under its id, which the real hub client downloads.
-Blocks of `sh install` are run by continuous integration, in an empty environment; those that name an extra, such
-as `sh plot`, where it is installed. `text` is not a command.
+Blocks of `sh install` are run by continuous integration, in an empty environment; those of `serve` are a server and its
+client; one of `sh plot` needs that extra. `text` is not a command.
 """
 
 import os
@@ -18,6 +18,7 @@ import pytest
 from hub import Hub
 from made import random_tensors, write
 from processes import ROOT
+from serving import Serving
 
 from minigpt.engine.config import Config
 
@@ -36,8 +37,7 @@ def blocks() -> list[tuple[str, str]]:
     return found
 
 
-EXTRAS = {"plot": "matplotlib"}  # and a module that tells whether it is installed
-RUN = [(name, text) for name, text in blocks() if name.split(":")[2] not in ("text", "sh install")]
+RUN = [block for block in blocks() if block[0].split(":")[2] in ("sh", "sh plot", "python")]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "sh install", "python", "text"} | {f"sh {extra}" for extra in EXTRAS}
+    known = {"sh", "sh install", "sh plot", "sh serve", "python", "python serve", "text"}
     assert {name.split(":")[2] for name, _ in blocks()} <= known
     assert sum("sh install" in name for name, _ in blocks()) == 2
 
@@ -82,11 +82,25 @@ def test_every_link_leads_to_a_file() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_the_documented_server_answers_the_documented_client(tmp_path: Path) -> None:
+    ((_, command),) = [block for block in blocks() if block[0].endswith(":sh serve")]
+    ((_, client),) = [block for block in blocks() if block[0].endswith(":python serve")]
+    assert command == "minigpt serve\n"
+    assert len(client.split()) < 20  # three lines
+    with Serving() as server:
+        text = PORTS.sub(str(server.port), client)
+        environment = os.environ | {"NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Paris")
+
+
 @pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
 def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str], hub: Hub) -> None:
-    language, _, extra = name.split(":")[2].partition(" ")
-    if extra:
-        pytest.importorskip(EXTRAS[extra], reason=f"the extra {extra} is not installed")
+    if name.endswith(" plot"):
+        pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     commands = tmp_path / "commands"
     commands.mkdir()
     for command, module in (("minigpt", " -m minigpt"), ("python", "")):
@@ -98,7 +112,7 @@ def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: 
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"NO_PROXY": "*", "HF_HUB_OFFLINE": "0"}
-    run = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+    run = ["bash", "-euo", "pipefail", "-c", text] if ":sh" in name else [sys.executable, "-c", text]
     done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
