@@ -1,9 +1,7 @@
 """The examples run: the notebook from top to bottom, and the clients against a real `minigpt serve`."""
 
-import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 from processes import ROOT
+from serving import Serving
 
 import minigpt
 
@@ -60,21 +59,8 @@ def test_the_notebook_runs_in_jupyter_too(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The base URL of `minigpt serve`, as clients want it."""
-    pytest.importorskip("fastapi", reason="the extra serve is not installed")
-    command = [sys.executable, "-m", "minigpt", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
-    try:
-        assert process.stderr is not None
-        said = next((line for line in process.stderr if "http://" in line), "it ended without an address")
-        found = re.search(r"http://[\d.:]+\d", said)
-        assert found, said
-        yield found[0] + "/v1"
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
-        process.kill()
-        process.wait()
+    with Serving() as serving:
+        yield serving.address + "/v1"
 
 
 def example(name: str, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -88,7 +74,6 @@ def example(name: str, *arguments: str, given: str = "") -> subprocess.Completed
 
 
 def test_the_openai_client_says_what_the_pipeline_says(server: str) -> None:
-    pytest.importorskip("openai", reason="the openai client is not installed")
     assert example("openai_client.py", server).stdout == expected(16) + "\n"  # the interface's own default
     lines = [line for line in (EXAMPLES / "openai_client.py").read_text().splitlines() if line]
     assert len(lines) <= 10

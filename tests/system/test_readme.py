@@ -3,7 +3,7 @@
 A fenced block of `sh` or `python` is run as it stands, but for its ports, in an empty folder, with this Python first on
 the path. GPT-2 is served by a hub on loopback: a small random model under its id, which the real hub client downloads.
 Blocks of `sh install` are run by continuous integration, in an empty environment; those of `serve` are a server and its
-client; those that name another extra, such as `sh plot`, are run where it is installed. `text` is not a command.
+client; one of `sh plot` needs that extra. `text` is not a command.
 """
 
 import os
@@ -37,12 +37,7 @@ def blocks() -> list[tuple[str, str]]:
     return found
 
 
-EXTRAS = {"plot": "matplotlib"}  # and a module that tells whether it is installed
-RUN = [
-    (name, text)
-    for name, text in blocks()
-    if name.split(":")[2] not in ("text", "sh install", "sh serve", "python serve")
-]
+RUN = [block for block in blocks() if block[0].split(":")[2] in ("sh", "sh plot", "python")]
 
 
 @pytest.fixture
@@ -75,9 +70,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "sh install", "sh serve", "python", "python serve", "text"} | {f"sh {extra}" for extra in EXTRAS}
+    known = {"sh", "sh install", "sh plot", "sh serve", "python", "python serve", "text"}
     assert {name.split(":")[2] for name, _ in blocks()} <= known
     assert sum("sh install" in name for name, _ in blocks()) == 2
+
+
+def test_every_link_leads_to_a_file() -> None:
+    link = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in link.findall(path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_the_documented_server_answers_the_documented_client(tmp_path: Path) -> None:
@@ -95,18 +97,10 @@ def test_the_documented_server_answers_the_documented_client(tmp_path: Path) -> 
     assert done.stdout.startswith(" Paris")
 
 
-def test_every_link_leads_to_a_file() -> None:
-    link = re.compile(r"\]\((?!https?:|#)([^)#]+)")
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for target in link.findall(path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
-
-
 @pytest.mark.parametrize(("name", "text"), RUN, ids=[name for name, _ in RUN])
 def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: dict[str, str], hub: Hub) -> None:
-    language, _, extra = name.split(":")[2].partition(" ")
-    if extra:
-        pytest.importorskip(EXTRAS[extra], reason=f"the extra {extra} is not installed")
+    if name.endswith(" plot"):
+        pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     commands = tmp_path / "commands"
     commands.mkdir()
     for command, module in (("minigpt", " -m minigpt"), ("python", "")):
@@ -118,7 +112,7 @@ def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: 
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"NO_PROXY": "*", "HF_HUB_OFFLINE": "0"}
-    run = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+    run = ["bash", "-euo", "pipefail", "-c", text] if ":sh" in name else [sys.executable, "-c", text]
     done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
