@@ -46,7 +46,7 @@ from transport.relay import Relay
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
-MOCK_NOTICE = "mock evidence is really signed and verified, but proves nothing about hardware"
+MOCK_NOTICE = "mock evidence: the signatures are valid, but they prove nothing about hardware"
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -200,7 +200,7 @@ def _figures(generation: Generation) -> dict[str, Any]:
 def _say_stages(stages: list[dict[str, Any]]) -> None:
     for stage in stages:
         say(_stage_line(stage) + (f"  {stage['error']}" if stage["error"] else ""))
-    if any(stage["provider"] == "mock" for stage in stages):
+    if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
         say(MOCK_NOTICE)
 
 
@@ -305,7 +305,8 @@ def status(options: argparse.Namespace) -> int:
     else:
         for entry, report in zip(entries, reports, strict=True):
             show(_stage_line(_stage_state(entry, report)) + "  " + (report.error or _load(report)) + "\n")
-        say(MOCK_NOTICE)
+        if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
+            say(MOCK_NOTICE)
     if any(report.reason == "attestation" for report in reports):
         return UntrustedStage.exit_code
     return StageError.exit_code if any(report.error for report in reports) else 0
@@ -363,7 +364,9 @@ def serve(options: argparse.Namespace) -> int:
     try:
         from minigpt.serve.server import read_key, run
     except ImportError as error:
-        raise UsageError(f"minigpt serve needs its extra, pip install 'minigpt-stages[serve]': {error}") from None
+        raise UsageError(
+            f"the extra serve is missing ({error}): pip install '.[serve]' in the project's folder"
+        ) from None
     api_key = read_key(options)
     client_key = None if options.client_key is None else _read_key(options.client_key)
     with (

@@ -15,6 +15,7 @@ from minigpt.cli.values import (
     one_of,
     option,
     picture,
+    port,
     positive,
     seconds,
     threads,
@@ -90,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     _manifest(serve, required=False)
     option(serve, "--threads", None, "N", threads, "BLAS threads of each local stage, pinned")
     option(serve, "--host", "127.0.0.1", "HOST", str, "where to listen; for any other host than loopback, with a key")
-    option(serve, "--port", "8000", "PORT", natural, "and at which port; 0 for any that is free")
+    option(serve, "--port", "8000", "PORT", port, "and at which port; 0 for any that is free")
     option(
         serve, "--api-key-file", None, "FILE", str, "clients must send what this file holds, which only you may read"
     )

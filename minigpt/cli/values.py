@@ -78,6 +78,14 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
+def port(text: str) -> int:
+    """A port of TCP; 0 is any that is free."""
+    value = natural(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at most 65535")
+    return value
+
+
 def threads(text: str) -> int:
     """A number of threads: 256 is more than any machine has use for, and each takes memory."""
     value = positive(text)

@@ -45,6 +45,13 @@ class Stream(io.TextIOBase):
                 self._put(line)
         return len(text)
 
+    def flush(self) -> None:
+        """Passes the beginning of a line on, such as one that the next replaces."""
+        with self._lock:
+            line, self._line = self._line, ""
+            if line:
+                self._put(line)
+
     def _put(self, line: str) -> None:
         now = time.monotonic()
         self._allowed = min(float(BURST), self._allowed + RATE * (now - self._since))

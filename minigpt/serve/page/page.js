@@ -167,6 +167,7 @@ function fail(error) {
   const gone = error instanceof TypeError; // fetch's own
   $("problem").textContent = gone ? "The server does not answer: is `minigpt serve` running?" : error.message;
   $("problem").hidden = false;
+  $("problem").scrollIntoView({ block: "nearest" }); // below a long text it would not be seen
 }
 
 const say = (text) => ($("news").textContent = text); // to those who listen
