@@ -204,6 +204,8 @@ class Channel:
             Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
         """
+        if (foreign := self._session.foreign) is not None:  # what it took would be missing in its own process
+            raise foreign
         until = math.inf if timeout is None else time.monotonic() + timeout
         try:
             with self._receiving:

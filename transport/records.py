@@ -10,7 +10,6 @@ one-way function of itself. Padding is computed for the whole message and cut up
 lengths.
 """
 
-import os
 import struct
 import threading
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 from transport.aead import TAGLEN
 from transport.errors import Closed, LimitError, RecordError, TransportError
-from transport.fork import own
+from transport.fork import identity, own
 from transport.noise import CipherState
 
 REKEY_INTERVAL = 1024  # records
@@ -105,7 +104,7 @@ class Sealer:
 
     def __init__(self, cipher: CipherState) -> None:
         self._cipher: CipherState | None = cipher
-        self._process = os.getpid()
+        self._process = identity()
         self.messages = 0  # records of type MESSAGE so far, the number that CLOSE carries
         self.records = 0  # of any type
 
@@ -117,9 +116,9 @@ class Sealer:
     def foreign(self) -> Closed | None:
         """In any process but the one that made it: why nothing is sealed. Two messages under one key and nonce would
         give each other away."""
-        if self._process == os.getpid():
+        if self._process == identity():
             return None
-        return Closed(f"this link belongs to process {self._process}; in a forked child, make a new one")
+        return Closed("this link belongs to the process that made it; in a forked child, make a new one")
 
     def seal(self, kind: Type, body: bytes | memoryview = b"", least: int = 0) -> bytes:
         """All records of one message, padded as if it had at least `least` bytes.

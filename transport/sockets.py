@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from transport.address import Address
 from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
-from transport.fork import own
+from transport.fork import identity, own
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
@@ -39,6 +39,7 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         """The wire owns the socket from here on."""
         self._sock = sock
+        self._process = identity()
         self.bytes_sent = 0
         self.bytes_received = 0
         sock.setblocking(False)
@@ -149,17 +150,20 @@ class Wire:
 
     def deafen(self) -> None:
         """Stops receiving, which wakes any thread that waits for the peer. Writing still works."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
+        self._shutdown(socket.SHUT_RD)
 
     def finish(self) -> None:
         """Stops sending: the peer gets what was written, and then the end. Receiving still works."""
-        with contextlib.suppress(OSError):  # if it is dead already, the next read will say so
-            self._sock.shutdown(socket.SHUT_WR)
+        self._shutdown(socket.SHUT_WR)
 
     def shut(self) -> None:
         """Ends both directions, and wakes any thread that waits for either."""
-        hang_up(self._sock)
+        self._shutdown(socket.SHUT_RDWR)
+
+    def _shutdown(self, how: int) -> None:
+        if self._process == identity():  # in a forked child, it would end the parent's connection
+            with contextlib.suppress(OSError):  # if it is dead already, the next read will say so
+                self._sock.shutdown(how)
 
     def close(self) -> None:
         """Sends what is left, and closes. No thread may be waiting."""
@@ -168,7 +172,7 @@ class Wire:
 
     def abort(self) -> None:
         """Closes at once. No thread may be waiting."""
-        if self._sock.family in _INTERNET:  # vsock cannot discard unsent data
+        if self._sock.family in _INTERNET and self._process == identity():  # vsock cannot discard unsent data
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self.close()

@@ -24,7 +24,7 @@ from Crypto.Signature import eddsa
 
 from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, dump_file, open_file, provider_name
 from attest.document import MOCK_KEY, MOCK_ROOT, DocumentError, Place
-from attest.measure import measure
+from attest.measure import own
 from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
 from attest.providers import Platform
 
@@ -258,7 +258,7 @@ class MockAttester:
     key: MockKey  # the stage's own
     claims: bytes  # what the stage claims about itself; never a peer's choice
     _: KW_ONLY
-    measurement: bytes = field(default_factory=measure)  # 48 bytes; by default of the code on the disk
+    measurement: bytes = field(default_factory=own)  # 48 bytes; by default of the code that runs
     debug: bool = False  # the flag, which verifiers refuse
     clock: Callable[[], float] = time.time  # seconds since the epoch
 

@@ -2,11 +2,18 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from minigpt.errors import RequestRefused, UsageError
 from minigpt.protocol.links import StageLink
 from transport.fork import own
+
+_LOOK = 0.5  # seconds between two looks at whether a link was lost without a word
+
+
+class _Place:
+    """Of a link that is being made."""
 
 
 class Pool:
@@ -29,8 +36,9 @@ class Pool:
     def disown(self) -> None:
         """In the child of a fork, whose links are the parent's: starts afresh."""
         self._idle: list[StageLink] = []
-        self._used: set[StageLink] = set()
-        self._making = 0
+        # Weak, so that what is lost, by Ctrl-C between two lines for example, takes no place.
+        self._used: weakref.WeakSet[StageLink] = weakref.WeakSet()
+        self._places: weakref.WeakSet[_Place] = weakref.WeakSet()
         # Reentrant: a generation that nobody refers to gives its link back whenever Python notices, here for example.
         self._changed = threading.Condition(threading.RLock())
 
@@ -39,8 +47,9 @@ class Pool:
         if all links are in use for too long."""
         until = time.monotonic() + self._timeout
         with self._changed:
-            while not self._closed and not self._idle and len(self._used) + self._making >= self._size:
-                if not self._changed.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
+            while not self._closed and not self._idle and len(self._used) + len(self._places) >= self._size:
+                self._changed.wait(min(max(0.0, until - time.monotonic()), _LOOK))
+                if time.monotonic() >= until:
                     raise RequestRefused(
                         f"all {self._size} connections of this pipeline are in use: close a generation, or connect "
                         "with more connections",
@@ -50,7 +59,8 @@ class Pool:
             if self._closed:
                 raise UsageError("this pipeline is closed: connect again")
             link = self._idle.pop() if self._idle else None
-            self._making += 1
+            place = _Place()
+            self._places.add(place)
         try:
             if link is not None and link.stale:
                 link.channel.abort()
@@ -65,7 +75,7 @@ class Pool:
             return link
         finally:
             with self._changed:
-                self._making -= 1
+                self._places.discard(place)
                 self._changed.notify_all()
 
     def give(self, link: StageLink, *, whole: bool) -> None:

@@ -8,6 +8,7 @@ the cores. The children live as long as a pipe to each of them: if this process 
 
 import contextlib
 import fcntl
+import io
 import os
 import selectors
 import socket
@@ -26,7 +27,7 @@ from minigpt.errors import CheckpointError, ManifestError, StageError, UsageErro
 from minigpt.launch import isolated
 from minigpt.launch.plan import plan, split_layers
 from minigpt.protocol.manifest import Manifest
-from transport.fork import own
+from transport.fork import identity, own
 
 READY = 300.0  # seconds that a stage may take to load
 PATIENCE = 5.0  # seconds that it may take to end
@@ -40,7 +41,7 @@ class _Child(NamedTuple):
     """A stage's process, the pipe by which it says that it serves, and the file that takes all else that it says."""
 
     process: subprocess.Popen[bytes]
-    ready: int
+    ready: io.FileIO
     log: IO[bytes]
 
 
@@ -71,7 +72,7 @@ class LocalStages:
         self._root = MockRoot.generate()
         self._children: dict[int, _Child] = {}
         self._open = contextlib.ExitStack()  # what every stage shares
-        self._finish = weakref.finalize(self, _finish, self._children, self._open)
+        self._finish = weakref.finalize(self, _finish, identity(), self._children, self._open)
         own(self)
         try:
             self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
@@ -148,7 +149,7 @@ class LocalStages:
                 os.close(ready)
                 log.close()
                 raise StageError(f"stage {index} cannot be started: {error}", stage=index) from error
-            self._children[index] = _Child(process, ready, log)
+            self._children[index] = _Child(process, io.FileIO(ready), log)
 
     def wait(self, index: int) -> None:
         """Waits for the line by which stage `index` says that it serves."""
@@ -160,7 +161,7 @@ class LocalStages:
             while not line.endswith(b"\n"):
                 if not waiting.select(max(0.0, until - time.monotonic())):
                     raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
-                part = os.read(ready, 4096)
+                part = ready.read(4096)
                 if not part:  # the child has ended
                     break
                 line += part
@@ -193,14 +194,16 @@ class LocalStages:
             process.returncode = 0  # it is not this process's to wait for
             if process.stdin is not None:
                 process.stdin.close()
-            os.close(ready)
+            ready.close()
             log.close()
         self._children.clear()
         self._open.close()
 
 
-def _finish(children: dict[int, _Child], shared: contextlib.ExitStack) -> None:
+def _finish(home: bytes, children: dict[int, _Child], shared: contextlib.ExitStack) -> None:
     """Ends all stages. Not a method: it also runs once nothing refers to their `LocalStages` any more."""
+    if home != identity():  # a fork that Python was not told of
+        return
     _end(list(children.values()))
     children.clear()
     shared.close()
@@ -219,7 +222,7 @@ def _end(children: list[_Child]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        os.close(ready)
+        ready.close()
         log.close()
 
 

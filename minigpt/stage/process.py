@@ -8,6 +8,7 @@ from typing import IO, TypeVar
 
 from attest import AttestationError, Attester, Binding
 from attest.document import DocumentError, read_file, read_private
+from attest.measure import own
 from minigpt.checkpoint import sources, weights
 from minigpt.cli.terminal import progress
 from minigpt.engine import threads
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
         end_with: is given what ends the serving, from any thread, once there is something to end.
     """
     blas = threads.native()
+    own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
     if options.mock_key is None:

@@ -104,6 +104,61 @@ def test_a_pool_of_forked_workers_shares_one_pipeline() -> None:
     assert after == own
 
 
+def test_a_fork_that_python_is_not_told_of_disturbs_nobody() -> None:
+    """As C code may do it: no hook runs in the child, so it has everything, and may use none of it."""
+    child, parent, alive_after = script(
+        """
+        import ctypes
+        pipeline = minigpt.Pipeline.local()
+        running = pipeline.generate("The capital of Japan is", max_tokens=5)
+        first = next(running).id
+        reading, writing = os.pipe()
+        if ctypes.PyDLL(None).fork() == 0:
+            told = []
+            try:
+                running.close()
+                told.append(ids(pipeline))
+                pipeline.close()
+            except Exception as error:
+                told.append(repr(error))
+            os.write(writing, json.dumps(told).encode())
+            os._exit(0)
+        os.wait()
+        parent = [first, *(token.id for token in running)]
+        alive = [os.path.exists(f"/proc/{pid}") for pid in pipeline.pids]
+        print(json.dumps([json.loads(os.read(reading, 65536)), parent, alive]))
+        """
+    )
+    with minigpt.Pipeline.local() as pipeline:
+        assert parent == [token.id for token in pipeline.generate("The capital of Japan is", max_tokens=5)]
+        assert child == [[token.id for token in pipeline.generate("The capital of France is", max_tokens=3)]]
+    assert alive_after == [True, True]
+
+
+def test_one_thing_that_cannot_be_let_go_of_does_not_keep_a_forked_child_from_the_others() -> None:
+    told = script(
+        """
+        from transport import fork
+        class Stuck:
+            def disown(self):
+                raise OSError("stuck")
+        stuck = [Stuck() for _ in range(20)]
+        with minigpt.Pipeline.local() as pipeline:
+            before = ids(pipeline)
+            for each in stuck:
+                fork.own(each)
+            reading, writing = os.pipe()
+            if os.fork() == 0:
+                os.write(writing, json.dumps([pipeline.pids, ids(pipeline)]).encode())
+                os._exit(0)
+            os.wait()
+            print(json.dumps([before, json.loads(os.read(reading, 65536))]))
+        """
+    )
+    before, child = told
+    assert child == [[], before]
+
+
 def test_stages_end_at_once_though_a_forked_worker_lives_on() -> None:
     took, pids = script(
         """
@@ -285,6 +340,25 @@ def own_measurement(path: list[Path], first: str = "") -> str:
     code = "\n".join([*lines, "import attest.measure", "print(attest.measure.measure().hex())"])
     run = subprocess.run([sys.executable, "-c", code], cwd="/", text=True, capture_output=True, check=False)
     return (run.stdout or run.stderr).splitlines()[-1]
+
+
+def test_a_stage_claims_the_code_that_it_started_with(tmp_path: Path) -> None:
+    """Not the code that lies there once its manifest has come, which may take an hour."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = tmp_path / "code" / "minigpt" / "stage" / "generation.py"
+    genuine = changed.read_text()
+    changed.write_text(genuine + "# another\n")
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "4", tmp_path) as stages:
+        os.mkfifo(tmp_path / "manifest")
+        process = stages.spawn(0, "--manifest", str(tmp_path / "manifest"), cwd=tmp_path / "code")
+        with open(tmp_path / "manifest", "wb") as pipe:  # the stage waits for it
+            changed.write_text(genuine)
+            pipe.write(stages.bytes)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("stage 0 ready")
+        assert "peers will refuse this stage's evidence" in stages.log(0)
 
 
 @pytest.fixture

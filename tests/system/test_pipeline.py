@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,27 @@ def test_a_call_waits_for_a_connection_and_not_for_ever(stages: Stages) -> None:
         timer.start()
         assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
         timer.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket that Python closes itself
+def test_an_interrupt_at_any_moment_takes_no_connection_away(stages: Stages) -> None:
+    with Pipeline.connect(stages.bytes, allow_mock=True, connections=2, timeout=30) as made:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for number in range(300):
+                with suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 30 * 1e-4)
+                    ids(made.generate(IDS[:3], max_tokens=2))
+                with suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        running = [made.generate(IDS[:5], max_tokens=9, draft=0) for _ in range(2)]
+        assert [len(ids(generation)) for generation in running] == [9, 9]
 
 
 def test_closing_a_pipeline_ends_calls_that_wait_and_calls_that_run(stages: Stages) -> None:
