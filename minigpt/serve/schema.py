@@ -1,7 +1,7 @@
 """What a request may say, as OpenAI's clients say it, and how errors are told.
 
 Fields are read strictly: no number is parsed from a string. null means the default. Unknown fields are ignored, but for
-those that would change the text.
+those that would change the text. Every list fails fast: an error for each of a body's 500 000 items takes seconds.
 """
 
 import logging
@@ -15,6 +15,7 @@ from minigpt.errors import MiniGPTError, RequestRefused, UsageError
 
 MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
 MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+MAX_PARTS = 1024  # messages in a chat, and parts in a message
 _LOG = logging.getLogger("minigpt.serve")
 
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
@@ -126,7 +127,7 @@ class Sampled(Model):
     top_k: int = Field(0, ge=-1, lt=2**31)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=4)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -188,7 +189,7 @@ class TextPart(Model):
 
 class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
-    content: str | list[TextPart] = ""
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] = ""
 
     @property
     def text(self) -> str:
@@ -198,7 +199,7 @@ class Message(Model):
 class Chat(Sampled):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False

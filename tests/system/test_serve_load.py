@@ -252,6 +252,21 @@ def test_a_slow_body_and_a_slow_head_have_deadlines(server: Serving) -> None:
             thread.join()
 
 
+def test_a_body_of_nothing_but_errors_is_refused_at_once(server: Serving) -> None:
+    """At its first error: with one for each item, these took seconds and 1 GB, and nobody else was served meanwhile."""
+    many = [{}] * 260_000
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": many}]}),
+        ("/v1/chat/completions", {"messages": many}),
+        ("/v1/completions", {"prompt": many}),
+        ("/v1/completions", {"prompt": PROMPT, "stop": many}),
+        ("/detokenize", {"tokens": many}),
+    ):
+        assert server.post(path, body).status_code == 400
+    peak = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+    assert int(peak) < 500_000  # kB; it was 1.1 million
+
+
 def test_idle_connections_make_room_for_newcomers(server: Serving) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(700):
