@@ -41,6 +41,12 @@ class Connection(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
         self._timer = self.loop.call_later(IDLE, self._look)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Nobody needs pipelining. And as long as such bytes wait nothing is read, so that a client could leave unseen.
+        if not self.idle and self.conn.trailing_data[0]:
+            self.transport.abort()
+
     @property
     def idle(self) -> bool:
         """Whether no request is under way: none that has come whole, and is not answered yet."""

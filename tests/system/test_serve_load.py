@@ -96,6 +96,22 @@ def test_a_client_that_vanishes_costs_one_more_token(server: Serving, stream: bo
     assert eventually(lambda: " 499 " in server.log)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_sends_on_while_it_is_answered_is_ended(server: Serving, at_once: bool) -> None:
+    """Or its leaving would not be noticed: while a second request waits, nothing is read."""
+    data = json.dumps({"prompt": PROMPT, "max_tokens": 500, "n": 100, "temperature": 0}).encode()
+    first = HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    second = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(first + second if at_once else first)
+        if not at_once:
+            assert eventually(lambda: server.metric("minigpt_answers_running") > 0)
+            sock.sendall(second)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1000) == b""
+        assert eventually(lambda: server.metric("minigpt_answers_running") == 0)
+
+
 def test_a_reader_that_stops_keeps_no_connection_of_the_pipeline(server: Serving) -> None:
     """Eight of them, as many as the pipeline has connections: their answers end, read or not."""
     with contextlib.ExitStack() as stack:
