@@ -47,7 +47,10 @@ def build(service: Service, chat: Templates) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: Chat, request: Request) -> Response:
         _check_model(service, body.model)
-        prompts = await service.encode([await chat.prompt(body.messages)], "messages")
+        service.admit()  # before a process is started for it
+        with service.preparing():
+            text = await chat.prompt(body.messages)
+        prompts = await service.encode([text], "messages")
         rest = service.config.n_positions - len(prompts[0]) + 1
         most = body.max_completion_tokens or body.max_tokens or rest
         return await _answer(Answer(service, body, prompts, request.state, max_tokens=most, stop=chat.stop))

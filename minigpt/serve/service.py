@@ -4,9 +4,9 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -67,6 +67,7 @@ class Service:
         self._threads = ThreadPoolExecutor(connections, "generation")
         self._turns = asyncio.Semaphore(connections)
         self._queue = queue
+        self._preparing, self._most_prepared = 0, connections + queue
         self._token_at = -FRESH  # when the last token came, by the monotonic clock
         self._canary: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[tuple[StageReport, ...]] | None = None
@@ -113,6 +114,17 @@ class Service:
         if self._turns.locked() and self.waiting >= self._queue:
             text = f"{self.running} answers are under way and {self.waiting} requests wait: try again later"
             raise Problem(429, text, code="queue_full")
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """While a request's text is worked on, or waits for that. Raises Problem if too many do."""
+        if self._preparing >= self._most_prepared:
+            raise Problem(429, f"the texts of {self._preparing} requests wait: try again later", code="queue_full")
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
 
     async def generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
         """An answer, when its turn comes. Closing this cancels it within one token."""

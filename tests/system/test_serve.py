@@ -1,11 +1,13 @@
 """`minigpt serve`, asked as people's tools ask: with the `openai` client of PyPI, and with plain HTTP."""
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from made import SMALL, random_tensors, write
-from processes import ROOT
+from processes import ROOT, eventually
 from serving import Serving
 
 import minigpt
@@ -410,15 +411,20 @@ TEMPLATES = {
 }
 
 
+def chatty(path: Path, template: str) -> Path:
+    """The embedded checkpoint, with a chat template."""
+    folder = path / "chatty"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes((ROOT / "minigpt" / "data" / name).read_bytes())
+    settings = {"chat_template": template, "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_checkpoints_template_is_used_within_bounds(tmp_path: Path, kind: str) -> None:
-    folder = write(tmp_path / "chatty", SMALL, random_tensors(SMALL))
-    data = ROOT / "minigpt" / "data"
-    folder = tmp_path / "chatty"
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).write_bytes((data / name).read_bytes())
-    settings = {"chat_template": TEMPLATES[kind], "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = chatty(tmp_path, TEMPLATES[kind])
     model = minigpt.load(folder)
     with Serving("--model", str(folder)) as server, server.openai() as client:
         options: Any = {"model": "chatty", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
@@ -431,6 +437,37 @@ def test_a_checkpoints_template_is_used_within_bounds(tmp_path: Path, kind: str)
             client.chat.completions.create(**options)
         assert caught.value.code == "chat_template_failed"
         assert server.get("/health").status_code == 200
+
+
+def renderers(server: Serving) -> int:
+    """The processes in which templates are rendered now."""
+    count = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            count += parent == server.process.pid and b"template.py" in (place / "cmdline").read_bytes()
+    return count
+
+
+def test_templates_are_rendered_by_few_processes_and_for_as_many_as_may_wait(tmp_path: Path) -> None:
+    folder = chatty(tmp_path, TEMPLATES["takes for ever"])
+    chat = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + f"Content-Length: {len(chat)}\r\n\r\n".encode() + chat
+    flags = ("--model", str(folder), "--connections", "2", "--queue", "8")
+    with Serving(*flags) as server, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)) for _ in range(30)]
+        for sock in socks:
+            sock.sendall(whole)
+        most = 0
+        while server.log.count(" 400 ") < 4:
+            most = max(most, renderers(server))
+            assert server.get("/health").status_code == 200
+        assert 0 < most <= 4
+        assert server.log.count(" 429 ") == 20
+        stack.close()  # for those who leave nothing is rendered
+        assert eventually(lambda: renderers(server) == 0)
+        assert server.log.count(" 499 ") > 0
 
 
 def test_tokens_come_as_from_vllm(server: Serving, model: Model) -> None:
