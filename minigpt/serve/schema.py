@@ -103,8 +103,9 @@ class Model(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+Text = Annotated[str, Field(max_length=2**20)]  # the bound makes pydantic refuse what is not UTF-8, lone surrogates
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
-Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -121,7 +122,7 @@ class Extension(Model):
 class Sampled(Model):
     """What completions and chat completions have in common."""
 
-    model: str = ""
+    model: Text = ""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
@@ -184,12 +185,12 @@ class Completion(Sampled):
 
 class TextPart(Model):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] = ""
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] = ""
 
     @property
     def text(self) -> str:
@@ -208,13 +209,13 @@ class Chat(Sampled):
 class Tokenize(Model):
     """The body of POST /tokenize."""
 
-    model: str = ""
-    prompt: str
+    model: Text = ""
+    prompt: Text
     return_token_strs: bool = False
 
 
 class Detokenize(Model):
     """The body of POST /detokenize."""
 
-    model: str = ""
+    model: Text = ""
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
