@@ -35,7 +35,7 @@ class Templates:
         if self.name is None:
             text = "this model has no chat template: use /v1/completions, or start with --chat-template plain"
             raise Problem(400, text, param="messages", code="no_chat_template")
-        plain = [{"role": message.role, "content": message.text} for message in messages]
+        plain = [{"role": message.role, "content": message.content} for message in messages]
         if self._template is None:
             return "".join(f"{message['role']}: {message['content']}\n" for message in plain) + "assistant:"
         async with self._renderers:

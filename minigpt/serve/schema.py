@@ -6,9 +6,9 @@ those that would change the text. Every list fails fast: an error for each of a 
 
 import logging
 import traceback
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from minigpt.errors import MiniGPTError, RequestRefused, UsageError
@@ -93,14 +93,28 @@ def refuse(param: str, text: str) -> PydanticCustomError:
 
 
 class Model(BaseModel):
-    """Every body."""
+    """Every object in a body."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_the_default(cls, data: Any) -> Any:
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Body(Model):
+    """Every body."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Empties the given dict: the framework keeps it for as long as a request waits, unknown fields and all."""
+        if isinstance(data, dict):
+            taken = dict(data)
+            data.clear()
+            return validate(taken)
+        return validate(data)
 
 
 Text = Annotated[str, Field(max_length=2**20)]  # the bound makes pydantic refuse what is not UTF-8, lone surrogates
@@ -119,7 +133,7 @@ class Extension(Model):
     spans: bool = False  # with stream: where each token's time went, and what crossed each link
 
 
-class Sampled(Model):
+class Sampled(Body):
     """What completions and chat completions have in common."""
 
     model: Text = ""
@@ -134,15 +148,19 @@ class Sampled(Model):
     stream_options: StreamOptions = StreamOptions()
     minigpt: Extension | None = None
 
-    @model_validator(mode="after")
-    def _nothing_that_would_change_the_text(self) -> "Sampled":
-        extra = self.model_extra or {}
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_that_would_change_the_text(cls, data: Any) -> Any:
         for name, neutral in (_LATER | _NEVER).items():
-            given = extra[name] if name in extra else getattr(self, name, None)
+            given = data.get(name) if isinstance(data, dict) else None
             if given is not None and given not in neutral:
                 shown = f"{name} is {given}" if isinstance(given, bool | int | float) else f"{name} is given"
                 why = "not implemented yet" if name in _LATER else "not supported"
                 raise refuse(name, f"{shown}, which is {why} and would change the answer: leave it out")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Sampled":
         if self.best_of not in (None, self.n):
             raise refuse("best_of", f"best_of is {self.best_of}, wanted n, {self.n}: all answers are returned")
         if self.minigpt is not None and self.minigpt.spans and not self.stream:
@@ -192,9 +210,10 @@ class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] = ""
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @field_validator("content")
+    @classmethod
+    def _joined(cls, content: str | list[TextPart]) -> str:
+        return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class Chat(Sampled):
@@ -206,7 +225,7 @@ class Chat(Sampled):
     logprobs: bool = False
 
 
-class Tokenize(Model):
+class Tokenize(Body):
     """The body of POST /tokenize."""
 
     model: Text = ""
@@ -214,7 +233,7 @@ class Tokenize(Model):
     return_token_strs: bool = False
 
 
-class Detokenize(Model):
+class Detokenize(Body):
     """The body of POST /detokenize."""
 
     model: Text = ""

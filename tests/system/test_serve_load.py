@@ -283,6 +283,36 @@ def test_a_body_of_nothing_but_errors_is_refused_at_once(server: Serving) -> Non
     assert int(peak) < 500_000  # kB; it was 1.1 million
 
 
+@pytest.mark.parametrize("kind", ["unknown fields", "parts of a message"])
+def test_a_request_that_waits_holds_little_of_its_body(stages: Stages, kind: str) -> None:
+    """1 MiB of nested lists are 24 MB of objects: they go before the request waits."""
+    body: dict[str, Any] = {"max_tokens": 500, "n": 100, "temperature": 0}
+    if kind == "unknown fields":
+        path, body = "/v1/completions", body | {"prompt": PROMPT, "x": [[]] * 250_000}
+    else:
+        message = {"role": "user", "content": [{"type": "text", "text": ""}] * 950}
+        path, body = "/v1/chat/completions", body | {"messages": [message] * 30}
+    flags = ("--manifest", str(stages.path), "--model", "tiny", "--allow-mock", "--connections", "1")
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+    whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    with Serving(*flags, "--chat-template", "plain") as server, contextlib.ExitStack() as stack:
+
+        def load() -> float:
+            return server.metric("minigpt_requests_waiting") + server.metric("minigpt_answers_running")
+
+        def memory_with(count: int) -> int:
+            """The server's memory in kB, with so many requests; all but one wait."""
+            for had in range(int(load()), count):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)).sendall(whole)
+                assert eventually(lambda had=had: load() > had)  # type: ignore[misc]
+            return int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+        before = memory_with(4)
+        grown = memory_with(24) - before
+        assert grown < 20 * 6000, f"{grown} kB for 20 requests"  # most of it the body's own bytes
+
+
 def test_idle_connections_make_room_for_newcomers(server: Serving) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(700):
