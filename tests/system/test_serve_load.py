@@ -313,6 +313,38 @@ def test_a_request_that_waits_holds_little_of_its_body(stages: Stages, kind: str
         assert grown < 20 * 6000, f"{grown} kB for 20 requests"  # most of it the body's own bytes
 
 
+GATED = """
+import os, sys, time
+from minigpt.__main__ import main
+from minigpt.checkpoint.tokenizer import Tokenizer
+encode = Tokenizer.encode
+def gated(self, text):
+    print("encodes", file=sys.stderr, flush=True)
+    while not os.path.exists(os.environ["GATE"]):
+        time.sleep(0.01)
+    return encode(self, text)
+Tokenizer.encode = gated
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_texts_are_encoded_by_few_threads_and_not_for_clients_that_have_left(tmp_path: Path) -> None:
+    data = json.dumps({"prompt": "Lima"}).encode()
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    flags = ("--connections", "2", "--queue", "8")
+    with Serving(*flags, python=("-c", GATED), GATE=str(tmp_path / "gate")) as server, contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)).sendall(whole)
+        assert eventually(lambda: server.log.count(" 429 ") == 2 and server.log.count("encodes") == 2)
+        assert server.get("/health").status_code == 200
+        stack.close()
+        assert eventually(lambda: server.log.count(" 499 ") == 10)
+        (tmp_path / "gate").touch()
+        assert server.post("/tokenize", {"prompt": "Lima"}).json()["count"] > 0
+        assert server.log.count("encodes") == 3
+
+
 def test_idle_connections_make_room_for_newcomers(server: Serving) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(700):
