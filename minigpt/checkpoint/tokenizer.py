@@ -27,6 +27,7 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
+LONG = 2**14  # characters from which other threads may run while a text is encoded: 1 MiB takes half a second
 _BYTES = _byte_characters()
 
 
@@ -64,7 +65,10 @@ class Tokenizer:
             CheckpointError: the tokenizer is damaged in a way that shows only now. The message never quotes the text.
         """
         with _refused("the checkpoint's tokenizer fails on this text", quote=False):
-            ids: list[int] = self._encoder.encode(text).ids
+            if len(text) < LONG:
+                ids: list[int] = self._encoder.encode(text).ids
+            else:  # not for short ones: its threads make the package warn of every later fork
+                ids = self._encoder.encode_batch_fast([text])[0].ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -41,13 +41,17 @@ def build(service: Service, chat: Templates) -> FastAPI:
     @app.post("/v1/completions", response_model=None)
     async def completions(body: Completion, request: Request) -> Response:
         _check_model(service, body.model)
+        service.admit()  # before work is done for it
         prompts = await service.encode(body.prompts, "prompt")
         return await _answer(Answer(service, body, prompts, request.state, max_tokens=body.max_tokens))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: Chat, request: Request) -> Response:
         _check_model(service, body.model)
-        prompts = await service.encode([await chat.prompt(body.messages)], "messages")
+        service.admit()
+        with service.preparing():
+            text = await chat.prompt(body.messages)
+        prompts = await service.encode([text], "messages")
         rest = service.config.n_positions - len(prompts[0]) + 1
         most = body.max_completion_tokens or body.max_tokens or rest
         return await _answer(Answer(service, body, prompts, request.state, max_tokens=most, stop=chat.stop))

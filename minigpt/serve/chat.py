@@ -11,6 +11,7 @@ from minigpt.checkpoint.tokenizer import ChatTemplate
 from minigpt.serve.schema import Message, Problem
 
 _RENDERER = Path(__file__).with_name("template.py")
+_RENDERERS = 4  # at a time: each takes a core, and Python's and jinja2's memory
 _TIMEOUT = 10.0  # seconds; it has two of the processor
 _MAX_TEXT = 2**22  # characters of rendered JSON
 
@@ -25,6 +26,7 @@ class Templates:
 
     def __init__(self, template: ChatTemplate | None, *, plain: bool) -> None:
         self._template = None if plain else template
+        self._renderers = asyncio.Semaphore(_RENDERERS)
         self.name = "plain" if plain else "checkpoint" if template is not None else None
         self.stop = ["\nuser:"] if plain else []  # where the model would go on with the user's part
 
@@ -33,10 +35,11 @@ class Templates:
         if self.name is None:
             text = "this model has no chat template: use /v1/completions, or start with --chat-template plain"
             raise Problem(400, text, param="messages", code="no_chat_template")
-        plain = [{"role": message.role, "content": message.text} for message in messages]
+        plain = [{"role": message.role, "content": message.content} for message in messages]
         if self._template is None:
             return "".join(f"{message['role']}: {message['content']}\n" for message in plain) + "assistant:"
-        return await _render({**self._template._asdict(), "messages": plain})
+        async with self._renderers:
+            return await _render({**self._template._asdict(), "messages": plain})
 
 
 async def _render(given: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -25,6 +25,7 @@ from minigpt.serve.schema import Problem, problem
 
 MAX_BODY = 2**20  # bytes; 128 prompts of 1024 ids are 900 KB
 BODY = 10.0  # seconds that a body may take
+_HOST = re.compile(r"((?P<name>[a-z0-9._-]+)|\[(?P<address>[0-9a-f:.]+)\])(:[0-9]{1,5})?")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 HEADERS = {
     # The page's own files, and nothing else: no inline script, no other host, no frame.
@@ -106,11 +107,12 @@ class Guard:
         if not self._known(host):
             text = f"Host is {host[:80]!r}, wanted a name of this server: start it with --hostname to add one"
             raise Problem(403, text, code="unknown_host")
-        origin = headers.get("origin")
-        if origin not in (None, f"http://{host}", f"https://{host}"):
-            raise Problem(
-                403, f"Origin is {str(origin)[:80]!r}: pages of other hosts may not ask", code="foreign_origin"
-            )
+        origins = headers.getlist("origin")
+        if origins not in ([], [f"http://{host}"], [f"https://{host}"]):
+            told = ", ".join(origins)[:80]
+            raise Problem(403, f"Origin is {told!r}: pages of other hosts may not ask", code="foreign_origin")
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy might see other requests in it
+            raise Problem(400, "there are Content-Length and Transfer-Encoding, wanted one of them")
         if self._key is not None and path != "/health" and not self._knows_key(headers.get("authorization", "")):
             text = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Problem(401, text, code="invalid_api_key")
@@ -119,10 +121,10 @@ class Guard:
             raise Problem(415, f"Content-Type is {kind[:80]!r}, wanted application/json")
 
     def _known(self, host: str) -> bool:
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").lower()
-        except ValueError:
+        match = _HOST.fullmatch(host.lower())
+        if match is None:
             return False
+        name = match["address"] or match["name"]
         return name in self._names or (self._numbers and is_address(name))
 
     def _knows_key(self, given: str) -> bool:

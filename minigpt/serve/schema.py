@@ -1,20 +1,21 @@
 """What a request may say, as OpenAI's clients say it, and how errors are told.
 
 Fields are read strictly: no number is parsed from a string. null means the default. Unknown fields are ignored, but for
-those that would change the text.
+those that would change the text. Every list fails fast: an error for each of a body's 500 000 items takes seconds.
 """
 
 import logging
 import traceback
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from minigpt.errors import MiniGPTError, RequestRefused, UsageError
 
 MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
 MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+MAX_PARTS = 1024  # messages in a chat, and parts in a message
 _LOG = logging.getLogger("minigpt.serve")
 
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
@@ -92,9 +93,9 @@ def refuse(param: str, text: str) -> PydanticCustomError:
 
 
 class Model(BaseModel):
-    """Every body."""
+    """Every object in a body."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +103,23 @@ class Model(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+class Body(Model):
+    """Every body."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Empties the given dict: the framework keeps it for as long as a request waits, unknown fields and all."""
+        if isinstance(data, dict):
+            taken = dict(data)
+            data.clear()
+            return validate(taken)
+        return validate(data)
+
+
+Text = Annotated[str, Field(max_length=2**20)]  # the bound makes pydantic refuse what is not UTF-8, lone surrogates
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
-Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -117,30 +133,34 @@ class Extension(Model):
     spans: bool = False  # with stream: where each token's time went, and what crossed each link
 
 
-class Sampled(Model):
+class Sampled(Body):
     """What completions and chat completions have in common."""
 
-    model: str = ""
+    model: Text = ""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=4)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     minigpt: Extension | None = None
 
-    @model_validator(mode="after")
-    def _nothing_that_would_change_the_text(self) -> "Sampled":
-        extra = self.model_extra or {}
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_that_would_change_the_text(cls, data: Any) -> Any:
         for name, neutral in (_LATER | _NEVER).items():
-            given = extra[name] if name in extra else getattr(self, name, None)
+            given = data.get(name) if isinstance(data, dict) else None
             if given is not None and given not in neutral:
                 shown = f"{name} is {given}" if isinstance(given, bool | int | float) else f"{name} is given"
                 why = "not implemented yet" if name in _LATER else "not supported"
                 raise refuse(name, f"{shown}, which is {why} and would change the answer: leave it out")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Sampled":
         if self.best_of not in (None, self.n):
             raise refuse("best_of", f"best_of is {self.best_of}, wanted n, {self.n}: all answers are returned")
         if self.minigpt is not None and self.minigpt.spans and not self.stream:
@@ -183,37 +203,38 @@ class Completion(Sampled):
 
 class TextPart(Model):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Model):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z_]+$")]
-    content: str | list[TextPart] = ""
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] = ""
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @field_validator("content")
+    @classmethod
+    def _joined(cls, content: str | list[TextPart]) -> str:
+        return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class Chat(Sampled):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
 
 
-class Tokenize(Model):
+class Tokenize(Body):
     """The body of POST /tokenize."""
 
-    model: str = ""
-    prompt: str
+    model: Text = ""
+    prompt: Text
     return_token_strs: bool = False
 
 
-class Detokenize(Model):
+class Detokenize(Body):
     """The body of POST /detokenize."""
 
-    model: str = ""
+    model: Text = ""
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]

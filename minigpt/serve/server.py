@@ -26,6 +26,7 @@ BACKLOG = 128  # accepted at once, before any of them is looked at
 IDLE = 15.0  # seconds that a connection may take until its next request has come, headers and all
 UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
 MAX_HEADERS = 16 * 1024  # bytes
+PIECE = 1024  # bytes given to h11 at a time
 MAX_KEY = 256  # characters
 DRAIN = 30.0  # seconds that answers may still take after SIGTERM
 
@@ -40,6 +41,16 @@ class Connection(H11Protocol):
         self._since, self._answered = self.loop.time(), False
         self._unread: asyncio.TimerHandle | None = None
         self._timer = self.loop.call_later(IDLE, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        # In pieces: h11 bounds only a head that is not whole yet, and asyncio reads up to 256 KiB at once.
+        for start in range(0, len(data), PIECE):
+            super().data_received(data[start : start + PIECE])
+            if self.transport.is_closing():
+                return
+        # Nobody needs pipelining. And as long as such bytes wait nothing is read, so that a client could leave unseen.
+        if not self.idle and self.conn.trailing_data[0]:
+            self.transport.abort()
 
     @property
     def idle(self) -> bool:
@@ -101,7 +112,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
                 server_header=False, backlog=BACKLOG, proxy_headers=False, timeout_keep_alive=int(IDLE),
-                timeout_graceful_shutdown=int(DRAIN), h11_max_incomplete_event_size=MAX_HEADERS,
+                timeout_graceful_shutdown=int(DRAIN), h11_max_incomplete_event_size=MAX_HEADERS - PIECE,
             )
         )  # fmt: skip
         self._ready = ready

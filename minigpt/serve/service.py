@@ -4,12 +4,13 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from attest import AttestationError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
@@ -21,12 +22,15 @@ from minigpt.protocol.request import Keywords
 from minigpt.serve.metrics import Metrics
 from minigpt.serve.schema import Problem
 
+WORKERS = 2  # threads that encode and decode texts
 FRESH = 30.0  # seconds for which a token proves that tokens come
 CANARY = 10.0  # seconds that a token may take which is to prove it
 REPORT = 1.0  # seconds for which the stages' report is not asked for again
 BUSY = 60.0  # seconds for which a request goes on trying while stages are busy with others'
 NOT_ASKED = "not asked: another stage failed"
 AGAIN = 0.25  # seconds between two tries
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,10 @@ class Service:
         self.running = 0
         self._watcher = watcher
         self._threads = ThreadPoolExecutor(connections, "generation")
+        self._workers = ThreadPoolExecutor(WORKERS, "text")
         self._turns = asyncio.Semaphore(connections)
         self._queue = queue
+        self._preparing, self._most_prepared = 0, connections + queue
         self._token_at = -FRESH  # when the last token came, by the monotonic clock
         self._canary: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[tuple[StageReport, ...]] | None = None
@@ -88,7 +94,7 @@ class Service:
             return [tuple(self.tokenizer.encode(str(prompt))) for prompt in prompts]
 
         try:
-            return await asyncio.to_thread(encode)
+            return await self._work(encode)
         except UsageError as error:
             code = "context_length_exceeded" if "positions" in str(error) else None
             raise Problem(400, f"{param}: {error}", param=param, code=code) from None
@@ -98,7 +104,7 @@ class Service:
         if self.tokenizer is None or max(ids, default=0) >= self.config.vocab_size:
             text = f"tokens: wanted ids from 0 to {self.config.vocab_size - 1}, of a model with a tokenizer"
             raise Problem(400, text, param="tokens")
-        return await asyncio.to_thread(self.tokenizer.decode, ids)
+        return await self._work(partial(self.tokenizer.decode, ids))
 
     def token_name(self, token: int) -> str:
         """A token as OpenAI's API names it."""
@@ -106,13 +112,29 @@ class Service:
 
     async def token_names(self, ids: Sequence[int]) -> list[str]:
         """All of them."""
-        return await asyncio.to_thread(lambda: [self.token_name(token) for token in ids])
+        return await self._work(lambda: [self.token_name(token) for token in ids])
 
     def admit(self) -> None:
         """Raises Problem if the queue is full."""
         if self._turns.locked() and self.waiting >= self._queue:
             text = f"{self.running} answers are under way and {self.waiting} requests wait: try again later"
             raise Problem(429, text, code="queue_full")
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """Does it in one of a few threads. Of a request whose client leaves, only what has begun is done."""
+        with self.preparing():
+            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """While a request's text is worked on, or waits for that. Raises Problem if too many do."""
+        if self._preparing >= self._most_prepared:
+            raise Problem(429, f"the texts of {self._preparing} requests wait: try again later", code="queue_full")
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
 
     async def generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
         """An answer, when its turn comes. Closing this cancels it within one token."""

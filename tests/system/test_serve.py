@@ -1,11 +1,13 @@
 """`minigpt serve`, asked as people's tools ask: with the `openai` client of PyPI, and with plain HTTP."""
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from made import SMALL, random_tensors, write
-from processes import ROOT
+from processes import ROOT, eventually
 from serving import Serving
 
 import minigpt
@@ -313,6 +314,48 @@ def test_a_body_that_is_no_request_is_refused(server: Serving, body: bytes) -> N
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [], "model": "\ud800"}),
+     ("/v1/completions", {"prompt": ["\ud800"]}), ("/v1/completions", {"prompt": "a", "stop": "\ud800"}),
+     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
+     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]})],
+)  # fmt: skip
+def test_text_that_is_not_utf_8_is_refused_everywhere(server: Serving, path: str, body: Any) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(server.address + path, content=json.dumps(body), headers=headers, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, None)
+
+
+def raw(server: Serving, data: bytes) -> bytes:
+    """What comes for these bytes, until the server ends the connection or says nothing for a second."""
+    said = b""
+    with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
+        sock.sendall(data)
+        with contextlib.suppress(OSError):
+            while part := sock.recv(2**16):
+                said += part
+                sock.settimeout(1)
+    return said
+
+
+def test_a_request_with_two_lengths_is_refused_and_nothing_after_it_answered(server: Serving) -> None:
+    """A proxy that goes by the other length would take the second request for a part of the first."""
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    both = head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = raw(server, both)
+    assert b" 400 " in answer.splitlines()[0]
+    assert b"connection: close" in answer.lower()
+    assert raw(server, both + b"0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").count(b"HTTP/1.1") < 2
+
+
+def test_a_head_has_16_kib_however_it_comes(server: Serving) -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+    assert b" 200 " in raw(server, head + b"a" * 15_000 + b"\r\n\r\n")
+    for size in (16_400, 65_000, 200_000):
+        assert raw(server, head + b"a" * size + b"\r\n\r\n") == b""
+
+
 def test_a_foreign_page_is_refused(server: Serving) -> None:
     own = server.address.removeprefix("http://")
     body = {"prompt": PROMPT, "max_tokens": 1}
@@ -329,10 +372,27 @@ def test_a_foreign_page_is_refused(server: Serving) -> None:
         answer = server.post("/v1/completions", body, Origin=origin)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
         assert "access-control-allow-origin" not in answer.headers
-    for host in ("evil.example", f"evil.example:{server.port}", "", "127.0.0.1.evil.example", "10.0.0.1", "[", "a@b"):
+    for host in (
+        "evil.example",
+        f"evil.example:{server.port}",
+        "",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+        "[",
+        "a@b",
+        "evil@127.0.0.1",
+        "127.0.0.1#x",
+        "127.0.0.1/x",
+        "127.0.0.1:99999999",
+        "127.0.0.1:x",
+        "::1",
+    ):
         answer = server.get("/v1/models", Host=host)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "unknown_host")
-    assert server.get("/v1/models", Host=f"LOCALHOST:{server.port}").status_code == 200
+    for host in (f"LOCALHOST:{server.port}", "[::1]", f"[::1]:{server.port}"):
+        assert server.get("/v1/models", Host=host).status_code == 200
+    two = f"Origin: http://{own}\r\n" + "Origin: http://evil.example\r\n"
+    assert b" 403 " in raw(server, f"GET /health HTTP/1.1\r\nHost: {own}\r\n{two}\r\n".encode())
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", ""):
         answer = httpx.post(
             f"{server.address}/v1/completions",
@@ -410,15 +470,20 @@ TEMPLATES = {
 }
 
 
+def chatty(path: Path, template: str) -> Path:
+    """The embedded checkpoint, with a chat template."""
+    folder = path / "chatty"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes((ROOT / "minigpt" / "data" / name).read_bytes())
+    settings = {"chat_template": template, "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_checkpoints_template_is_used_within_bounds(tmp_path: Path, kind: str) -> None:
-    folder = write(tmp_path / "chatty", SMALL, random_tensors(SMALL))
-    data = ROOT / "minigpt" / "data"
-    folder = tmp_path / "chatty"
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).write_bytes((data / name).read_bytes())
-    settings = {"chat_template": TEMPLATES[kind], "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = chatty(tmp_path, TEMPLATES[kind])
     model = minigpt.load(folder)
     with Serving("--model", str(folder)) as server, server.openai() as client:
         options: Any = {"model": "chatty", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
@@ -431,6 +496,37 @@ def test_a_checkpoints_template_is_used_within_bounds(tmp_path: Path, kind: str)
             client.chat.completions.create(**options)
         assert caught.value.code == "chat_template_failed"
         assert server.get("/health").status_code == 200
+
+
+def renderers(server: Serving) -> int:
+    """The processes in which templates are rendered now."""
+    count = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            count += parent == server.process.pid and b"template.py" in (place / "cmdline").read_bytes()
+    return count
+
+
+def test_templates_are_rendered_by_few_processes_and_for_as_many_as_may_wait(tmp_path: Path) -> None:
+    folder = chatty(tmp_path, TEMPLATES["takes for ever"])
+    chat = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + f"Content-Length: {len(chat)}\r\n\r\n".encode() + chat
+    flags = ("--model", str(folder), "--connections", "2", "--queue", "8")
+    with Serving(*flags) as server, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)) for _ in range(30)]
+        for sock in socks:
+            sock.sendall(whole)
+        most = 0
+        while server.log.count(" 400 ") < 4:
+            most = max(most, renderers(server))
+            assert server.get("/health").status_code == 200
+        assert 0 < most <= 4
+        assert server.log.count(" 429 ") == 20
+        stack.close()  # for those who leave nothing is rendered
+        assert eventually(lambda: renderers(server) == 0)
+        assert server.log.count(" 499 ") > 0
 
 
 def test_tokens_come_as_from_vllm(server: Serving, model: Model) -> None:

@@ -96,6 +96,22 @@ def test_a_client_that_vanishes_costs_one_more_token(server: Serving, stream: bo
     assert eventually(lambda: " 499 " in server.log)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_sends_on_while_it_is_answered_is_ended(server: Serving, at_once: bool) -> None:
+    """Or its leaving would not be noticed: while a second request waits, nothing is read."""
+    data = json.dumps({"prompt": PROMPT, "max_tokens": 500, "n": 100, "temperature": 0}).encode()
+    first = HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    second = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(first + second if at_once else first)
+        if not at_once:
+            assert eventually(lambda: server.metric("minigpt_answers_running") > 0)
+            sock.sendall(second)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1000) == b""
+        assert eventually(lambda: server.metric("minigpt_answers_running") == 0)
+
+
 def test_a_reader_that_stops_keeps_no_connection_of_the_pipeline(server: Serving) -> None:
     """Eight of them, as many as the pipeline has connections: their answers end, read or not."""
     with contextlib.ExitStack() as stack:
@@ -250,6 +266,83 @@ def test_a_slow_body_and_a_slow_head_have_deadlines(server: Serving) -> None:
         finally:
             dripping.set()
             thread.join()
+
+
+def test_a_body_of_nothing_but_errors_is_refused_at_once(server: Serving) -> None:
+    """At its first error: with one for each item, these took seconds and 1 GB, and nobody else was served meanwhile."""
+    many = [{}] * 260_000
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": many}]}),
+        ("/v1/chat/completions", {"messages": many}),
+        ("/v1/completions", {"prompt": many}),
+        ("/v1/completions", {"prompt": PROMPT, "stop": many}),
+        ("/detokenize", {"tokens": many}),
+    ):
+        assert server.post(path, body).status_code == 400
+    peak = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+    assert int(peak) < 500_000  # kB; it was 1.1 million
+
+
+@pytest.mark.parametrize("kind", ["unknown fields", "parts of a message"])
+def test_a_request_that_waits_holds_little_of_its_body(stages: Stages, kind: str) -> None:
+    """1 MiB of nested lists are 24 MB of objects: they go before the request waits."""
+    body: dict[str, Any] = {"max_tokens": 500, "n": 100, "temperature": 0}
+    if kind == "unknown fields":
+        path, body = "/v1/completions", body | {"prompt": PROMPT, "x": [[]] * 250_000}
+    else:
+        message = {"role": "user", "content": [{"type": "text", "text": ""}] * 950}
+        path, body = "/v1/chat/completions", body | {"messages": [message] * 30}
+    flags = ("--manifest", str(stages.path), "--model", "tiny", "--allow-mock", "--connections", "1")
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+    whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    with Serving(*flags, "--chat-template", "plain") as server, contextlib.ExitStack() as stack:
+
+        def load() -> float:
+            return server.metric("minigpt_requests_waiting") + server.metric("minigpt_answers_running")
+
+        def memory_with(count: int) -> int:
+            """The server's memory in kB, with so many requests; all but one wait."""
+            for had in range(int(load()), count):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)).sendall(whole)
+                assert eventually(lambda had=had: load() > had)  # type: ignore[misc]
+            return int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+        before = memory_with(4)
+        grown = memory_with(24) - before
+        assert grown < 20 * 6000, f"{grown} kB for 20 requests"  # most of it the body's own bytes
+
+
+GATED = """
+import os, sys, time
+from minigpt.__main__ import main
+from minigpt.checkpoint.tokenizer import Tokenizer
+encode = Tokenizer.encode
+def gated(self, text):
+    print("encodes", file=sys.stderr, flush=True)
+    while not os.path.exists(os.environ["GATE"]):
+        time.sleep(0.01)
+    return encode(self, text)
+Tokenizer.encode = gated
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_texts_are_encoded_by_few_threads_and_not_for_clients_that_have_left(tmp_path: Path) -> None:
+    data = json.dumps({"prompt": "Lima"}).encode()
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    flags = ("--connections", "2", "--queue", "8")
+    with Serving(*flags, python=("-c", GATED), GATE=str(tmp_path / "gate")) as server, contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60)).sendall(whole)
+        assert eventually(lambda: server.log.count(" 429 ") == 2 and server.log.count("encodes") == 2)
+        assert server.get("/health").status_code == 200
+        stack.close()
+        assert eventually(lambda: server.log.count(" 499 ") == 10)
+        (tmp_path / "gate").touch()
+        assert server.post("/tokenize", {"prompt": "Lima"}).json()["count"] > 0
+        assert server.log.count("encodes") == 3
 
 
 def test_idle_connections_make_room_for_newcomers(server: Serving) -> None:

@@ -123,6 +123,13 @@ def test_two_files_are_the_same_tokenizer_as_one(folder: Path, tmp_path: Path, l
     assert parts.digest == digest.digest()
 
 
+def test_a_long_text_has_the_ids_of_its_parts(loaded: tokenizer.Tokenizer) -> None:
+    """It goes another way through the package."""
+    part = " The capital of Peru<|endoftext|> naïve 東京"
+    times = tokenizer.LONG // len(part) + 1
+    assert loaded.encode(part * times) == loaded.encode(part) * times
+
+
 def test_truncation_and_padding_that_a_file_asks_for_are_off(tmp_path: Path, loaded: tokenizer.Tokenizer) -> None:
     encoder = trained()
     encoder.enable_truncation(2)
@@ -174,9 +181,10 @@ def test_a_tokenizer_that_fails_only_on_a_text_says_so_without_the_text(tmp_path
     loaded = tokenizer.load(tmp_path)
     assert loaded is not None
     assert loaded.encode("aa") == [0, 0]
-    with pytest.raises(CheckpointError, match="fails on this text") as caught:
-        loaded.encode("a secret")
-    assert "secret" not in str(caught.value)
+    for text in ("a secret", "a secret" * tokenizer.LONG):
+        with pytest.raises(CheckpointError, match="fails on this text") as caught:
+            loaded.encode(text)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path, folder: Path) -> None:
