@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -519,14 +520,16 @@ def test_templates_are_rendered_by_few_processes_and_for_as_many_as_may_wait(tmp
         for sock in socks:
             sock.sendall(whole)
         most = 0
+        until = time.monotonic() + 120
         while server.log.count(" 400 ") < 4:
+            assert time.monotonic() < until
             most = max(most, renderers(server))
             assert server.get("/health").status_code == 200
         assert 0 < most <= 4
-        assert server.log.count(" 429 ") == 20
+        assert eventually(lambda: server.log.count(" 429 ") == 20)
         stack.close()  # for those who leave nothing is rendered
         assert eventually(lambda: renderers(server) == 0)
-        assert server.log.count(" 499 ") > 0
+        assert eventually(lambda: server.log.count(" 499 ") > 0)
 
 
 def test_tokens_come_as_from_vllm(server: Serving, model: Model) -> None:
@@ -590,17 +593,27 @@ def test_the_page_and_every_answer_have_a_strict_policy(server: Serving) -> None
     assert server.get("/openapi.json").json()["paths"].keys() >= {"/v1/completions", "/v1/attestation", "/ready"}
 
 
-def test_the_log_has_a_line_for_each_request_and_nothing_of_its_content(server: Serving) -> None:
+def test_the_log_has_a_line_for_each_request_and_nothing_of_its_content() -> None:
     secret = "Kopenhagen liegt am Meer"
-    server.post("/v1/completions", {"prompt": secret, "max_tokens": 3, "user": "xyzzy"})
-    server.post("/v1/completions", {"prompt": secret, "stop": secret, "n": secret})
-    server.get(f"/{secret}?{secret}")
-    lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-    assert {"method", "path", "status", "ms", "prompt_tokens", "completion_tokens", "time"} == lines[-3].keys()
-    assert lines[-3]["completion_tokens"] == 3
-    assert [line["status"] for line in lines[-3:]] == [200, 400, 404]
-    for word in ("Kopenhagen", "xyzzy"):
-        assert word not in server.log
+    with Serving("--log-format", "json") as server:
+
+        def lines() -> list[Any]:
+            return [json.loads(line) for line in server.log.split("\n")[:-1] if line.startswith("{")]
+
+        asked: list[tuple[str, Any]] = [
+            ("/v1/completions", {"prompt": secret, "max_tokens": 3, "user": "xyzzy"}),
+            ("/v1/completions", {"prompt": secret, "stop": secret, "n": secret}),
+            (f"/{secret}?{secret}", {}),
+        ]
+        for number, (path, body) in enumerate(asked, 1):
+            server.post(path, body)
+            assert eventually(lambda number=number: len(lines()) == number)  # it is written after the answer
+        first, *_ = found = lines()
+        assert {"method", "path", "status", "ms", "prompt_tokens", "completion_tokens", "time"} == first.keys()
+        assert first["completion_tokens"] == 3
+        assert [line["status"] for line in found] == [200, 400, 404]
+        for word in ("Kopenhagen", "xyzzy"):
+            assert word not in server.log
 
 
 BUGS = """
@@ -620,7 +633,7 @@ def test_a_bug_is_an_error_in_the_same_form_and_its_place_is_logged(tmp_path: Pa
         for answer in (server.get("/v1/attestation"), server.post("/v1/completions", {"prompt": PROMPT})):
             assert answer.status_code == 500
             assert answer.json()["error"]["type"] == "server_error"
-        assert server.log.count("failed: ") == 2
+        assert eventually(lambda: server.log.count("failed: ") == 2)
         assert "secret" not in server.log
         assert "Traceback" not in server.log
         assert server.get("/health").status_code == 200
