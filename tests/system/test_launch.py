@@ -323,7 +323,8 @@ def test_a_stage_started_by_hand_says_what_it_cannot_exclude(tmp_path: Path) -> 
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0)
-        assert "not isolated: sitecustomize, .pth files and PYTHON variables may have run code" in stages.log(0)
+        words = "not isolated: sitecustomize, .pth files and PYTHON variables may have run code"
+        assert eventually(lambda: words in stages.log(0))
         stages.kill(0)
         stages.start(0, python=tuple(isolated.command("minigpt.stage")[1:]))
         assert stages.log(0).count("not isolated") == 1
@@ -358,7 +359,7 @@ def test_a_stage_claims_the_code_that_it_started_with(tmp_path: Path) -> None:
             pipe.write(stages.bytes)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("stage 0 ready")
-        assert "peers will refuse this stage's evidence" in stages.log(0)
+        assert eventually(lambda: "peers will refuse this stage's evidence" in stages.log(0))
 
 
 @pytest.fixture
@@ -418,7 +419,8 @@ def test_a_stage_that_could_not_be_locked_down_says_so_in_its_log_and_in_status(
     with Stages(folder, "2+2", tmp_path) as stages:
         stages.start(1, python=("-c", SECCOMP))
         stages.start(0)
-        assert "WARNING not locked down: other processes of its user can read its memory" in stages.log(1)
+        words = "WARNING not locked down: other processes of its user can read its memory"
+        assert eventually(lambda: words in stages.log(1))
         assert "not locked down" not in stages.log(0)
         with Pipeline.connect(stages.bytes, allow_mock=True, text=False) as pipeline:
             assert len(list(pipeline.generate([1, 2, 3], max_tokens=3))) == 3

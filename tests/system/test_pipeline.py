@@ -119,7 +119,8 @@ def test_times_and_spans_are_told_for_every_token(pipeline: Pipeline) -> None:
     ids(made)
     assert made.times == sorted(made.times)
     assert [len(spans) for spans in made.spans] == [4] * 4  # the client and three stages
-    assert all(span.bytes > 0 for spans in made.spans for span in spans[:3])
+    assert all(span.bytes > 0 for spans in made.spans for span in spans[1:3])
+    assert sum(spans[0].bytes for spans in made.spans) > 0  # an answer may have come in one piece with the one before
 
 
 def test_requests_of_one_pipeline_go_on_beside_each_other(pipeline: Pipeline, model: minigpt.Model) -> None:

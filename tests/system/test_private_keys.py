@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Stages
+from processes import ROOT, Stages, eventually
 
 import minigpt
 
@@ -149,4 +149,4 @@ def test_a_stage_warns_of_a_mock_key_that_others_may_read(tmp_path: Path) -> Non
         key = stages.key(0)
         key.chmod(0o644)
         stages.start(0, key=key)
-        assert "others may read or change this private key (mode 0644)" in stages.log(0)
+        assert eventually(lambda: "others may read or change this private key (mode 0644)" in stages.log(0))
