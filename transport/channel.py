@@ -8,7 +8,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from socket import socket
 from typing import Any, Self
@@ -46,7 +46,7 @@ DEFAULT_DEADLINES = Deadlines()
 
 
 class Channel:
-    """An established link: sends and receives messages, which are dicts of `codec`.
+    """An established link: sends and receives messages, which are dicts of `codec`, or lists of bytes.
 
     Any failure in `receive` ends the channel, except the caller's own `timeout`. When `send` fails because the peer is
     gone, what it said before can still be received.
@@ -162,8 +162,8 @@ class Channel:
     def records_received(self) -> int:
         return self._session.records_received
 
-    def send(self, message: dict[str, Any], least: int = 0) -> int:
-        """Sends `message` whole, and returns how many bytes it has.
+    def send(self, message: dict[str, Any] | Sequence[bytes | memoryview], least: int = 0) -> None:
+        """Sends `message` whole.
 
         Args:
             message: plain values, as `codec` takes them.
@@ -180,7 +180,6 @@ class Channel:
             self.seal_seconds += time.perf_counter() - start
             self._write(records)
         self._active = time.monotonic()
-        return len(body)
 
     def _write(self, records: bytes) -> None:
         try:
@@ -191,7 +190,7 @@ class Channel:
                 raise self._closed() from None
             raise
 
-    def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> dict[str, Any]:
+    def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> Any:
         """The next message.
 
         Args:
@@ -226,7 +225,7 @@ class Channel:
         self._active = time.monotonic()
         return message
 
-    def _receive(self, until: float, asker: Wire | None) -> dict[str, Any] | None:
+    def _receive(self, until: float, asker: Wire | None) -> Any:
         """The next message, or None once `until` has passed."""
         session, wire, drips = self._session, self._wire, 0
         while not self._ended:
@@ -235,9 +234,11 @@ class Channel:
             self.open_seconds += time.perf_counter() - start
             if body is not None:
                 self._begun = None
+                if codec.is_parts(body):
+                    return codec.decode_parts(body)
                 message = codec.decode(body, self._keys)
                 if type(message) is not dict:
-                    raise DecodeError("message: wanted a map")
+                    raise DecodeError("message: wanted a map, or an array of byte strings")
                 return message
             partial = session.partial
             limit = self._limit(partial)
@@ -265,6 +266,15 @@ class Channel:
     def poll(self) -> bool:
         """Whether there are unread bytes, perhaps less than a message, or the peer is gone. Never blocks."""
         return self._session.buffered > 0 or self._wire.readable()
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until `receive` has something to look at, perhaps less than a message; False after so many seconds."""
+        with self._receiving:
+            return self._session.buffered > 0 or self._wire.wait(time.monotonic() + timeout)
+
+    def writable(self) -> bool:
+        """Whether a small message can be sent at once. Never blocks."""
+        return self._wire.writable()
 
     def gone(self) -> bool:
         """Whether the peer has shut down its direction or the connection is dead, even if there are unread bytes."""

@@ -19,6 +19,7 @@ MAX_DEPTH = 8  # containers inside one another; a message of the pipeline has 3
 MAX_CONTAINERS = 1024  # lists and maps in one message; a report has one for each stage
 MAX_ITEMS = 1024  # in one list or map; token ids and tensors travel as bytes
 
+_BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # msgpack's byte strings, and the bytes of their lengths
 _SCALARS = frozenset({int, str, bytes, bool, type(None), bytearray, memoryview})
 
 
@@ -64,6 +65,31 @@ def decode(data: bytes | bytearray, keys: frozenset[bytes] | None = None) -> Any
         # ValueError is the root of the package's FormatError and StackError, of UnicodeDecodeError, and of ours
         reason = str(error) if type(error) in (ValueError, TypeError) else type(error).__name__
         raise DecodeError(f"message: msgpack this protocol does not allow: {reason[:80]}") from None
+
+
+def is_parts(data: bytes | bytearray) -> bool:
+    """Whether these bytes begin a short array, which `decode_parts` reads."""
+    return len(data) > 0 and data[0] >> 4 == 9
+
+
+def decode_parts(data: bytes | bytearray) -> list[bytes]:
+    """The byte strings in an array of at most 15, and of nothing else. Raises DecodeError.
+
+    Read by hand: the package would make objects of whatever else is in it, before it could be refused.
+    """
+    parts, at = [], 1
+    for _ in range(data[0] & 15):
+        width = _BINARY.get(data[at]) if at < len(data) else None
+        if width is None:
+            raise DecodeError("message: wanted an array of byte strings")
+        start = at + 1 + width
+        at = start + int.from_bytes(data[at + 1 : start], "big")
+        if at > len(data):
+            raise DecodeError("message: a byte string is longer than what follows")
+        parts.append(bytes(data[start:at]))
+    if at != len(data):
+        raise DecodeError("message: more bytes follow its end")
+    return parts
 
 
 class _Check:

@@ -136,6 +136,12 @@ class Wire:
         """Whether there is something to read, or the peer is gone. Never blocks."""
         return self._events() != 0
 
+    def writable(self) -> bool:
+        """Whether a few hundred bytes can be written at once. Never blocks."""
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            return bool(_poller(self._sock, select.POLLOUT).poll(0))  # a new one: two threads cannot share it
+        return False
+
     def gone(self) -> bool:
         """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
         events = self._events()

@@ -10,10 +10,12 @@ from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.engine.crew import fitted
 from minigpt.engine.model import GPT2
+from minigpt.protocol.batches import Terms
 from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason
 from minigpt.protocol.request import check_type
-from minigpt.stage.generation import StageSequence, generate
+from minigpt.stage.layers import Layers
 from minigpt.stage.schedule import Schedule
+from minigpt.stage.sequence import Sequence
 
 
 class Model(TextModel):
@@ -29,6 +31,7 @@ class Model(TextModel):
         self.tokenizer = tokenizer.load(checkpoint.folder)
         layers = range(self.config.n_layer)
         self._model = GPT2(self.config, layers, weights.load(checkpoint.folder, self.config, layers).tensors)
+        self._schedule = Schedule(Layers(self._model))
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """The logits after each token of the prompt, float32 (T, n_vocab)."""
@@ -43,7 +46,7 @@ class Model(TextModel):
         return np.concatenate(rows)
 
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
-        return generate(StageSequence(Schedule(self._model)), request)
+        return self._schedule.run(Sequence(self._model.new_cache(), Terms(1, request.sampling)), request)
 
 
 def load(model: str | Path, revision: str | None = None) -> Model:

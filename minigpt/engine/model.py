@@ -192,6 +192,11 @@ class GPT2:
         """An empty cache for one sequence through these layers."""
         return KVCache(len(self.layers), self.config.n_head, self.config.head_dim, self.config.n_positions)
 
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes that a new cache has once it has room for so many positions."""
+        room = min(math.ceil((positions + positions // 4) / CACHE_STEP) * CACHE_STEP, self.config.n_positions)
+        return 8 * len(self.layers) * self.config.n_head * self.config.head_dim * room
+
     @numpy_defaults
     def embed(self, ids: Sequence[int] | NDArray[np.integer[Any]], start: int) -> Array:  # (T,) -> (T, C)
         """Token and position embeddings of ids at positions start, start + 1, …

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minigpt.engine import blas
+from minigpt.engine import blas, cgroups
 
 Work = Callable[[slice], object]
 
@@ -37,35 +37,17 @@ def processors() -> list[int]:
 def quota(proc: Path = Path("/proc/self")) -> float:
     """How many processors the control groups of this process may keep busy; infinity if there is no limit.
 
-    The smallest of those of its own group and all above it that can be seen: cgroups(7), `cpu.max` of version 2, and
-    `cpu.cfs_quota_us` by `cpu.cfs_period_us` of version 1.
+    `cpu.max` of version 2, and `cpu.cfs_quota_us` by `cpu.cfs_period_us` of version 1: see cgroups(7).
     """
-    try:
-        lines, mounts = ((proc / name).read_text(errors="surrogateescape") for name in ("cgroup", "mountinfo"))
-    except OSError:
-        return math.inf
-    groups = [line.split(":", 2) for line in lines.splitlines() if line.count(":") > 1]
-    path = {name: where for _, controllers, where in groups for name in controllers.split(",")}  # version 2 has no name
     least = math.inf
-    for line in mounts.splitlines():
-        mounted, _, how = line.partition(" - ")
-        root, point = mounted.split(" ")[3:5]
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(how.split(" ")[0])
-        if controller not in path or (controller and controller not in how.split(" ")[-1].split(",")):
-            continue
-        below = os.path.relpath(path[controller], root)
-        top = Path(point)
-        own = top if below.startswith("..") else top / below  # the group may lie above what is mounted
-        for folder in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit, written as "max"
-                if controller:
-                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    limit, period = (folder / "cpu.max").read_text().split()
-                if int(limit) > 0 < int(period):
-                    least = min(least, int(limit) / int(period))
-            if folder == top:
-                break
+    for folder, first_version in cgroups.folders("cpu", proc):
+        with contextlib.suppress(OSError, ValueError):  # no limit, written as "max"
+            if first_version:
+                limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                limit, period = (folder / "cpu.max").read_text().split()
+            if int(limit) > 0 < int(period):
+                least = min(least, int(limit) / int(period))
     return least
 
 

@@ -4,8 +4,16 @@ Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The m
 at either end; no flag weakens it.
 """
 
+import itertools
 import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from attest import (
     AcceptUnattested,
@@ -17,27 +25,18 @@ from attest import (
     Unattested,
     dump_evidence,
 )
-from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
-from minigpt.protocol import messages
+from minigpt.errors import MessageError, StageError, UntrustedStage
+from minigpt.protocol import batches, messages
+from minigpt.protocol.batches import Batch, Due, Result
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import (
-    CHUNK,
-    Answer,
-    Failure,
-    Hidden,
-    Logits,
-    Message,
-    Refusal,
-    StageReport,
-    Step,
-    Tokens,
-    Wanted,
-)
-from minigpt.protocol.request import Ask, Traffic, flaw
+from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
+from minigpt.protocol.request import Ask, Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
 from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
+
+_NO_ROWS = np.empty((0, 0), np.float32)
 
 
 class OneAtATime:
@@ -126,10 +125,10 @@ def failed(failure: Failure) -> StageError:
 
 
 class StageLink:
-    """The near end of a link to a stage, for one sequence: the rest of the model, seen from here.
+    """The near end of a link to a stage.
 
     Args:
-        channel: to that stage; it carries no other sequence.
+        channel: to that stage.
         manifest: of the pipeline.
         stage: its index.
         timeout: seconds to wait for an answer.
@@ -145,9 +144,7 @@ class StageLink:
         self._behind = range(stage, len(manifest.stages))  # that stage and those after it: it may speak for them
         self._timeout = timeout
         self._asker = asker
-        self._begun = False  # whether that stage has a sequence to forget
-        self._due = False  # whether it still owes something: then the channel is of no use to others
-        self._chunk = 0  # bytes of the step before, if it was a whole chunk of a prompt
+        self._due = False  # whether that stage still owes something: then the channel is of no use to others
 
     @property
     def traffic(self) -> Traffic:
@@ -156,34 +153,9 @@ class StageLink:
         return link.seal_seconds, link.open_seconds, float(link.bytes_sent + link.bytes_received)
 
     @property
-    def due(self) -> bool:
-        """Whether steps are under way or an answer is due."""
-        return self._due
-
-    @property
     def stale(self) -> bool:
         """Whether nothing can begin on this link: it is too old, or the stage said something unasked, or is gone."""
         return self.channel.expired or self.channel.poll()
-
-    def step(self, start: int, rows: Hidden, ask: Ask) -> Answer | None:
-        """Sends hidden states on. Raises RequestRefused, or StageError when a stage after this one failed."""
-        self._begun = True
-        step = Step(start, rows, ask.wanted, ask.sampling, ask.logprobs, ask.spans)
-        if ask.wanted is Wanted.NOTHING:
-            if self.channel.poll():  # nothing is due: it can only be bad news
-                raise self._out_of_turn(self.receive())
-            self._due = True  # until a later step is answered
-            size = self.send(step)
-            self._chunk = size if len(rows) == CHUNK else 0
-            return None
-        # A long prompt's last chunk is padded like the others: a size of its own would reveal the prompt's length.
-        least, self._chunk = self._chunk, 0
-        answer = self.ask(step, least=least)
-        if not isinstance(answer, Tokens | Logits) or not ask.fits(answer, start, len(rows)):
-            raise self._out_of_turn(answer)
-        if (wrong := flaw(answer, self._config, len(self._behind) if ask.spans else 0)) is not None:
-            raise self._illegal(f"sent {wrong}")
-        return answer
 
     def status(self, timeout: float | None = None) -> tuple[StageReport, ...]:
         """The state of that stage, with its evidence as verified here, and of those after it, up to one that fails."""
@@ -199,34 +171,44 @@ class StageLink:
         evidence = dump_evidence(self.channel.peer_evidence, self.channel.peer_binding)
         return (replace(found[0], evidence=evidence), *found[1:])
 
-    def ask(self, message: Message, *, least: int = 0, timeout: float | None = None) -> Message:
+    def ask(self, message: Message, *, timeout: float | None = None) -> Message:
         """Sends a message and waits for its answer; a Refusal is raised as RequestRefused."""
         self._due = True
-        self.send(message, least)
+        self.send(message)
         answer = self.receive(timeout)
         self._due = False
         if isinstance(answer, Refusal):
             raise messages.refused(answer)
         return answer
 
-    def send(self, message: Message, least: int = 0) -> int:
-        """Sends a message, padded as if it had `least` bytes; returns how many it has."""
-        try:
-            return self.channel.send(messages.encode(message), least)
-        except TransportError as error:
-            raise self._last_words(error) from error
+    def send(self, message: Message) -> None:
+        """Sends a message. Raises StageError."""
+        self._send(messages.encode(message))
 
     def receive(self, timeout: float | None = None) -> Message:
         """The next message; a Failure is raised as StageError. Raises Abandoned if the asker leaves first."""
+        return self._heard(self._receive(timeout))
+
+    def _send(self, plain: Any, least: int = 0) -> None:
         try:
-            body = self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
-            message = self._read(body)
+            self.channel.send(plain, least)
+        except TransportError as error:
+            raise self._last_words(error) from error
+
+    def _receive(self, timeout: float | None = None) -> Any:
+        try:
+            return self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
         except Abandoned:
             raise
         except TransportError as error:
             raise broken(error, self.stage) from error
+
+    def _heard(self, plain: object) -> Message:
+        """The message in a plain value, if it may come now; a Failure is raised."""
+        try:
+            message = self._read(plain)
         except MessageError as error:
-            raise MessageError(f"stage {self.stage}: {error}", stage=self.stage) from None
+            raise self._illegal(f"sent something wrong: {error}") from None
         if isinstance(message, Failure | Refusal) and message.stage not in self._behind:
             raise self._illegal(f"speaks for stage {message.stage}, which is not behind it")
         if isinstance(message, Failure):
@@ -237,24 +219,11 @@ class StageLink:
         asker = "a client" if self.stage == 0 else f"stage {self.stage - 1}"
         return messages.shown(messages.decode(plain, messages.ANSWERS, asker))
 
-    def release(self, *, reuse: bool = True) -> Channel | None:
-        """Makes that stage forget the sequence. The channel if another sequence may use it; otherwise it is closed."""
-        if self._due:
-            self.channel.abort()
-            return None
-        if not reuse:
-            self.channel.close()
-            return None
-        if not self._begun:
+    def release(self) -> Channel | None:
+        """The channel, if somebody else may use it; otherwise it is closed."""
+        if not self._due:
             return self.channel
-        self._asker = None  # whoever asked may be gone, and that stage must forget all the same
-        try:
-            forgotten = self.ask(messages.Reset()) == messages.Done(messages.Reason.RESET)
-        except (StageError, RequestRefused):
-            forgotten = False
-        if forgotten:
-            return self.channel
-        self.channel.close()
+        self.channel.abort()
         return None
 
     def _last_words(self, error: TransportError) -> StageError:
@@ -265,9 +234,92 @@ class StageLink:
             return broken(error, self.stage)
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)
 
-    def _out_of_turn(self, message: Message) -> MessageError:
-        return self._illegal(f"sent {messages.name(message)} out of turn")
-
     def _illegal(self, what: str) -> MessageError:
         self._due = True  # whatever else comes cannot be trusted to be in step
         return MessageError(f"stage {self.stage} {what}", stage=self.stage)
+
+
+class BatchLink(StageLink):
+    """The near end of the link between two stages, which carries the sequences of all clients.
+
+    One thread at a time may send batches, and one receive answers; any may `end` lanes. Once it has failed, it is `dead`,
+    and so are all its lanes.
+    """
+
+    def __init__(self, channel: Channel, manifest: Manifest, stage: int, timeout: float) -> None:
+        super().__init__(channel, manifest, stage, timeout)
+        self.dead: StageError | None = None  # why nothing can be asked any more
+        self.used = time.monotonic()
+        self._lanes = itertools.count()
+        self._awaited: deque[list[Due]] = deque()
+
+    def open(self) -> int:
+        """The number of a new lane, for the next batch."""
+        return next(self._lanes)
+
+    def send_batch(self, batch: Batch, asks: Sequence[Ask], missing: int = 0) -> None:
+        """Sends a batch whose segments ask for these answers, padded as if it had so many rows more. Raises StageError."""
+        if self.dead is not None:
+            raise self.dead
+        if batch.answered:
+            self._awaited.append(list(map(Due, batch.segments, asks)))
+        try:
+            parts = batches.encode(batch)
+            whole = sum(map(len, parts)) + batches.OVERHEAD + 4 * self._config.n_embd * missing if missing else 0
+            self._send(parts, whole)
+        except StageError as error:
+            raise self._died(error) from None
+
+    def receive_answers(self, timeout: float | None = None) -> tuple[Result, ...]:
+        """The answers to the first batch that has none yet, one for each segment. Raises StageError."""
+        if self.dead is not None:
+            raise self.dead
+        try:
+            plain = self._receive(timeout)
+            if type(plain) is not list:
+                raise self._illegal(f"sent {messages.name(self._heard(plain))} out of turn")
+            try:
+                results = batches.decode_answers(plain, self._awaited.popleft(), self._config, self._behind)
+            except MessageError as error:
+                raise self._illegal(f"sent something wrong: {error}") from None
+            self.used = time.monotonic()
+            return results
+        except StageError as error:
+            raise self._died(error) from None
+
+    def await_answers(self, look: float) -> bool:
+        """Waits until there is something to receive; False once the link has ended here.
+
+        Raises StageError if answers are due for too long.
+        """
+        late = 0.0
+        while self.dead is None:
+            if self.channel.wait(look):
+                return True
+            late = late + look if self._awaited else 0.0
+            if late > self._timeout:
+                raise self._died(broken(TimedOut(f"no answer in {self._timeout:.0f} s"), self.stage))
+        return False
+
+    def close(self) -> None:
+        """Ends the link, and all its lanes."""
+        if self.dead is None:
+            self.dead = StageError(f"the link to stage {self.stage} is closed", stage=self.stage)
+        self.channel.close()
+
+    def end(self, lanes: Sequence[int]) -> None:
+        """Makes that stage, and those after it, forget sequences."""
+        if self.dead is None and lanes:
+            with suppress(StageError):  # then they are forgotten as well
+                self.send_batch(Batch((), _NO_ROWS, (), tuple(lanes)), ())
+
+    def probe(self, timeout: float) -> None:
+        """Raises StageError unless that stage answers an empty batch in time. No other batch may be awaited."""
+        self.send_batch(Batch((), _NO_ROWS), ())
+        self.receive_answers(timeout)
+
+    def _died(self, error: StageError) -> StageError:
+        if self.dead is None:
+            self.dead = error
+            self.channel.abort()
+        return self.dead

@@ -1,9 +1,11 @@
 """The messages between a client and the stages.
 
     client → stage 0     Generate, Cancel, Reset, Status stage 0 → client     Tokens | Logits, Done, Report
-    stage i → i + 1      Step, Reset, Status             stage i + 1 → i      Tokens | Logits, Done, Report
+    stage i → i + 1      batches, Reset, Status          stage i + 1 → i      answers, Done, Report
     instead of an answer Refusal: this request is refused; the channel lives
                          Failure: a stage failed; the channel ends
+
+batches.py has the batches of rows and their answers.
 
 On the link a message is a map: its `type`, and exactly the fields declared here, each checked by its rule; anything
 else is a MessageError. Token ids and floats travel as packed arrays of fixed width, so the length of a message reveals
@@ -120,22 +122,6 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Hidden states of the positions from `start` on, to go through the receiver's layers."""
-
-    start: Position
-    hidden: Annotated[Hidden, schema.matrix(MAX_IDS)]
-    wanted: WantedField
-    sampling: SamplingField = GREEDY
-    logprobs: Flag = False
-    spans: Annotated[bool, schema.boolean(absent=True)] = False
-
-    def __post_init__(self) -> None:
-        if self.wanted is Wanted.TOKENS and (self.sampling.temperature > 0 or len(self.hidden) > 1 + MAX_DRAFT):
-            raise ValueError(f"a token for each row needs greedy decoding, and at most {1 + MAX_DRAFT} rows")
-
-
-@dataclass(frozen=True, slots=True)
 class Tokens:
     """The tokens drawn for `position` and the positions after it: one, or several from a drafted step.
 
@@ -229,10 +215,10 @@ class Report:
 
 
 Answer = Tokens | Logits
-Message = Generate | Step | Tokens | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
+Message = Generate | Tokens | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
 
 _KINDS = {
-    "generate": Generate, "step": Step, "token": Tokens, "logits": Logits, "done": Done, "refusal": Refusal,
+    "generate": Generate, "token": Tokens, "logits": Logits, "done": Done, "refusal": Refusal,
     "failure": Failure, "cancel": Cancel, "reset": Reset, "status": Status, "report": Report,
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -301,21 +287,21 @@ def shown(message: Message) -> Message:
     """A message as people may see it: a peer's words have escapes for all that a terminal or a log would obey."""
     match message:
         case Refusal() | Failure():
-            return replace(message, reason=_printable(message.reason), text=_printable(message.text))
+            return replace(message, reason=printable(message.reason), text=printable(message.text))
         case Report():
             return Report(tuple(map(_shown_report, message.stages)))
     return message
 
 
 def _shown_report(one: StageReport) -> StageReport:
-    error, reason, exposed = map(_printable, (one.error, one.reason, one.exposed))
+    error, reason, exposed = map(printable, (one.error, one.reason, one.exposed))
     return replace(one, error=error, reason=reason, exposed=exposed)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without new lines, colours or other directions of writing.
 
-    >>> _printable("gone\\n\\x1b[2J")
+    >>> printable("gone\\n\\x1b[2J")
     'gone\\\\n\\\\x1b[2J'
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

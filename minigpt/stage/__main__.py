@@ -55,8 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
-    add("--max-channels", "N", "connections at once; each takes a thread", positive, 64)
-    add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 8)
+    add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)
+    add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 32)
+    add("--cache-bytes", "N", "bytes of all caches together (default: half of the memory that is free)", positive)
+    add("--queue", "N", "requests that wait for a place; one more is refused", natural, 64)
+    add("--max-batch", "N", "sequences computed in one pass; 1 for one at a time", positive, 32)
     add("--max-handshakes", "N", "handshakes at once; one more ends the oldest", positive, 32)
     add("--answer-timeout", "S", "seconds that the next stage may take for a step", seconds, 120.0)
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)

@@ -11,7 +11,7 @@ from attest.document import DocumentError, read_file, read_private
 from attest.measure import own
 from minigpt.checkpoint import sources, weights
 from minigpt.cli.terminal import progress
-from minigpt.engine import threads
+from minigpt.engine import cgroups, threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
@@ -56,12 +56,16 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
     limits = Limits(
         channels=options.max_channels,
         sequences=options.max_sequences,
+        cache_bytes=options.cache_bytes or cgroups.memory() // (2 if cores is None else 2 * len(manifest.stages)),
+        queue=options.queue,
+        batch=options.max_batch,
         handshakes=options.max_handshakes,
         answer=options.answer_timeout,
         idle=options.idle_timeout,
         deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
     )
-    server = Server(Stage(manifest, entry.index, model, attester, limits, cores), exposed)
+    stage = Stage(manifest, entry.index, model, attester, limits, cores)
+    server = Server(stage, exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     end_with(listener.close)  # and `serve` returns
     try:
@@ -73,6 +77,7 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
                 print(line, file=ready)
         size, kind = model.nbytes / 1e6, entry.platform.name
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
+        stage.open_ahead()
         server.serve(listener)
     finally:
         listener.close()

@@ -1,165 +1,361 @@
-"""The schedule: the one place in a stage that decides what the next forward pass computes.
+"""The schedule of the first stage: what the next forward pass computes, for all clients together.
 
-Today a pass computes the rows of one sequence, in the order of asking.
+A pass has one row for each sequence that waits for a token, and at most one chunk of one prompt; a pass with a chunk is
+followed by one without while others wait for tokens. There is no thread for it: whoever waits for an answer leads, if
+nobody does, and computes a pass for all that wait. So for a single sequence the path is as short as can be, because the
+thread that waits is the one that computes.
+
+    pending ──pass──► (sent to the next stage ──answers──►) advanced: told tokens, and pending again or ended
 """
 
-import fcntl
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import IO, Any, TypeVar
+from collections.abc import Callable, Generator
+from typing import NamedTuple
 
-from numpy.typing import NDArray
+from minigpt.protocol import messages
+from minigpt.protocol.batches import Result, Terms
+from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason, Refusal, Span, Tokens, Wanted
+from minigpt.protocol.request import Traffic, span, with_span
+from minigpt.stage import generation
+from minigpt.stage.generation import SHARED_CHUNK, Step, Steps
+from minigpt.stage.layers import Layers, Part
+from minigpt.stage.sequence import Following, Sequence, send_on
 
-from minigpt.engine.crew import fitted
-from minigpt.engine.model import GPT2, KVCache
-from minigpt.errors import StageError
+log = logging.getLogger("minigpt.stage")
 
-T = TypeVar("T")
-
-PATIENCE = 100.0  # seconds for a turn; the stage before this one gives up after 120, and would not know why
-
-
-class _Cores:
-    """The lock of a file that processes share. The system unlocks it if the process that has it dies.
-
-    lockf cannot give up waiting, so a thread waits in it: for this turn, or for the next one if this gives up.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._lock = threading.Lock()
-        self._asking = False  # whether the thread waits
-        self._wanted = False  # whether somebody waits for it
-        self._answer = threading.Semaphore(0)
-        self._error: Exception | None = None
-
-    def take(self, deadline: float) -> bool:
-        """Whether the file was locked in time. One thread may take it at a time. Raises OSError, ValueError."""
-        with self._lock:
-            if not self._asking:
-                try:
-                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return True
-                except (BlockingIOError, PermissionError):
-                    threading.Thread(target=self._ask, name="turns", daemon=True).start()
-                    self._asking = True
-            self._wanted = True
-        if not self._answer.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            with self._lock:
-                if self._wanted:
-                    self._wanted = False
-                    return False
-            self._answer.acquire()  # it came at the last moment
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return True
-
-    def give_back(self) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
-
-    def _ask(self) -> None:
-        error = None
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
-        except (OSError, ValueError) as found:
-            error = found
-        with self._lock:
-            self._asking = False
-            if self._wanted:
-                self._wanted, self._error = False, error
-                self._answer.release()
-            elif error is None:
-                self.give_back()
+LOOK = 0.25  # seconds between two looks at a client whose sequence waits
+HALF = 8  # rows that make a batch of their own worth while: two batches of four rows cost more than one of eight
 
 
-class Turns:
-    """A lock, granted in the order of asking: a channel waits for at most one step of each other channel.
+class Run:
+    """A request under way on a sequence. All but `told` is the schedule's, under its lock."""
 
-    A class rather than a generator: the end of a turn took 50 µs with two nested generators, where it takes 30.
+    def __init__(self, sequence: Sequence, request: Generate, steps: Callable[["Run"], Steps]) -> None:
+        self.sequence = sequence
+        self.told: deque[Answer] = deque()  # what the client is still to be told
+        self.outcome: Reason | Exception | None = None
+        self.step: Step | None = None  # to be computed next
+        self.flying = 0  # passes and batches that it is part of
+        self.long = False  # whether a whole chunk of the prompt was computed
+        self.produced = 0  # tokens so far
+        self.fed = request.start + len(request.ids)  # positions of the prompt
+        self.steps = steps(self)
+        self.woken = threading.Lock()
+        self.woken.acquire()
 
-    Args:
-        cores: a file that every stage on these cores has open, and locks while it computes. BLAS's threads spin while
-            they wait for each other: two stages that computed chunks of a prompt at once, on two cores, took up to
-            twice as long as one after the other. None if the cores are not shared.
-    """
+    def tell(self, answer: Answer) -> None:
+        self.told.append(answer)
+        if isinstance(answer, Tokens):
+            self.produced += len(answer.ids)
 
-    def __init__(self, cores: IO[bytes] | None = None) -> None:
-        self.taken = 0  # turns so far
-        self._cores = None if cores is None else _Cores(cores)
-        self._lock = threading.Lock()
-        self._held = False
-        self._waiting: deque[threading.Lock] = deque()
 
-    def __enter__(self) -> None:
-        """Raises StageError if the turn does not come in time."""
-        deadline = time.monotonic() + PATIENCE
-        mine = None
-        with self._lock:
-            self.taken += 1
-            if self._held:
-                mine = threading.Lock()
-                mine.acquire()
-                self._waiting.append(mine)
-            self._held = True
-        if mine is not None and not mine.acquire(timeout=PATIENCE):  # until whoever goes before releases it
-            with self._lock:
-                if mine in self._waiting:
-                    self._waiting.remove(mine)
-                    raise StageError(f"no turn at computing in {PATIENCE:.0f} s: other sequences of this stage hold it")
-        if self._cores is not None:
-            try:
-                if not self._cores.take(deadline):
-                    holder = "another process keeps the file of --turns locked. Is it stopped?"
-                    raise StageError(f"no turn at the cores in {PATIENCE:.0f} s: {holder}")
-            except BaseException:
-                self._next()
-                raise
+class _Sent(NamedTuple):
+    """A batch whose answers are awaited."""
 
-    def __exit__(self, *error: object) -> None:
-        try:
-            if self._cores is not None:
-                self._cores.give_back()
-        finally:
-            self._next()
-
-    def _next(self) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
+    link: Following
+    runs: list[Run]
+    parts: list[Part]
+    ahead: list[bool]  # whether a run went on without its answer: it wanted none
+    computed: float  # seconds
+    sent: float  # time.perf_counter()
+    traffic: Traffic  # before it
 
 
 class Schedule:
-    """Computes passes through a stage's layers. Any thread may ask. `cores` as in `Turns`."""
+    """Runs requests. Any number of threads may.
 
-    def __init__(self, model: GPT2, cores: IO[bytes] | None = None) -> None:
-        self.model = model
-        self._turns = Turns(cores)
+    Args:
+        layers: of the first stage.
+        connect: gives the link to the next stage; raises StageError. None in a stage that is the last.
+        most: sequences in one pass.
+        overlap: whether a batch may be computed here while the next stage computes another: if they share no cores.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        connect: Callable[[], Following] | None = None,
+        *,
+        most: int = 32,
+        overlap: bool = False,
+    ) -> None:
+        if (connect is None) != layers.model.is_last:
+            raise ValueError("a stage that is not the last has another after it, and the last has none")
+        self.layers = layers
+        self._connect = connect
+        self._link: Following | None = None
+        self._most = most
+        self._batches = 2 if overlap else 1  # under way at once
+        self._lock = threading.Lock()
+        self._pending: list[Run] = []
+        self._asleep: dict[Run, None] = {}  # whose threads wait to be woken, in order
+        self._running = 0
+        self._leading = False  # whether a thread computes a pass
+        self._chunked = False  # whether the last pass had a chunk of a prompt
+        self._sent: deque[_Sent] = deque()
+        self._collecting = threading.Lock()
 
     @property
-    def steps(self) -> int:
-        """Passes asked for so far."""
-        return self._turns.taken
+    def running(self) -> int:
+        """Requests under way."""
+        return self._running
 
-    def compute(
-        self, cache: KVCache, start: int, rows: NDArray[Any], finish: Callable[[NDArray[Any]], T]
-    ) -> tuple[T, float]:
-        """Computes a pass and `finish` of its result, the hidden states (T, C); and the seconds that both took.
-
-        Raises StageError if its turn does not come in time.
+    def run(
+        self,
+        sequence: Sequence,
+        request: Generate,
+        check: Callable[[], None] = lambda: None,
+        quick: Callable[[], bool] = lambda: False,
+    ) -> Generator[Answer, None, Reason]:
+        """Yields answers of one token, or of several that were drafted, and returns why the request ended.
 
         Args:
-            cache: the sequence's; it is cut to `start` positions first.
-            start: position of the first row.
-            rows: (T,) token ids in the first stage, (T, C) hidden states in the others.
+            sequence: no other request may be under way on it.
+            check: called before each pass, and each `LOOK` seconds; what it raises ends the request there.
+            quick: whether what is yielded will be dealt with at once: then it may be yielded while others wait.
+
+        Raises:
+            RequestRefused: by this stage before anything is computed, or by a later one.
+            StageError: a stage has failed.
         """
-        with self._turns, fitted(len(rows)):
-            began = time.perf_counter()
-            cache.truncate(start)
-            hidden = self.model.embed(rows, start) if self.model.is_first else rows
-            hidden = self.model.forward(hidden, [(cache, len(rows))])
-            return finish(hidden), time.perf_counter() - began
+        config = self.layers.model.config
+        generation.check(request, sequence.cache.length, config)
+        positions = min(request.start + len(request.ids) + request.max_tokens, config.n_positions)
+        sequence.cache.reserve(positions)  # at once: piece by piece it would be copied each time
+        sequence.terms = Terms(positions, request.sampling, request.logprobs, request.spans)
+        run = Run(sequence, request, lambda run: generation.generation(request, config, run.tell, self._alone))
+        with self._lock:
+            self._running += 1
+            self._advance(run, None)
+        try:
+            while True:
+                check()
+                yield from self._wait(run, quick)
+                if self._later(run, quick):
+                    continue
+                while run.told:
+                    yield run.told.popleft()
+                if run.outcome is not None:
+                    break
+            if isinstance(run.outcome, Reason):
+                # What was drafted past the end is unknown to the client: a later request must not go on from it.
+                known = run.fed + max(run.produced - 1, 0)
+                sequence.cache.truncate(min(sequence.cache.length, known))
+                return run.outcome
+            raise run.outcome
+        finally:
+            self._leave(run)
+
+    def _alone(self) -> bool:
+        return self._running == 1
+
+    def _later(self, run: Run, quick: Callable[[], bool]) -> bool:
+        """Whether the client may be told after the next stage has been asked for more: that hides the telling.
+
+        Not of a first or last token, and not if that makes others wait.
+        """
+        one = self._link is not None and run.outcome is None and run.produced > 1 and self._running == 1
+        return one and bool(run.told) and quick()
+
+    def _wait(self, run: Run, quick: Callable[[], bool]) -> Generator[Answer, None, None]:
+        """Leads if nobody does. Otherwise returns when there is something to tell, after `LOOK` seconds at most."""
+        with self._lock:
+            lead = self._may_lead()
+            if lead:
+                self._leading = True
+            elif run.told or run.outcome is not None:
+                return
+            else:
+                self._asleep[run] = None
+        if lead:
+            yield from self._lead(run, quick)
+        elif not run.woken.acquire(timeout=LOOK):
+            with self._lock:
+                missed = run not in self._asleep
+                self._asleep.pop(run, None)
+            if missed:  # it was woken at the last moment
+                run.woken.acquire()
+
+    def _may_lead(self) -> bool:
+        if self._leading or not self._pending or len(self._sent) >= self._batches:
+            return False
+        if not self._sent:
+            return True
+        rows = [len(run.step.ids) for run in self._pending if run.step is not None]
+        return len(rows) >= HALF or max(rows) >= HALF
+
+    def _form(self) -> list[Run]:
+        """The runs of the next pass, taken out of those pending."""
+        if self._most == 1:
+            return [self._pending.pop(0)]
+        tokens: list[Run] = []
+        chunks: list[Run] = []
+        for run in self._pending:
+            assert run.step is not None, "what is pending has a step"
+            (tokens if len(run.step.ids) == 1 else chunks).append(run)
+        chosen = [] if self._chunked and tokens else chunks[:1]
+        self._chunked = bool(chosen)
+        most = self._most - len(chosen)
+        if self._batches > 1 and len(tokens) >= 2 * HALF:  # half of them now, the others while the next stage computes
+            most = min(most, -(-len(tokens) // 2))
+        chosen += tokens[:most]
+        taken = set(chosen)
+        self._pending = [run for run in self._pending if run not in taken]
+        return chosen
+
+    def _lead(self, mine: Run, quick: Callable[[], bool]) -> Generator[Answer, None, None]:
+        """Computes one pass, and hands its answers out."""
+        with self._lock:
+            runs = self._form()
+            for run in runs:
+                run.flying += 1
+        sent = None
+        try:
+            sent = self._compute(runs)
+        except Exception as error:
+            self._failed(runs, error)
+        finally:
+            with self._lock:
+                self._leading = False
+                self._wake()
+        if sent is None:
+            return
+        try:
+            if mine.told and quick():
+                while mine.told:
+                    yield mine.told.popleft()
+        finally:
+            self._collect()
+
+    def _compute(self, runs: list[Run]) -> _Sent | None:
+        """Computes a pass, and hands its answers out; or sends it to the next stage, whose answers will follow."""
+        link = None if self._connect is None else self._linked(runs)
+        parts = []
+        for run in runs:
+            assert run.step is not None, "what is pending has a step"
+            parts.append(run.sequence.part(*run.step))
+        if not parts:
+            return None
+        hidden, results, seconds = self.layers.compute(parts)
+        if link is None:
+            with self._lock:
+                for run, part, result in zip(runs, parts, results, strict=True):
+                    run.flying -= 1
+                    if part.ask.spans and isinstance(result, Answer):
+                        result = with_span(result, Span(seconds, 0.0, 0.0, 0.0, 0.0))
+                    self._advance(run, result)
+            return None
+        began, traffic = time.perf_counter(), link.traffic
+        missing = 0
+        for run, part in zip(runs, parts, strict=True):
+            # A long prompt's last chunk is padded like the others: a size of its own would reveal the prompt's length.
+            rows = len(part.rows)
+            if part.ask.wanted is Wanted.NOTHING and rows in (CHUNK, SHARED_CHUNK):
+                run.long = True
+            elif run.long and run.produced == 0:
+                missing, run.long = max(missing, (CHUNK if rows > SHARED_CHUNK else SHARED_CHUNK) - rows), False
+        send_on(link, [run.sequence for run in runs], parts, hidden, missing)
+        ahead = [part.ask.wanted is Wanted.NOTHING for part in parts]
+        sent = _Sent(link, runs, parts, ahead, seconds, began, traffic)
+        with self._lock:
+            self._sent.append(sent)
+            for run, early in zip(runs, ahead, strict=True):
+                if early:
+                    self._advance(run, None)
+        return sent
+
+    def _linked(self, runs: list[Run]) -> Following:
+        """The link to the next stage. Takes out the runs whose own link has failed. Raises StageError."""
+        for run in list(runs):
+            if (error := run.sequence.dead) is not None:
+                runs.remove(run)
+                self._failed([run], error)
+        assert self._connect is not None, "the last stage has no link"
+        if self._link is None or self._link.dead is not None:
+            self._link = self._connect()
+        return self._link
+
+    def _collect(self) -> None:
+        """Takes the answers to the batch that was sent first, and hands them out."""
+        with self._collecting:
+            sent = self._sent[0]
+            try:
+                results = sent.link.receive_answers()
+            except Exception as error:
+                with self._lock:
+                    self._sent.popleft()
+                self._failed(sent.runs, error)
+                return
+            elapsed, traffic = time.perf_counter() - sent.sent, sent.link.traffic
+            with self._lock:
+                self._sent.popleft()
+                for run, part, ahead, result in zip(sent.runs, sent.parts, sent.ahead, results, strict=True):
+                    run.flying -= 1
+                    if part.ask.spans and isinstance(result, Answer):
+                        result = with_span(result, span(sent.computed, elapsed, sent.traffic, traffic))
+                    if not ahead or isinstance(result, Refusal):
+                        self._advance(run, result)
+                self._wake()
+
+    def _advance(self, run: Run, result: Result) -> None:
+        """Gives a run the answer to its step. The lock is held."""
+        if run.outcome is not None:
+            return
+        if isinstance(result, Refusal):
+            if run in self._pending:
+                self._pending.remove(run)
+            run.outcome = messages.refused(result)
+            return
+        try:
+            run.step = run.steps.send(result)
+            self._pending.append(run)
+        except StopIteration as end:
+            run.outcome = Reason(end.value)
+        except Exception as error:  # a bug; the others of the pass go on
+            run.outcome = error
+
+    def _failed(self, runs: list[Run], error: Exception) -> None:
+        """Ends runs of a pass or a batch."""
+        with self._lock:
+            for run in runs:
+                run.flying -= 1
+                if run in self._pending:
+                    self._pending.remove(run)
+                if run.outcome is None:
+                    run.outcome = error
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wakes all that have something to tell, and one to lead if nobody does. The lock is held."""
+        for run in [run for run in self._asleep if run.told or run.outcome is not None]:
+            self._rouse(run)
+        if self._asleep and self._may_lead():
+            self._rouse(next(iter(self._asleep)))
+
+    def _rouse(self, run: Run) -> None:
+        del self._asleep[run]
+        run.woken.release()
+
+    def _leave(self, run: Run) -> None:
+        """Ends a run for good: nothing of it is under way afterwards."""
+        with self._lock:
+            self._running -= 1
+            if run in self._pending:
+                self._pending.remove(run)
+            if run.outcome is None:
+                run.outcome = Reason.CANCELLED
+            self._wake()
+        while True:
+            with self._lock:
+                if not run.flying:
+                    return
+                self._asleep[run] = None
+            if not run.woken.acquire(timeout=LOOK):
+                with self._lock:
+                    missed = run not in self._asleep
+                    self._asleep.pop(run, None)
+                if missed:
+                    run.woken.acquire()

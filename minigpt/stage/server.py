@@ -9,8 +9,10 @@ from typing import Any
 
 from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
+from minigpt.stage.clients import ClientConversation
 from minigpt.stage.conversation import Conversation, State
 from minigpt.stage.stage import Stage
+from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
 
 log = logging.getLogger("minigpt.stage")
@@ -65,7 +67,8 @@ class Server:
             if accepted is None:
                 return
             sock, peer = accepted
-            conversation = Conversation(self.stage, number, peer, sock, self)
+            kind = UpstreamConversation if self.stage.index else ClientConversation
+            conversation: Conversation = kind(self.stage, number, peer, sock, self)
             with self._lock:
                 unwanted = self._least_wanted()
                 if unwanted is not None:
@@ -133,14 +136,13 @@ class Server:
         """This stage's state."""
         with self._lock:
             conversations = list(self.open.values())
-        sequences = [found for conversation in conversations if (found := conversation.sequence) is not None]
         return StageReport(
             stage=self.stage.index,
             uptime=time.monotonic() - self._began,
             weights_bytes=self.stage.model.nbytes,
             channels=len(conversations),
-            sequences=len(sequences),
-            cache_bytes=sum(sequence.cache.nbytes for sequence in sequences),
-            steps=self.stage.schedule.steps,
+            sequences=self.stage.places.sequences,
+            cache_bytes=self.stage.places.reserved,
+            steps=self.stage.layers.steps,
             exposed=self._exposed,
         )

@@ -1,4 +1,4 @@
-"""What all channels of a stage share: its layers, its schedule, and its links to the next stage."""
+"""What all channels of a stage share: its layers, its schedule, its places, and its links to the next stage."""
 
 import logging
 import threading
@@ -8,17 +8,18 @@ from typing import IO
 
 from attest import Attester
 from minigpt.engine.model import GPT2
-from minigpt.errors import RequestRefused
+from minigpt.errors import MiniGPTError
 from minigpt.protocol import links
-from minigpt.protocol.links import StageLink
+from minigpt.protocol.links import BatchLink, StageLink
 from minigpt.protocol.manifest import Manifest
-from minigpt.stage.generation import StageSequence
+from minigpt.stage.layers import Layers
+from minigpt.stage.places import Places
 from minigpt.stage.schedule import Schedule
 from transport.channel import Budget, Channel, Deadlines
 
 log = logging.getLogger("minigpt.stage")
 
-IDLE_LINKS = 4  # links to the next stage kept for the next sequence: evidence can take seconds on some platforms
+FIRST, LAST = 0.1, 5.0  # seconds from one attempt to reach the next stage to the following
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Limits:
     """What one stage process gives to all its peers together."""
 
     channels: int  # threads, and sockets
-    sequences: int  # each has a cache, of 38 MB for six full layers of GPT-2 small
+    sequences: int
+    cache_bytes: int  # of all sequences
+    queue: int  # requests that wait for a place
+    batch: int  # sequences in one pass
     handshakes: int  # under way at once; one more newcomer ends the oldest
     answer: float  # seconds that the next stage may take for one step
     idle: float  # seconds that a channel may be silent
@@ -35,7 +39,7 @@ class Limits:
 
 
 class Stage:
-    """Stage number `index` of the manifest's pipeline; `cores` as in `schedule.Turns`."""
+    """Stage number `index` of the manifest's pipeline; `cores` as in `Turns`."""
 
     def __init__(
         self, manifest: Manifest, index: int, model: GPT2, attester: Attester, limits: Limits, cores: IO[bytes] | None
@@ -46,70 +50,90 @@ class Stage:
         self.limits = limits
         self.stopping = threading.Event()  # set when the process ends
         self.attester = links.OneAtATime(attester)
-        self.schedule = Schedule(model, cores)
+        self.layers = Layers(model, index, cores)
+        self.places = Places(index, limits.sequences, limits.cache_bytes, limits.queue)
+        connect = None if model.is_last else self.batch_link
+        self.schedule = Schedule(self.layers, connect, most=limits.batch, overlap=cores is None)  # the first stage's
         self.budget = Budget(limits.buffers)
-        self._sequences = threading.BoundedSemaphore(limits.sequences)
-        self._idle: list[Channel] = []
+        self._ready: BatchLink | None = None  # made before it was needed
+        self._dialling = threading.Lock()
+        self._idle: Channel | None = None  # for the next who asks for `status`: evidence can take seconds
         self._lock = threading.Lock()
 
-    def begin(self, asker: Channel) -> StageSequence:
-        """A new sequence, with a link to the next stage if there is one; `end` it.
+    def identity(self, channel: Channel, peer: str) -> str:
+        """Who a client is, for its share: the listed key that it has, otherwise where it connects from."""
+        return peer.rpartition(":")[0] if self.manifest.clients is None else channel.peer_static_key.hex()
 
-        Raises:
-            RequestRefused: the stage has as many sequences as it may.
-            StageError: the next stage cannot be reached, or is not accepted.
-        """
-        if not self._sequences.acquire(blocking=False):
-            busy = f"stage {self.index} is busy with {self.limits.sequences} sequences: try again later"
-            raise RequestRefused(busy, reason="busy", stage=self.index)
-        try:
-            following = None if self.model.is_last else self.take_link(asker)
-            return StageSequence(self.schedule, following, stage=self.index)
-        except BaseException:
-            self._sequences.release()
-            raise
+    def batch_link(self) -> BatchLink:
+        """A link to the next stage that nobody else has. Raises StageError if there is none."""
+        with self._dialling:
+            link, self._ready = self._ready, None
+            if link is not None:
+                if not link.stale:
+                    return link
+                link.close()
+            return BatchLink(self._dial(), self.manifest, self.index + 1, self._patience())
 
-    def end(self, sequence: StageSequence) -> None:
-        """Drops a sequence, here and in the stages after this one."""
-        self._sequences.release()
-        if isinstance(sequence.following, StageLink):
-            self.give_back(sequence.following)
+    def open_ahead(self) -> None:
+        """Makes the link to the next stage in the background, and tries until it is up: stages start in any order."""
+        if not self.model.is_last:
+            threading.Thread(target=self._open_ahead, name="next stage", daemon=True).start()
+
+    def _open_ahead(self) -> None:
+        delay, said = FIRST, ""
+        while not self.stopping.is_set():
+            try:
+                link = self.batch_link()
+            except (MiniGPTError, OSError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    log.info("the next stage is not there yet, trying again: %s", said)
+                self.stopping.wait(delay)
+                delay = min(2 * delay, LAST)
+                continue
+            with self._dialling:
+                self._ready = link
+            return
 
     def take_link(self, asker: Channel) -> StageLink:
-        """A link to the next stage without a sequence; `asker` as in `StageLink`. StageError if there is none."""
-        index = self.index + 1
-        # Each stage waits a little less than the one before it, so that a stage that hangs is named by its neighbour.
-        timeout = max(self.limits.answer / 2, self.limits.answer - 5.0 * self.index)
+        """A link to the next stage for `status`; `asker` as in `StageLink`. Raises StageError if there is none."""
         while True:
             with self._lock:
-                channel = self._idle.pop() if self._idle else None
+                channel, self._idle = self._idle, None
             if channel is None:
-                break
-            link = StageLink(channel, self.manifest, index, timeout, asker)
-            if not link.stale:
-                return link
-            channel.close()
-        self.manifest.check_time(time.time())
-        end = links.calling_end(self.manifest, index, self.attester)
-        channel = links.dial(self.manifest, index, end, self.limits.deadlines, self.budget)
-        log.info("link to stage %d: evidence accepted", index)
-        return StageLink(channel, self.manifest, index, timeout, asker)
+                channel = self._dial()
+            elif StageLink(channel, self.manifest, self.index + 1, 1.0).stale:
+                channel.close()
+                continue
+            return StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
 
     def give_back(self, link: StageLink) -> None:
-        """Keeps the channel of a link for another sequence, if the next stage has forgotten this one."""
-        channel = link.release(reuse=not self.stopping.is_set())
+        """Keeps the channel of a link for the next who asks."""
+        channel = link.release()
         if channel is None:
             return
         with self._lock:
-            if not self.stopping.is_set() and len(self._idle) < IDLE_LINKS:
-                self._idle.append(channel)
+            if not self.stopping.is_set() and self._idle is None:
+                self._idle = channel
                 return
         channel.close()
+
+    def _patience(self) -> float:
+        # Each stage waits a little less than the one before it, so that a stage that hangs is named by its neighbour.
+        return max(self.limits.answer / 2, self.limits.answer - 5.0 * self.index)
+
+    def _dial(self) -> Channel:
+        self.manifest.check_time(time.time())
+        index = self.index + 1
+        end = links.calling_end(self.manifest, index, self.attester)
+        channel = links.dial(self.manifest, index, end, self.limits.deadlines, self.budget)
+        log.info("link to stage %d: evidence accepted", index)
+        return channel
 
     def stop(self) -> None:
         """From now on every channel ends, at its next step if it is generating."""
         self.stopping.set()
         with self._lock:
-            idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.close()
+            idle, self._idle = self._idle, None
+        if idle is not None:
+            idle.close()

@@ -1,0 +1,277 @@
+"""What one stage asks of the next: a batch of rows, of as many sequences as wait; and the answers to it.
+
+A sequence has a number on the link, its *lane*. The sender opens lanes in order, 0, 1, 2, …, and uses none again. What
+holds for a whole sequence, its *terms*, is sent once. On the link, a batch is an array of four byte strings and its
+answers one of six: a map of checked fields costs a call for each field, and a hop has no time for them.
+docs/protocol.md describes every byte.
+
+Letters: R rows of all segments, C n_embd, V vocabulary.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.engine.config import Config
+from minigpt.engine.sampling import Sampling
+from minigpt.errors import MessageError
+from minigpt.protocol import messages
+from minigpt.protocol.messages import MAX_DRAFT, Answer, Logits, Refusal, Span, Tokens, Wanted
+from minigpt.protocol.request import Ask, flaw
+from transport import codec
+from transport.errors import DecodeError
+
+MAX_SEGMENTS = 1024  # in one batch
+_SEGMENT = struct.Struct("<IIII")
+_TERMS = struct.Struct("<IIIIQdd")
+_LANE = struct.Struct("<I")
+_RESULT = struct.Struct("<BB")
+_WANTED = tuple(Wanted)
+_CODES = {wanted: code for code, wanted in enumerate(_WANTED)}
+_LOGPROBS, _SPANS = 1, 2  # flags of terms
+_NOTHING, _TOKENS, _LOGITS, _REFUSAL = range(4)  # kinds of results
+OVERHEAD = 12  # bytes of msgpack around the parts of a batch with more than 64 KiB of rows
+
+
+class Segment(NamedTuple):
+    """Rows of one sequence in a batch."""
+
+    lane: int
+    start: int  # position of the first row
+    rows: int  # at least 1
+    wanted: Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for all of a sequence: how tokens are drawn, and how much room it takes."""
+
+    positions: int  # that it will have at most
+    sampling: Sampling
+    logprobs: bool = False
+    spans: bool = False
+
+    def ask(self, wanted: Wanted) -> Ask:
+        return Ask(wanted, self.sampling, self.logprobs, self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Hidden states (R, C) for the layers of the receiver, segment after segment.
+
+    Each lane stands in one segment at most. `terms` come with or before the first segment of their lane, and replace
+    those that it had. `ended` lanes are forgotten first. A batch that only ends lanes has no answer.
+    """
+
+    segments: tuple[Segment, ...]
+    hidden: NDArray[np.float32]
+    terms: tuple[tuple[int, Terms], ...] = ()
+    ended: tuple[int, ...] = ()
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.segments) or not self.ended
+
+
+class Due(NamedTuple):
+    """A segment whose answer is awaited."""
+
+    segment: Segment
+    ask: Ask
+
+
+Result = Answer | Refusal | None  # of a segment; None if nothing was wanted
+
+
+def encode(batch: Batch) -> list[bytes | memoryview]:
+    """The array that the link carries."""
+    return [
+        b"".join(_SEGMENT.pack(lane, start, rows, _CODES[wanted]) for lane, start, rows, wanted in batch.segments),
+        b"".join(map(_pack_terms, batch.terms)) if batch.terms else b"",
+        b"".join(map(_LANE.pack, batch.ended)) if batch.ended else b"",
+        np.ascontiguousarray(batch.hidden, "<f4").data.cast("B") if batch.segments else b"",
+    ]
+
+
+def _pack_terms(item: tuple[int, Terms]) -> bytes:
+    lane, terms = item
+    drawn = terms.sampling
+    flags = (_LOGPROBS if terms.logprobs else 0) | (_SPANS if terms.spans else 0)
+    return _TERMS.pack(lane, terms.positions, drawn.top_k, flags, drawn.seed, drawn.temperature, drawn.top_p)
+
+
+def decode(plain: object, columns: int) -> Batch:
+    """The batch in an array, with rows of so many columns.
+
+    Whether its lanes are open and its rows finite is not checked here: that concerns one sequence, not the batch.
+
+    Raises MessageError.
+    """
+    segments, terms, ended, hidden = _parts(plain, 4)
+    _fits(segments, _SEGMENT, "segments")
+    _fits(terms, _TERMS, "terms")
+    _fits(ended, _LANE, "ended")
+    try:
+        parts = tuple(
+            Segment(lane, start, rows, _WANTED[wanted]) for lane, start, rows, wanted in _SEGMENT.iter_unpack(segments)
+        )
+    except IndexError:
+        raise MessageError(f"batch: got something unknown wanted, wanted 0 to {len(_WANTED) - 1}") from None
+    count = 0
+    for segment in parts:
+        most = 1 + MAX_DRAFT if segment.wanted is Wanted.TOKENS else messages.MAX_IDS
+        if not 1 <= segment.rows <= most:
+            raise MessageError(f"batch: got {segment.rows} rows in a segment, wanted 1 to {most}")
+        count += segment.rows
+    if len(hidden) != 4 * count * columns:
+        raise MessageError(f"batch: got {len(hidden)} bytes of rows, wanted {count} rows of {columns} float32")
+    if len(parts) > 1 and len({segment.lane for segment in parts}) != len(parts):
+        raise MessageError("batch: got a lane twice, wanted one segment for each")
+    return Batch(
+        parts,
+        np.frombuffer(hidden, "<f4").reshape(count, columns),
+        tuple(map(_read_terms, _TERMS.iter_unpack(terms))) if terms else (),
+        tuple(lane for (lane,) in _LANE.iter_unpack(ended)) if ended else (),
+    )
+
+
+def _read_terms(fields: tuple[int, int, int, int, int, float, float]) -> tuple[int, Terms]:
+    lane, positions, top_k, flags, seed, temperature, top_p = fields
+    if flags & ~(_LOGPROBS | _SPANS):
+        raise MessageError(f"terms: got flags {flags:#x}, wanted 0 to 3")
+    if not 1 <= positions <= messages.MAX_IDS:
+        raise MessageError(f"terms: got {positions} positions, wanted 1 to {messages.MAX_IDS}")
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise MessageError(f"terms: {error}") from None
+    return lane, Terms(positions, sampling, bool(flags & _LOGPROBS), bool(flags & _SPANS))
+
+
+def encode_answers(results: Sequence[Result]) -> list[bytes]:
+    """The array that answers a batch: a result for each of its segments, in order."""
+    kinds, ids, logprobs, spans, logits, refusals = [], [], [], [], [], []  # type: ignore[var-annotated]
+    for result in results:
+        match result:
+            case Tokens():
+                kinds.append(_RESULT.pack(_TOKENS, len(result.ids)))
+                ids += result.ids
+                logprobs += result.logprobs
+            case None:
+                kinds.append(_RESULT.pack(_NOTHING, 0))
+            case Logits():
+                kinds.append(_RESULT.pack(_LOGITS, 0))
+                logits.append(np.asarray(result.values, "<f4").tobytes())
+            case Refusal():
+                kinds.append(_RESULT.pack(_REFUSAL, 0))
+                refusals.append([result.stage, result.reason[:32], result.text[:4096]])
+        if isinstance(result, Tokens | Logits):
+            for span in result.spans:
+                spans += span
+    return [
+        b"".join(kinds),
+        struct.pack(f"<{len(ids)}I", *ids),
+        struct.pack(f"<{len(logprobs)}d", *logprobs) if logprobs else b"",
+        struct.pack(f"<{len(spans)}d", *spans) if spans else b"",
+        b"".join(logits),
+        codec.encode(refusals) if refusals else b"",
+    ]
+
+
+def decode_answers(plain: object, due: Sequence[Due], config: Config, behind: range) -> tuple[Result, ...]:
+    """The results in an array, which answers segments that are due.
+
+    Args:
+        behind: the stages that may speak: the sender and those after it.
+
+    Raises MessageError for all that is not exactly an answer to what was asked.
+    """
+    kinds, packed_ids, packed_logprobs, packed_spans, logits, packed_refusals = _parts(plain, 6)
+    if len(kinds) != _RESULT.size * len(due):
+        raise MessageError(f"answers: got {len(kinds)} bytes of results, wanted {_RESULT.size} for each of {len(due)}")
+    ids = _unpacked(packed_ids, "I", "ids")
+    logprobs = _unpacked(packed_logprobs, "d", "log-probabilities")
+    spans = _unpacked(packed_spans, "d", "spans")
+    refusals = _refusals(packed_refusals, behind)
+    width, size = len(Span._fields), 4 * config.vocab_size
+    results: list[Result] = []
+    taken = [0, 0, 0, 0, 0]  # of ids, log-probabilities, spans, bytes of logits, refusals
+    for (segment, ask), (kind, count) in zip(due, _RESULT.iter_unpack(kinds), strict=True):
+        result: Result = None
+        if kind == _REFUSAL:
+            result = refusals[taken[4]] if taken[4] < len(refusals) else None
+            taken[4] += 1
+        elif kind == _NOTHING and ask.wanted is Wanted.NOTHING:
+            pass
+        elif kind in (_TOKENS, _LOGITS):
+            told = spans[taken[2] : taken[2] + width * len(behind)] if ask.spans else ()
+            taken[2] += len(told)
+            own = tuple(Span(*told[at : at + width]) for at in range(0, len(told), width))
+            if kind == _TOKENS:
+                start = segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
+                probable = logprobs[taken[1] : taken[1] + count] if ask.logprobs else ()
+                result = Tokens(start, ids[taken[0] : taken[0] + count], probable, own)
+                taken[0], taken[1] = taken[0] + count, taken[1] + len(probable)
+            else:
+                values = np.frombuffer(logits[taken[3] : taken[3] + size], "<f4")
+                result = Logits(segment.start + segment.rows, values, own)
+                taken[3] += size
+            if not ask.fits(result, segment.start, segment.rows):
+                raise MessageError("answers: got what was not asked for")
+            if (wrong := flaw(result, config, len(behind) if ask.spans else 0)) is not None:
+                raise MessageError(f"answers: got {wrong}")
+        else:
+            raise MessageError("answers: got what was not asked for")
+        results.append(result)
+    if taken != [len(ids), len(logprobs), len(spans), len(logits), len(refusals)]:
+        raise MessageError("answers: got more or less than their results say")
+    return tuple(results)
+
+
+def _parts(plain: object, count: int) -> list[bytes]:
+    if type(plain) is not list or len(plain) != count or any(type(part) is not bytes for part in plain):
+        raise MessageError(f"got {type(plain).__name__}, wanted an array of {count} byte strings")
+    return plain
+
+
+def _fits(part: bytes, each: struct.Struct, name: str) -> None:
+    if len(part) % each.size or len(part) > MAX_SEGMENTS * each.size:
+        raise MessageError(
+            f"batch: got {len(part)} bytes of {name}, wanted a multiple of {each.size}, and {MAX_SEGMENTS} at most"
+        )
+
+
+def _unpacked(part: bytes, kind: str, name: str) -> tuple[Any, ...]:
+    if not part:
+        return ()
+    width = struct.calcsize("<" + kind)
+    if len(part) % width:
+        raise MessageError(f"answers: got {len(part)} bytes of {name}, wanted a multiple of {width}")
+    found = struct.unpack(f"<{len(part) // width}{kind}", part)
+    if kind == "d" and not all(map(math.isfinite, found)):
+        raise MessageError(f"answers: got {name} with NaN or infinity, wanted finite numbers")
+    return found
+
+
+def _refusals(packed: bytes, behind: range) -> list[Refusal]:
+    """Those in a byte string, each of a stage that may speak."""
+    if not packed:
+        return []
+    try:
+        plain = codec.decode(packed, frozenset())
+    except DecodeError as error:
+        raise MessageError(f"answers: refusals: {error}") from None
+    if type(plain) is not list or not plain:
+        raise MessageError("answers: refusals: wanted a list of [stage, reason, text]")
+    found = []
+    for item in plain:
+        if type(item) is not list or list(map(type, item)) != [int, str, str] or item[0] not in behind:
+            raise MessageError("answers: refusals: wanted [stage, reason, text], of the sender or a stage behind it")
+        stage, reason, text = item
+        found.append(Refusal(stage, messages.printable(reason[:32]), messages.printable(text[:4096])))
+    return found
