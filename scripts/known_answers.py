@@ -93,7 +93,8 @@ def manifest() -> str:
         for index in range(2)
     ]
     fields = {
-        "format": "minigpt-pipeline-1",
+        "format": "minigpt-pipeline-2",
+        "messages": 2,
         "issued": "2026-01-01T00:00:00Z",
         "expires": "2027-01-01T00:00:00Z",
         "model": {"id": "tiny", "revision": None, "tokenizer_sha256": None, "config": config},

@@ -10,6 +10,7 @@ from minigpt.checkpoint.sources import Checkpoint
 from minigpt.engine.config import Config
 from minigpt.errors import UsageError
 from minigpt.protocol.manifest import FORMAT, Manifest, format_time
+from minigpt.protocol.messages import SCHEMA
 
 
 def plan(
@@ -85,6 +86,7 @@ def write(
     issued = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
     fields = {
         "format": FORMAT,
+        "messages": SCHEMA,
         "issued": format_time(issued),
         "expires": format_time(issued + datetime.timedelta(days=days)),
         "model": {

@@ -38,6 +38,9 @@ _NOTHING, _TOKENS, _LOGITS, _REFUSAL = range(4)  # kinds of results
 OVERHEAD = 12  # bytes of msgpack around the parts of a batch with more than 64 KiB of rows
 
 
+NO_ROWS = np.empty((0, 0), np.float32)
+
+
 class Segment(NamedTuple):
     """Rows of one sequence in a batch."""
 

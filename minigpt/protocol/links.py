@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from attest import (
     AcceptUnattested,
     AttestationError,
@@ -27,7 +25,7 @@ from attest import (
 )
 from minigpt.errors import MessageError, StageError, UntrustedStage
 from minigpt.protocol import batches, messages
-from minigpt.protocol.batches import Batch, Due, Result
+from minigpt.protocol.batches import NO_ROWS, Batch, Due, Result
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
 from minigpt.protocol.request import Ask, Traffic
@@ -35,8 +33,6 @@ from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
 from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
-
-_NO_ROWS = np.empty((0, 0), np.float32)
 
 
 class OneAtATime:
@@ -242,8 +238,8 @@ class StageLink:
 class BatchLink(StageLink):
     """The near end of the link between two stages, which carries the sequences of all clients.
 
-    One thread at a time may send batches, and one receive answers; any may `end` lanes. Once it has failed, it is `dead`,
-    and so are all its lanes.
+    One thread at a time may send batches, and one receive answers; any may `end` lanes. Once it has failed, it is
+    `dead`, and so are all its lanes.
     """
 
     def __init__(self, channel: Channel, manifest: Manifest, stage: int, timeout: float) -> None:
@@ -258,7 +254,10 @@ class BatchLink(StageLink):
         return next(self._lanes)
 
     def send_batch(self, batch: Batch, asks: Sequence[Ask], missing: int = 0) -> None:
-        """Sends a batch whose segments ask for these answers, padded as if it had so many rows more. Raises StageError."""
+        """Sends a batch whose segments ask for these answers, padded as if `missing` rows more were in it.
+
+        Raises StageError.
+        """
         if self.dead is not None:
             raise self.dead
         if batch.answered:
@@ -311,11 +310,11 @@ class BatchLink(StageLink):
         """Makes that stage, and those after it, forget sequences."""
         if self.dead is None and lanes:
             with suppress(StageError):  # then they are forgotten as well
-                self.send_batch(Batch((), _NO_ROWS, (), tuple(lanes)), ())
+                self.send_batch(Batch((), NO_ROWS, (), tuple(lanes)), ())
 
     def probe(self, timeout: float) -> None:
         """Raises StageError unless that stage answers an empty batch in time. No other batch may be awaited."""
-        self.send_batch(Batch((), _NO_ROWS), ())
+        self.send_batch(Batch((), NO_ROWS), ())
         self.receive_answers(timeout)
 
     def _died(self, error: StageError) -> StageError:

@@ -19,11 +19,12 @@ from attest.providers import Platform
 from attest.registry import PLATFORMS
 from minigpt.engine.config import Config
 from minigpt.errors import ConfigError, ManifestError, UsageError
+from minigpt.protocol.messages import SCHEMA
 from transport import codec
 from transport.address import Address
 from transport.errors import AddressError
 
-FORMAT = "minigpt-pipeline-1"
+FORMAT = "minigpt-pipeline-2"
 MAX_MANIFEST = 2**20  # bytes; one of 256 stages is about 150 KB
 MAX_STAGES = 256
 MAX_PINS = 64  # measurements or clients in one list
@@ -75,6 +76,12 @@ class Manifest:
         tokenizer = model.get("tokenizer_sha256")
         revision = model.get("revision")
         model.only("id", "revision", "tokenizer_sha256", "config")
+        spoken = top.get("messages").integer(1, 2**31 - 1)
+        if spoken != SCHEMA:
+            raise ManifestError(
+                f"manifest.messages: got schema {spoken}, and this version of minigpt speaks schema {SCHEMA}: use the "
+                "version that planned this pipeline, or plan again with this one"
+            )
         suites = top.get("suites").items(1, len(SUITES))
         clients = top.get("clients")
         manifest = cls(
@@ -91,7 +98,7 @@ class Manifest:
             else frozenset(client.pin(32) for client in clients.items(1, MAX_PINS)),
             stages=tuple(_stage(i, place) for i, place in enumerate(top.get("stages").items(1, MAX_STAGES))),
         )
-        top.only("format", "issued", "expires", "model", "suites", "clients", "stages")
+        top.only("format", "messages", "issued", "expires", "model", "suites", "clients", "stages")
         manifest._check()
         return manifest
 

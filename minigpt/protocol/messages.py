@@ -24,6 +24,7 @@ from minigpt.engine.sampling import MAX_TEMPERATURE, MAX_TOP_K, Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import schema
 
+SCHEMA = 2  # the number of what is declared here and in batches.py: any change of a field or of a byte needs a new one
 MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
 MAX_STAGES = 256
 # Rows of a prompt computed at once. Another channel's token waits for at most one chunk, and the next stage starts

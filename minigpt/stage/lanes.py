@@ -104,9 +104,7 @@ class Lanes:
         if wanted is Wanted.TOKENS and sequence.terms.sampling.temperature > 0:
             return self._refusal("bad-request", "a token for each row needs greedy decoding")
         if rows is not None and not np.isfinite(rows).all():
-            return self._refusal(
-                "not-finite", "got NaN or infinity in its rows: an earlier stage's weights are damaged"
-            )
+            return self._refusal("not-finite", "got NaN or infinity: the weights of an earlier stage are damaged")
         return None
 
     def _refusal(self, reason: str, text: str) -> Refusal:

@@ -84,7 +84,7 @@ class UpstreamConversation(Conversation):
         hidden, results, computed = layers.compute(taken.parts)
         if layers.model.is_last:
             own = Span(computed, 0.0, 0.0, 0.0, 0.0)
-            self._tell(channel, taken.merge(_with_spans(taken, results, own)))
+            self._tell(channel, taken.merge(with_spans(taken, results, own)))
             return
         link = self._linked(channel)
         with self._lock:
@@ -107,7 +107,7 @@ class UpstreamConversation(Conversation):
                 with self._lock:
                     sent = self._sent.popleft()
                     own = span(sent.computed, time.perf_counter() - sent.sent, sent.traffic, link.traffic)
-                    self._tell(channel, sent.taken.merge(_with_spans(sent.taken, list(results), own)))
+                    self._tell(channel, sent.taken.merge(with_spans(sent.taken, list(results), own)))
                     while self._sent and self._sent[0].link is None:
                         self._tell(channel, self._sent.popleft().taken.results)
         except StageError as error:
@@ -132,7 +132,7 @@ class UpstreamConversation(Conversation):
                 self._link.close()
 
 
-def _with_spans(taken: Taken, results: list[Result], own: Span) -> list[Result]:
+def with_spans(taken: Taken, results: list[Result], own: Span) -> list[Result]:
     """The results, with this stage's span in those that shall have spans."""
     return [
         with_span(result, own) if part.ask.spans and isinstance(result, Answer) else result

@@ -89,7 +89,7 @@ def test_images_are_pinned_one_by_one_and_refused_in_words_as_they_cannot_be_ver
 
 HEX = "ab" * 32
 BAD: dict[str, tuple[tuple[Any, ...], object]] = {
-    "format": (("format",), "minigpt-pipeline-2"),
+    "format": (("format",), "minigpt-pipeline-1"),
     "issued": (("issued",), "yesterday"),
     "expires": (("expires",), "2026-01-01T00:00:00Z"),
     "model.id": (("model", "id"), ""),
@@ -100,6 +100,8 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "model.config: llama": (("model", "config", "model_type"), "llama"),
     "model.config: bool": (("model", "config", "n_layer"), True),
     "model.config: more": (("model", "config", "add_cross_attention"), True),
+    "messages: another schema": (("messages",), 1),
+    "messages: no number": (("messages",), "2"),
     "suites: empty": (("suites",), []),
     "suites: unknown": (("suites",), [9]),
     "suites: twice": (("suites",), [1, 1]),
@@ -185,7 +187,7 @@ def test_nothing_may_be_missing(path: tuple[str | int, ...]) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        written().replace(b'"format"', b'"format": "minigpt-pipeline-1", "format"', 1),
+        written().replace(b'"format"', b'"format": "minigpt-pipeline-2", "format"', 1),
         written().replace(b'"suites": [', b'"suites": [NaN, ', 1),
         b"[" * 100_000,
         b'"' + b"a" * manifest.MAX_MANIFEST + b'"',
