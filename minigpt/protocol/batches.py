@@ -194,46 +194,66 @@ def decode_answers(plain: object, due: Sequence[Due], config: Config, behind: ra
 
     Raises MessageError for all that is not exactly an answer to what was asked.
     """
-    kinds, packed_ids, packed_logprobs, packed_spans, logits, packed_refusals = _parts(plain, 6)
+    kinds, ids, logprobs, spans, logits, refusals = _parts(plain, 6)
     if len(kinds) != _RESULT.size * len(due):
         raise MessageError(f"answers: got {len(kinds)} bytes of results, wanted {_RESULT.size} for each of {len(due)}")
-    ids = _unpacked(packed_ids, "I", "ids")
-    logprobs = _unpacked(packed_logprobs, "d", "log-probabilities")
-    spans = _unpacked(packed_spans, "d", "spans")
-    refusals = _refusals(packed_refusals, behind)
-    width, size = len(Span._fields), 4 * config.vocab_size
-    results: list[Result] = []
-    taken = [0, 0, 0, 0, 0]  # of ids, log-probabilities, spans, bytes of logits, refusals
+    reader = _Reader(ids, logprobs, spans, logits, _refusals(refusals, behind))
+    results = []
     for (segment, ask), (kind, count) in zip(due, _RESULT.iter_unpack(kinds), strict=True):
-        result: Result = None
-        if kind == _REFUSAL:
-            result = refusals[taken[4]] if taken[4] < len(refusals) else None
-            taken[4] += 1
-        elif kind == _NOTHING and ask.wanted is Wanted.NOTHING:
-            pass
-        elif kind in (_TOKENS, _LOGITS):
-            told = spans[taken[2] : taken[2] + width * len(behind)] if ask.spans else ()
-            taken[2] += len(told)
-            own = tuple(Span(*told[at : at + width]) for at in range(0, len(told), width))
-            if kind == _TOKENS:
-                start = segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
-                probable = logprobs[taken[1] : taken[1] + count] if ask.logprobs else ()
-                result = Tokens(start, ids[taken[0] : taken[0] + count], probable, own)
-                taken[0], taken[1] = taken[0] + count, taken[1] + len(probable)
-            else:
-                values = np.frombuffer(logits[taken[3] : taken[3] + size], "<f4")
-                result = Logits(segment.start + segment.rows, values, own)
-                taken[3] += size
+        result = reader.result(kind, count, segment, ask, config.vocab_size, len(behind))
+        if isinstance(result, Tokens | Logits):
             if not ask.fits(result, segment.start, segment.rows):
                 raise MessageError("answers: got what was not asked for")
             if (wrong := flaw(result, config, len(behind) if ask.spans else 0)) is not None:
                 raise MessageError(f"answers: got {wrong}")
-        else:
-            raise MessageError("answers: got what was not asked for")
         results.append(result)
-    if taken != [len(ids), len(logprobs), len(spans), len(logits), len(refusals)]:
-        raise MessageError("answers: got more or less than their results say")
+    reader.end()
     return tuple(results)
+
+
+class _Reader:
+    """Reads the parts of answers from their fronts."""
+
+    def __init__(self, ids: bytes, logprobs: bytes, spans: bytes, logits: bytes, refusals: list[Refusal]) -> None:
+        self._ids = _unpacked(ids, "I", "ids")
+        self._logprobs = _unpacked(logprobs, "d", "log-probabilities")
+        self._spans = _unpacked(spans, "d", "spans")
+        self._logits = np.frombuffer(logits, "<f4") if len(logits) % 4 == 0 else np.full(1, np.nan, np.float32)
+        self._refusals = refusals
+        if min(self._spans, default=0.0) < 0 or not np.isfinite(self._logits).all():
+            raise MessageError("answers: got a span below 0, or logits that are not finite numbers")
+        self._taken = {"ids": 0, "logprobs": 0, "spans": 0, "logits": 0, "refusals": 0}
+
+    def result(self, kind: int, count: int, segment: Segment, ask: Ask, vocabulary: int, stages: int) -> Result:
+        """The next result. Raises MessageError if it is of no kind, or not all there."""
+        if kind == _NOTHING and ask.wanted is Wanted.NOTHING:
+            return None
+        if kind == _REFUSAL:
+            refusal: Refusal = self._take("refusals", self._refusals, 1)[0]
+            return refusal
+        if kind not in (_TOKENS, _LOGITS):
+            raise MessageError("answers: got what was not asked for")
+        width = len(Span._fields)
+        told = self._take("spans", self._spans, width * stages) if ask.spans else ()
+        spans = tuple(Span(*told[at : at + width]) for at in range(0, len(told), width))
+        if kind == _LOGITS:
+            return Logits(segment.start + segment.rows, self._take("logits", self._logits, vocabulary), spans)
+        position = segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
+        logprobs = self._take("logprobs", self._logprobs, count) if ask.logprobs else ()
+        return Tokens(position, self._take("ids", self._ids, count), logprobs, spans)
+
+    def _take(self, name: str, part: Any, count: int) -> Any:
+        start = self._taken[name]
+        if len(part) < start + count:
+            raise MessageError(f"answers: got {len(part)} {name}, wanted more")
+        self._taken[name] = start + count
+        return part[start : start + count]
+
+    def end(self) -> None:
+        """Raises MessageError if something is left."""
+        parts = (self._ids, self._logprobs, self._spans, self._logits, self._refusals)
+        if list(self._taken.values()) != list(map(len, parts)):
+            raise MessageError("answers: got more than their results say")
 
 
 def _parts(plain: object, count: int) -> list[bytes]:

@@ -1,7 +1,7 @@
 """The schedule of the first stage: what the next forward pass computes, for all clients together.
 
-A pass has one row for each sequence that waits for a token, and at most one chunk of one prompt; a pass with a chunk is
-followed by one without while others wait for tokens. There is no thread for it: whoever waits for an answer leads, if
+A pass has one row for each sequence that waits for a token, and one chunk of one prompt, or a few short ones; a pass
+with a chunk is followed by one without while others wait for tokens. There is no thread for it: whoever waits for an answer leads, if
 nobody does, and computes a pass for all that wait. So for a single sequence the path is as short as can be, because the
 thread that waits is the one that computes.
 
@@ -37,7 +37,7 @@ class Run:
         self.sequence = sequence
         self.told: deque[Answer] = deque()  # what the client is still to be told
         self.outcome: Reason | Exception | None = None
-        self.step: Step | None = None  # to be computed next
+        self.step: Step  # to be computed next; `_advance` says which
         self.flying = 0  # passes and batches that it is part of
         self.long = False  # whether a whole chunk of the prompt was computed
         self.produced = 0  # tokens so far
@@ -184,7 +184,7 @@ class Schedule:
             return False
         if not self._sent:
             return True
-        rows = [len(run.step.ids) for run in self._pending if run.step is not None]
+        rows = [len(run.step.ids) for run in self._pending]
         return len(rows) >= HALF or max(rows) >= HALF
 
     def _form(self) -> list[Run]:
@@ -194,9 +194,14 @@ class Schedule:
         tokens: list[Run] = []
         chunks: list[Run] = []
         for run in self._pending:
-            assert run.step is not None, "what is pending has a step"
             (tokens if len(run.step.ids) == 1 else chunks).append(run)
-        chosen = [] if self._chunked and tokens else chunks[:1]
+        chosen: list[Run] = []
+        rows = 0
+        for run in [] if self._chunked and tokens else chunks[: self._most]:
+            rows += len(run.step.ids)
+            if chosen and rows > SHARED_CHUNK:
+                break
+            chosen.append(run)
         self._chunked = bool(chosen)
         most = self._most - len(chosen)
         if self._batches > 1 and len(tokens) >= 2 * HALF:  # half of them now, the others while the next stage computes
@@ -233,12 +238,9 @@ class Schedule:
     def _compute(self, runs: list[Run]) -> _Sent | None:
         """Computes a pass, and hands its answers out; or sends it to the next stage, whose answers will follow."""
         link = None if self._connect is None else self._linked(runs)
-        parts = []
-        for run in runs:
-            assert run.step is not None, "what is pending has a step"
-            parts.append(run.sequence.part(*run.step))
-        if not parts:
+        if not runs:
             return None
+        parts = [run.sequence.part(*run.step) for run in runs]
         hidden, results, seconds = self.layers.compute(parts)
         if link is None:
             with self._lock:

@@ -2,12 +2,13 @@
 
 import json
 import typing
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from chains import Chain, Rest, told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import ODD, SMALL, cut, odd, random_tensors, whole, write
@@ -24,75 +25,61 @@ from minigpt.engine.model import GPT2
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused, StageError, UsageError
 from minigpt.protocol import messages
+from minigpt.protocol.batches import Batch, Result
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Step, Tokens, Wanted
+from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Answer, Generate, Logits, Reason, Span, Tokens, Wanted
 from minigpt.protocol.request import Ask, Options
-from minigpt.stage.generation import StageSequence, generate
-from minigpt.stage.schedule import Schedule
 from transport import codec
 
 DRAFTS = (1, 4, 8, 30)
 PROMPT = tuple(np.random.default_rng(4).integers(0, SMALL.vocab_size - 1, 12).tolist())
 
 
-class Link:
-    """The way to the next stage without the link; it checks answers as a link does, and counts steps."""
-
-    traffic = (0.0, 0.0, 0.0)
-
-    def __init__(self, sequence: StageSequence) -> None:
-        self.sequence = sequence
-        self.asked: list[tuple[int, int, Wanted]] = []
-
-    def step(self, start: int, rows: np.ndarray, ask: Ask) -> Answer | None:
-        self.asked.append((start, len(rows), ask.wanted))
-        answer = self.sequence.step(start, rows, ask)
-        assert answer is None or ask.fits(answer, start, len(rows))
-        return answer
-
-
-def chain(models: list[GPT2]) -> StageSequence:
-    """The first stage's sequence of a pipeline in this process."""
-    sequence: StageSequence | None = None
-    for index, model in reversed(list(enumerate(models))):
-        sequence = StageSequence(Schedule(model), Link(sequence) if sequence else None, stage=index)
-    assert sequence is not None
-    return sequence
-
-
 def run(models: list[GPT2], request: Generate) -> tuple[list[int], Reason, list[int]]:
     """The tokens, why they ended, and how many came at a time."""
-    return follow(chain(models), request)
+    return follow(Chain(models), request)
 
 
-def follow(sequence: StageSequence, request: Generate) -> tuple[list[int], Reason, list[int]]:
-    steps, ids, bursts = generate(sequence, request), [], []
-    while True:
-        try:
-            answer = next(steps)
-        except StopIteration as end:
-            return ids, end.value, bursts
+def follow(chain: Chain, request: Generate) -> tuple[list[int], Reason, list[int]]:
+    answers, reason = told(chain.run(request))
+    ids: list[int] = []
+    bursts = []
+    for answer in answers:
         assert isinstance(answer, Tokens)
         assert answer.position == len(request.ids) + len(ids)
         assert len(answer.logprobs) == (len(answer.ids) if request.logprobs else 0)
         ids += answer.ids
         bursts.append(len(answer.ids))
+    return ids, reason, bursts
 
 
-class Script(Link):
+class Script:
     """The rest of a model that says the same text whatever it is told."""
+
+    dead = None
+    traffic = (0.0, 0.0, 0.0)
 
     def __init__(self, text: list[int]) -> None:
         self.text = text
-        self.asked = []
+        self.asked: list[tuple[int, int, Wanted]] = []
 
-    def step(self, start: int, rows: np.ndarray, ask: Ask) -> Answer | None:
-        self.asked.append((start, len(rows), ask.wanted))
-        if ask.wanted is Wanted.NOTHING:
-            return None
-        after = start + len(rows)
-        first = start + 1 if ask.wanted is Wanted.TOKENS else after
-        return Tokens(first, tuple(self.text[first : after + 1]))
+    def open(self) -> int:
+        return 0
+
+    def send_batch(self, batch: Batch, asks: Sequence[Ask], missing: int = 0) -> None:
+        ((_, start, rows, wanted),) = batch.segments
+        self.asked.append((start, rows, wanted))
+
+    def receive_answers(self) -> tuple[Result, ...]:
+        start, rows, wanted = self.asked[-1]
+        if wanted is Wanted.NOTHING:
+            return (None,)
+        after = start + rows
+        first = start + 1 if wanted is Wanted.TOKENS else after
+        return (Tokens(first, tuple(self.text[first : after + 1])),)
+
+    def end(self, lanes: Sequence[int]) -> None:
+        pass
 
 
 def script(text: list[int], length: int, **options: Any) -> tuple[list[int], Reason, list[int]]:
@@ -100,9 +87,9 @@ def script(text: list[int], length: int, **options: Any) -> tuple[list[int], Rea
     return follow(scripted(Script(text)), Generate(0, tuple(text[:length]), len(text) - length, **options))
 
 
-def scripted(said: Script) -> StageSequence:
+def scripted(said: Script) -> Chain:
     """A first stage before a script."""
-    return StageSequence(Schedule(cut(SMALL, tensors("plain", 0), 1)[0]), said)
+    return Chain(cut(SMALL, tensors("plain", 0), 1)[:1], said)
 
 
 @cache
@@ -189,10 +176,9 @@ def test_a_near_tie_is_decided_by_plain_steps_and_no_position_is_computed_so_twi
     again = 0
     for seed in range(8):
         for prompt in prompts(seed):
-            sequence = chain(models)
-            for _ in generate(sequence, Generate(0, prompt, 140, draft=8)):
-                pass
-            asked = [step for step in sequence.following.asked if step[0] >= len(prompt)]
+            chain = Chain(models)
+            follow(chain, Generate(0, prompt, 140, draft=8))
+            asked = [step for step in typing.cast("Rest", chain.rest).asked if step[0] >= len(prompt)]
             plain = [start for start, _, wanted in asked if wanted is not Wanted.TOKENS]
             assert plain == sorted(set(plain))
             again += sum(wanted is Wanted.NOTHING for _, _, wanted in asked)
@@ -234,11 +220,11 @@ def test_a_stop_id_among_right_guesses_ends_there() -> None:
 def test_a_later_request_cannot_go_on_from_positions_that_were_drafted_past_the_end() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8] * 4
     for stop in range(1, 9):
-        sequence = scripted(Script(text))
-        ids, _, _ = follow(sequence, Generate(0, tuple(text[:16]), 16, stop_ids=(stop,), draft=8))
-        assert sequence.cache.length <= 16 + len(ids) - 1
+        chain = scripted(Script(text))
+        ids, _, _ = follow(chain, Generate(0, tuple(text[:16]), 16, stop_ids=(stop,), draft=8))
+        assert chain.sequence.cache.length <= 16 + len(ids) - 1
         with pytest.raises(RequestRefused, match="positions are known"):
-            next(generate(sequence, Generate(16 + len(ids), (1,), 1)))
+            next(chain.run(Generate(16 + len(ids), (1,), 1)))
 
 
 def test_drawn_tokens_are_never_guessed() -> None:
@@ -252,7 +238,7 @@ def test_log_probabilities_are_those_of_plain_decoding_but_for_the_last_bits() -
     models, _ = circling()
     found = []
     for draft in (0, 8):
-        answers = generate(chain(models), Generate(0, PROMPT, 60, logprobs=True, draft=draft))
+        answers = Chain(models).run(Generate(0, PROMPT, 60, logprobs=True, draft=draft))
         found.append([value for answer in answers if isinstance(answer, Tokens) for value in answer.logprobs])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
@@ -351,12 +337,10 @@ def test_wrong_guesses_demand_longer_runs_and_right_ones_shorter() -> None:
         (Generate(0, (1,), 5), {"draft": -1}),
         (Generate(0, (1,), 5), {"draft": MAX_DRAFT + 1}),
         (Generate(0, (1,), 5), {"draft": True}),
-        (Step(0, np.zeros((MAX_DRAFT + 2, 1), np.float32), Wanted.TOKEN), {"wanted": "tokens"}),
-        (Step(0, np.zeros((2, 1), np.float32), Wanted.TOKEN, Sampling(1.0)), {"wanted": "tokens"}),
         (Tokens(3, (1, 2), (-0.5, -0.5)), {"ids": bytes(4)}),
         (Tokens(3, (1, 2), (-0.5, -0.5)), {"ids": b""}),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Generate | Step | Tokens) else str(value),
+    ids=lambda value: type(value).__name__ if isinstance(value, Generate | Tokens) else str(value),
 )
 def test_a_message_that_makes_no_sense_is_refused(example: messages.Message, changes: dict[str, object]) -> None:
     value = typing.cast("dict[str, object]", codec.decode(codec.encode(messages.encode(example))))
@@ -395,16 +379,12 @@ def test_where_a_request_says_nothing_the_first_stage_decides(default: int, monk
     assert isinstance(request, Generate)
     assert (request.draft, request.most) == (None, 1 + MAX_DRAFT)
     model = whole()
-    asked = list(generate(StageSequence(Schedule(model)), request))
+    asked = list(Chain([model]).run(request))
     told = [answer.ids for answer in asked if isinstance(answer, Tokens)]
     assert (max(map(len, told)) > 1) == (default > 0)
     sampled = make_request(PROMPT, None, SMALL, Options(max_tokens=100, temperature=1.0))
     assert sampled.most == 1
-    assert all(
-        len(answer.ids) == 1
-        for answer in generate(StageSequence(Schedule(model)), sampled)
-        if isinstance(answer, Tokens)
-    )
+    assert all(len(answer.ids) == 1 for answer in Chain([model]).run(sampled) if isinstance(answer, Tokens))
 
 
 # The client

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Step, Tokens, Wanted
+from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Tokens
 from transport import codec
 
 EXAMPLES: list[messages.Message] = [
     Generate(3, (1, 2, 2**32 - 1), 20, (50256,), Sampling(0.7, 40, 0.9, 2**64 - 1), True),
-    Step(5, np.arange(6, dtype=np.float32).reshape(2, 3), Wanted.NOTHING),
     Tokens(9, (7,), (-0.5,), (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))),
     Logits(4, np.linspace(-1, 1, 7, dtype=np.float32)),
     Done(Reason.CONTEXT),
@@ -89,46 +88,6 @@ def test_a_field_too_many_or_too_few_is_refused(message: messages.Message) -> No
             messages.decode({key: value[key] for key in value if key != name})
 
 
-def step(hidden: object) -> dict[str, object]:
-    return carried(EXAMPLES[1]) | {"hidden": hidden}
-
-
-FOUR = np.zeros(4, np.float32).tobytes()
-
-
-@pytest.mark.parametrize(
-    "hidden",
-    [
-        [2, 3, FOUR],
-        [3, 2, FOUR],
-        [-2, -2, FOUR],
-        [0, 4, b""],
-        [0, 0, b""],
-        [2**20, 2**20, FOUR],
-        [2**63, 2, FOUR],
-        [2, 2, FOUR[:-1]],
-        [2, 2, FOUR + b"\0"],
-        [2, 2, "text"],
-        [2, 2, [0.0] * 4],
-        [2.0, 2, FOUR],
-        [True, 4, FOUR],
-        [2, 2],
-        [2, 2, np.full(4, np.nan, np.float32).tobytes()],
-        [2, 2, np.full(4, -np.inf, np.float32).tobytes()],
-        [2, 2, np.zeros(4, np.float64).tobytes()],
-    ],
-    ids=repr,
-)
-def test_hidden_states_whose_shape_and_bytes_disagree_are_refused(hidden: object) -> None:
-    with pytest.raises(MessageError, match=r"Step\.hidden"):
-        messages.decode(step(hidden))
-
-
-def test_big_endian_hidden_states_would_be_seen_as_other_numbers_so_the_wire_is_little_endian() -> None:
-    value = messages.encode(Step(0, np.ones((1, 1), ">f4"), Wanted.NOTHING))
-    assert bytes(typing.cast("list[bytes]", value["hidden"])[2]) == b"\x00\x00\x80\x3f"
-
-
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5), st.lists(st.floats(-99, 0), min_size=1, max_size=1))
 def test_a_messages_length_tells_nothing_of_ids_or_probabilities(ids: list[int], logprobs: list[float]) -> None:
     def lengths(ids: tuple[int, ...], logprobs: tuple[float, ...]) -> tuple[int, int]:
@@ -152,8 +111,8 @@ def test_a_refusal_is_an_error_at_the_other_end() -> None:
 
 
 def test_a_message_for_another_end_is_refused_before_its_fields_are_read() -> None:
-    for value in (carried(EXAMPLES[1]), {"type": "step", "hidden": "nonsense"}):
-        with pytest.raises(MessageError, match=r"^Step is not for stage 0$"):
+    for value in (carried(EXAMPLES[1]), {"type": "token", "ids": "nonsense"}):
+        with pytest.raises(MessageError, match=r"^Token is not for stage 0$"):
             messages.decode(value, {Generate}, "stage 0")
 
 
