@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     option(serve, "--model-name", None, "NAME", str, "the model's name for clients (default: the manifest's)")
     option(serve, "--chat-template", None, "plain", one_of("plain"), "make prompts of chats from lines of role: text, "
            "for a model that has no template of its own")  # fmt: skip
-    option(serve, "--connections", "8", "N", positive, "answers at a time: at most as many as a stage has sequences")
+    option(serve, "--connections", "32", "N", positive, "answers at a time (default: as many as a stage has sequences)")
     option(serve, "--queue", "64", "N", natural, "requests that may wait for their turn; others are refused")
     option(serve, "--log-format", "text", "text|json", one_of("text", "json"), "of the log, on standard error")
 

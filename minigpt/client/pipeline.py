@@ -33,7 +33,7 @@ from transport.channel import Deadlines
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
 CONNECT_TIMEOUT = 10.0  # seconds
-CONNECTIONS = 8  # as many as a stage has sequences, by default
+CONNECTIONS = 32  # as many as a stage has sequences, by default
 MAX_TIMEOUT = 1e9  # seconds, thirty years; as on the command line
 
 _NONE = type(None)

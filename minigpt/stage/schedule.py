@@ -1,9 +1,9 @@
 """The schedule of the first stage: what the next forward pass computes, for all clients together.
 
 A pass has one row for each sequence that waits for a token, and one chunk of one prompt, or a few short ones; a pass
-with a chunk is followed by one without while others wait for tokens. There is no thread for it: whoever waits for an answer leads, if
-nobody does, and computes a pass for all that wait. So for a single sequence the path is as short as can be, because the
-thread that waits is the one that computes.
+with a chunk is followed by one without while others wait for tokens. There is no thread for it: whoever waits for an
+answer leads, if nobody does, and computes a pass for all that wait. So for a single sequence the path is as short as
+can be, because the thread that waits is the one that computes.
 
     pending ──pass──► (sent to the next stage ──answers──►) advanced: told tokens, and pending again or ended
 """
