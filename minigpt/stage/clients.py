@@ -13,7 +13,7 @@ from minigpt.stage.sequence import Sequence
 from transport.channel import Channel
 from transport.errors import TimedOut
 
-PATIENCE = 10.0  # seconds to wait for a place in a later stage that has refused one
+PATIENCE = 5.0  # seconds to wait for a place in a later stage that has refused one
 
 
 class _Cancelled(Exception):

@@ -122,18 +122,19 @@ class Places:
             return self._new("", size)
 
     def clear(self, patience: float, check: Callable[[], None]) -> None:
-        """Drops all resting sequences; then waits until a place has been given back, `patience` seconds at most."""
-        with self._lock:
-            dropped = [self._drop(place) for place in list(self._resting)]
-        _end(dropped)
-        if dropped:
-            return
+        """Drops all that rest; if none does, waits until one does or a place is given back, `patience` seconds at most."""
         until = time.monotonic() + patience
         with self._lock:
             held = set(self._held)
-        while time.monotonic() < until and held <= self._held:
+        while True:
             with self._lock:
-                self._changed.wait(LOOK)
+                dropped = [self._drop(place) for place in list(self._resting)]
+                if not dropped and held <= self._held and time.monotonic() < until:
+                    self._changed.wait(LOOK)
+                    dropped = [self._drop(place) for place in list(self._resting)]
+            _end(dropped)
+            if dropped or not held <= self._held or time.monotonic() >= until:
+                return
             check()
 
     def _possible(self, size: int) -> None:

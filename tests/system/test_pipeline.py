@@ -1,6 +1,7 @@
 """A pipeline of real processes: what it gives, what it refuses, and how it ends."""
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import inspect
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import SMALL, random_tensors, write
+from made import SMALL, cut, random_tensors, write
 from processes import ROOT, Stages, alive, eventually
 
 import minigpt
@@ -26,10 +28,14 @@ from attest.providers.mock import MockRoot
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
-from minigpt.protocol import links, messages
-from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, Step, Tokens, Wanted
+from minigpt.protocol import batches, links
+from minigpt.protocol.batches import Batch, Result, Segment, Terms
+from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
 from minigpt.protocol.request import Ask, Keywords, Options
+from minigpt.stage.layers import Layers, Part
+from minigpt.stage.schedule import Schedule
+from minigpt.stage.sequence import Sequence as MadeSequence
 from transport import codec
 from transport.channel import Deadlines
 from transport.noise import CipherState
@@ -345,10 +351,17 @@ def test_a_reset_forgets_the_sequence(link: StageLink) -> None:
     assert caught.value.reason == "gap"
 
 
-@pytest.mark.parametrize("message", [Step(0, np.zeros((1, SMALL.n_embd), np.float32), Wanted.TOKEN), Done(Reason.END)])
-def test_a_message_that_is_not_for_this_stage_ends_the_channel(link: StageLink, message: messages.Message) -> None:
+def test_a_message_that_is_not_for_this_stage_ends_the_channel(link: StageLink) -> None:
     with pytest.raises(StageError, match="is not for stage 0"):
-        link.ask(message)
+        link.ask(Done(Reason.END))
+    assert eventually(link.channel.gone)
+
+
+def test_a_batch_is_not_for_the_first_stage(link: StageLink) -> None:
+    batch = Batch((Segment(0, 0, 1, Wanted.TOKEN),), np.zeros((1, SMALL.n_embd), np.float32))
+    link.channel.send(batches.encode(batch))
+    with pytest.raises(StageError, match="got list, wanted a map"):
+        link.receive()
     assert eventually(link.channel.gone)
 
 
@@ -382,9 +395,13 @@ def test_a_cancel_ends_a_request_and_one_too_late_is_nothing(link: StageLink) ->
     assert len(tokens(link, Generate(0, IDS[:5], 3))) == 3
 
 
-def sequences(stages: Stages) -> list[int]:
+def reports(stages: Stages) -> tuple[StageReport, ...]:
     with Pipeline.connect(stages.bytes, allow_mock=True) as asking:
-        return [report.sequences for report in asking.status()]
+        return asking.status()
+
+
+def sequences(stages: Stages) -> list[int]:
+    return [report.sequences for report in reports(stages)]
 
 
 @pytest.mark.parametrize("how", ["cancel", "close", "abort"])
@@ -407,20 +424,137 @@ def test_a_client_that_leaves_takes_its_sequence_along_in_every_stage(folder: Pa
         made.channel.close()
 
 
-def test_a_full_stage_says_busy_and_serves_the_next_when_there_is_room(folder: Path, tmp_path: Path) -> None:
+def as_stage_0(stages: Stages) -> BatchLink:
+    """A link to stage 1, from one who has the key of a stage 0."""
+    attester = stages.manifest.attester(0, stages.key(0).read_bytes())
+    channel = links.dial(stages.manifest, 1, links.calling_end(stages.manifest, 1, attester), Deadlines())
+    return BatchLink(channel, stages.manifest, 1, 20.0)
+
+
+@contextlib.contextmanager
+def held_turn(path: Path) -> Iterator[None]:
+    """Keeps the cores from the stages that were started with `--turns path`."""
+    with open(path, "r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_full_queue_says_busy_and_those_in_it_are_served_in_turn(folder: Path, tmp_path: Path) -> None:
+    turns = tmp_path / "turns"
+    turns.touch()
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0, "--max-sequences", "1", "--queue", "1", "--turns", str(turns))
+        wanted = [Generate(0, IDS[:length], 5) for length in (5, 6, 7)]
+        first, second, third = (dial(stages) for _ in wanted)
+        with held_turn(turns):
+            first.send(wanted[0])
+            assert eventually(lambda: reports(stages)[0].sequences == 1)
+            second.send(wanted[1])
+            assert eventually(lambda: reports(stages)[0].queue == 1)
+            with pytest.raises(
+                RequestRefused, match=r"busy with 1 sequences, and 1 wait: try again in \d+ s"
+            ) as caught:
+                third.ask(wanted[2])
+            assert (caught.value.reason, caught.value.stage) == ("busy", 0)
+        for link_ in (first, second):
+            assert [type(link_.receive()) for _ in range(6)] == [Tokens] * 5 + [Done]
+        assert len(tokens(third, wanted[2])) == 5
+        for link_ in (first, second, third):
+            link_.channel.close()
+        assert eventually(lambda: sequences(stages) == [0])
+
+
+def test_whoever_leaves_the_queue_by_cancel_or_for_good_frees_its_place(folder: Path, tmp_path: Path) -> None:
+    turns = tmp_path / "turns"
+    turns.touch()
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0, "--max-sequences", "1", "--turns", str(turns))
+        first, second, third = (dial(stages) for _ in range(3))
+        with held_turn(turns):
+            first.send(Generate(0, IDS[:5], 5))
+            assert eventually(lambda: reports(stages)[0].sequences == 1)
+            second.send(Generate(0, IDS[:5], 5))
+            third.send(Generate(0, IDS[:5], 5))
+            assert eventually(lambda: reports(stages)[0].queue == 2)
+            second.send(Cancel())
+            assert second.receive() == Done(Reason.CANCELLED)
+            third.channel.abort()
+            assert eventually(lambda: reports(stages)[0].queue == 0)
+        assert len(tokens(second, Generate(0, IDS[:5], 5))) == 5
+
+
+def test_a_request_that_a_later_stage_has_no_place_for_waits_once_and_is_then_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start(1, "--max-sequences", "1")
+        stages.start(0)
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            wanted = ids(made.generate(IDS[:5], max_tokens=3))
+            stranger = as_stage_0(stages)
+            rows, terms = np.zeros((1, SMALL.n_embd), np.float32), Terms(9, Sampling())
+            ask = Ask(Wanted.TOKEN, Sampling())
+            segment = Segment(stranger.open(), 0, 1, Wanted.TOKEN)
+            made._pool.close()  # its sequence rests no longer
+            assert eventually(lambda: sequences(stages) == [0, 0])
+            stranger.send_batch(Batch((segment,), rows, ((0, terms),)), [ask])
+            assert isinstance(stranger.receive_answers()[0], Tokens)
+            with Pipeline.connect(stages.bytes, allow_mock=True) as other:
+                with pytest.raises(RequestRefused, match="stage 1 is busy") as caught:
+                    ids(other.generate(IDS[:5], max_tokens=3))
+                assert caught.value.stage == 1
+                stranger.close()
+                assert eventually(lambda: sequences(stages)[1] == 0)
+                assert ids(other.generate(IDS[:5], max_tokens=3)) == wanted
+
+
+def test_a_sequence_that_rests_makes_room_in_every_stage(folder: Path, tmp_path: Path) -> None:
     for full in (0, 1):
         with Stages(folder, "2+2", tmp_path) as stages:
             stages.start(1, *(["--max-sequences", "1"] if full == 1 else []))
             stages.start(0, *(["--max-sequences", "1"] if full == 0 else []))
-            first, second = (Pipeline.connect(stages.bytes, allow_mock=True) for _ in range(2))
-            wanted = ids(first.generate(IDS[:5], max_tokens=3))
-            with pytest.raises(RequestRefused, match=f"stage {full} is busy"):
-                ids(second.generate(IDS[: CHUNK + 5], max_tokens=3))
-            assert ids(first.generate(IDS[:5], max_tokens=3)) == wanted
-            first.close()
+            with (
+                Pipeline.connect(stages.bytes, allow_mock=True) as first,
+                Pipeline.connect(stages.bytes, allow_mock=True) as second,
+            ):
+                for length in (5, 9, CHUNK + 5):
+                    found = [ids(made.generate(IDS[:length], max_tokens=3)) for made in (first, second, first)]
+                    assert found[0] == found[1] == found[2]
+
+
+def test_a_request_larger_than_a_stages_caches_is_refused_by_that_stage(folder: Path, tmp_path: Path) -> None:
+    for small in (0, 1):
+        with Stages(folder, "2+2", tmp_path) as stages:
+            for index in (1, 0):
+                stages.start(index, *(["--cache-bytes", "1000"] if index == small else []))
+            with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+                with pytest.raises(RequestRefused, match=f"stage {small} has 1000 in all") as caught:
+                    ids(made.generate(IDS[:5], max_tokens=3))
+                assert caught.value.stage == small
             assert eventually(lambda stages=stages: sum(sequences(stages)) == 0)  # type: ignore[misc]
-            assert ids(second.generate(IDS[:5], max_tokens=3)) == wanted
-            second.close()
+
+
+def test_many_clients_get_the_text_that_each_gets_alone(stages: Stages, model: minigpt.Model) -> None:
+    prompts = [IDS[at : at + length] for at, length in enumerate([1, 5, 9, 40, CHUNK + 3, 2, 3, 60] * 3)]
+    alone = [ids(model.generate(prompt, max_tokens=12)) for prompt in prompts]
+    with Pipeline.connect(stages.bytes, allow_mock=True) as made, ThreadPoolExecutor(len(prompts)) as pool:
+        before = [report.steps for report in made.status()]
+        assert list(pool.map(lambda prompt: ids(made.generate(prompt, max_tokens=12)), prompts)) == alone
+        steps = [report.steps - then for report, then in zip(made.status(), before, strict=True)]
+    assert max(steps) < 12 * len(prompts) / 2  # they shared passes
+    assert eventually(lambda: sequences(stages) == [0, 0, 0])
+
+
+def test_stages_may_start_in_any_order_and_the_first_request_finds_the_links_made(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "1+1+2", tmp_path) as stages:
+        for index in (0, 2, 1):
+            stages.start(index)
+        for index in (0, 1):
+            assert eventually(lambda index=index: "evidence accepted" in stages.log(index))  # type: ignore[misc]
+        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
+        for index in (0, 1):
+            assert stages.log(index).count("evidence accepted") == 1
 
 
 def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp_path: Path) -> None:
@@ -652,27 +786,33 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
         def __init__(self) -> None:
             self.sealer = Sealer(CipherState(bytes(32)))
             self.lengths: list[int] = []
-            self.end = 0
+            self.seal_seconds = self.open_seconds = 0.0
+            self.bytes_sent = self.bytes_received = 0
+            self.wanted = 0
 
-        def poll(self) -> bool:
-            return False
+        def send(self, message: list[bytes], least: int = 0) -> None:
+            self.lengths.append(len(self.sealer.seal(Type.MESSAGE, codec.encode(message), least)))
+            self.wanted = message[0][12]
 
-        def send(self, message: dict[str, object], least: int = 0) -> int:
-            body = codec.encode(message)
-            self.lengths.append(len(self.sealer.seal(Type.MESSAGE, body, least)))
-            return len(body)
+        def receive(self, _timeout: float, *, asker: object) -> list[bytes]:
+            return batches.encode_answers([Tokens(0, (1,)) if self.wanted else None])
 
-        def receive(self, _timeout: float, *, asker: object) -> dict[str, object]:
-            return messages.encode(Tokens(self.end, (1,)))
+    config = dataclasses.replace(SMALL, n_positions=1100)
 
-    pipe, seen = SimpleNamespace(config=SMALL, stages=(0, 1)), set()
+    class Nothing(Layers):
+        """Layers that compute nothing."""
+
+        def compute(self, parts: Sequence[Part]) -> tuple[np.ndarray, list[Result], float]:
+            return np.zeros((len(parts[0].rows), config.n_embd), np.float32), [], 0.0
+
+    pipe, seen = SimpleNamespace(config=config, stages=(0, 1)), set()
+    first = cut(config, random_tensors(config), 1)[0]
     for length in range(1, 1025):
         channel = Counted()
-        made = StageLink(channel, pipe, 1, 1.0)  # type: ignore[arg-type]
-        for start in range(0, length, CHUNK):
-            rows = np.zeros((min(CHUNK, length - start), 64), np.float32)
-            channel.end = start + len(rows)
-            made.step(start, rows, Ask(Wanted.TOKEN if channel.end == length else Wanted.NOTHING, Sampling()))
+        link = BatchLink(channel, pipe, 1, 1.0)  # type: ignore[arg-type]
+        schedule = Schedule(Nothing(first), lambda link=link: link)
+        sequence = MadeSequence(first.new_cache(), Terms(1, Sampling()))
+        assert len(list(schedule.run(sequence, Generate(0, (1,) * length, 1)))) == 1
         seen.add(tuple(channel.lengths))
     assert len(seen) < 200
 
