@@ -66,6 +66,7 @@ Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; on the link, FF
 Count = Annotated[int, schema.integer(0, 2**63 - 1)]
 Position = Annotated[int, schema.integer(0, MAX_IDS)]
 Seconds = Annotated[float, schema.number(0.0, 1e12)]
+Mean = Annotated[float, schema.number(0.0, 1e12)]
 Word = Annotated[str, schema.text(32)]
 Sentence = Annotated[str, schema.text(4096)]
 Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
@@ -217,6 +218,11 @@ class StageReport:
     sequences: Count = 0
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
+    tokens: Count = 0  # drawn since then, in the last stage, for passes through this one
+    rate: Mean = 0.0  # tokens a second, over the last 10 s
+    batch: Mean = 0.0  # sequences in a pass, over the last 10 s
+    queue: Count = 0  # requests that wait for a place
+    cache_limit: Count = 0  # bytes that all caches together may have; 0 for no such limit
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 

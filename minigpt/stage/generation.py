@@ -64,6 +64,11 @@ class StageSequence:
             RequestRefused: as `check`; nothing has changed then.
         """
         self.check(start, rows)
+        answer = self._computed(start, rows, ask)
+        self._schedule.meter.note(1, len(answer.ids) if isinstance(answer, Tokens) else 0)
+        return answer
+
+    def _computed(self, start: int, rows: NDArray[Any], ask: Ask) -> Answer | None:
         compute, following = self._schedule.compute, self.following
         if following is None:
             answer, computed = compute(self.cache, start, rows, lambda hidden: self._draw(hidden, start, ask))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from minigpt.engine.crew import fitted
 from minigpt.engine.model import GPT2, KVCache
 from minigpt.errors import StageError
+from minigpt.stage.meter import Meter
 
 T = TypeVar("T")
 
@@ -138,6 +139,7 @@ class Schedule:
 
     def __init__(self, model: GPT2, cores: IO[bytes] | None = None) -> None:
         self.model = model
+        self.meter = Meter()  # told of each pass by whoever knows what was drawn for it
         self._turns = Turns(cores)
 
     @property

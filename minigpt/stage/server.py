@@ -134,13 +134,19 @@ class Server:
         with self._lock:
             conversations = list(self.open.values())
         sequences = [found for conversation in conversations if (found := conversation.sequence) is not None]
+        meter, now = self.stage.schedule.meter, time.monotonic()
         return StageReport(
             stage=self.stage.index,
-            uptime=time.monotonic() - self._began,
+            uptime=now - self._began,
             weights_bytes=self.stage.model.nbytes,
             channels=len(conversations),
             sequences=len(sequences),
             cache_bytes=sum(sequence.cache.nbytes for sequence in sequences),
             steps=self.stage.schedule.steps,
+            tokens=meter.tokens,
+            rate=meter.rate(now),
+            batch=meter.batch(now),
+            queue=0,  # whoever finds no place is refused
+            cache_limit=0,  # places are limited, and not their bytes
             exposed=self._exposed,
         )
