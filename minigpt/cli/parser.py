@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--save-evidence", metavar="DIR", help="write each stage's evidence there, for `python -m attest`"
     )
-    _switch(status, "--json", "one object instead of a table")
+    status.add_argument("--watch", nargs="?", const=2.0, type=seconds, metavar="S",
+                        help="look again every S seconds (2 if none is given) until Ctrl-C")  # fmt: skip
+    _switch(status, "--json", "one object instead of a table; with --watch one a line, for each look")
 
     bench = _command(commands, "bench", "measure latency with local stages, and print tables")
     _model(bench)
