@@ -32,6 +32,7 @@ from attest.providers.mock import MockPins
 from attest.providers.nitro import NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
+from minigpt.cli import clients
 from minigpt.cli import status as reporting
 from minigpt.cli.terminal import progress, say, visible
 from minigpt.cli.values import Variable, positive
@@ -322,11 +323,19 @@ def _save_evidence(folder: Path, reports: Sequence[StageReport]) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`minigpt bench`: tables, or every latency; and a plot."""
+    """`minigpt bench`: tables, or every latency; and a plot. With --clients, a table of their own."""
     if options.plot is not None:
+        if options.clients is not None:
+            raise UsageError("--plot draws the latencies of one client at a time: leave out --clients, or --plot")
         from minigpt.cli import plot  # before anything is measured: matplotlib may be missing
     names = ("prompt", "runs", "max_tokens", "revision", "threads")
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.clients is not None:
+        with progress() as tell:
+            crowds = clients.measure(options.model or "tiny", options.stages, options.clients, **chosen, progress=tell)
+        told = json.dumps(clients.figures(crowds)) if options.format == "json" else clients.markdown(crowds)
+        show(told + "\n")
+        return 0
     with progress() as tell:
         results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=tell)
     text = json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results)

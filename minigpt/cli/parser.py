@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", "measure latency with local stages, and print tables")
     _model(bench)
     option(bench, "--stages", "1,2", "N,N", counts, "numbers of stages to compare; the first is the baseline")
+    option(bench, "--clients", None, "N,N", counts, "measure so many generations at once instead, and compare with the "
+           "first number")  # fmt: skip
     option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
     option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
