@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from minigpt.cli.bench import MIN_P99, estimate, percentile, shown, table
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import ids_in
+from minigpt.client.text import Prompt, ids_in
 
 PATIENCE = 60.0  # seconds until all clients of a run have started
 
@@ -58,22 +58,23 @@ def measure(
         for number in range(runs + 1):
             progress(f"run {number} of {runs}" if number else "warming up")
             for count, many in results if number % 2 else reversed(results):
-                crowd = run_together(pipelines[count], prompt, max_tokens, many)
+                pipeline = pipelines[count]
+                given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
+                crowd = run_together(pipeline, given, max_tokens, many)
                 if number:
                     results[count, many].append(crowd)
         return results
 
 
-def run_together(pipeline: Pipeline, prompt: str, max_tokens: int, clients: int) -> Crowd:
+def run_together(pipeline: Pipeline, prompt: Prompt, max_tokens: int, clients: int) -> Crowd:
     """Times so many greedy generations at once, without drafts. Raises what the first that failed raised."""
-    given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
     start = threading.Barrier(clients)
     found: list[tuple[float, list[float]]] = []  # when each began, and its times from then on
     errors: list[BaseException] = []
 
     def ask() -> None:
         try:
-            generation = pipeline.generate(given, max_tokens=max_tokens, draft=0)
+            generation = pipeline.generate(prompt, max_tokens=max_tokens, draft=0)
             start.wait(PATIENCE)
             began = time.perf_counter()
             for _ in generation:
