@@ -196,8 +196,8 @@ def tables(results: dict[int, list[Run]]) -> str:
     if not rows:
         return markdown(summarise(results))
     names = ["stages", "party", *(f"{name}_ms" for name in Part._fields)]
-    lines = [[str(row[name]) if name in names[:2] else _shown(row[name], 3) for name in names] for row in rows]
-    return f"{markdown(summarise(results))}\n\n{BREAKDOWN}\n\n{_table(['stages', 'party', *Part._fields], lines)}"
+    lines = [[str(row[name]) if name in names[:2] else shown(row[name], 3) for name in names] for row in rows]
+    return f"{markdown(summarise(results))}\n\n{BREAKDOWN}\n\n{table(['stages', 'party', *Part._fields], lines)}"
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -210,19 +210,21 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         overhead = "–"
         if row.get("overhead_ms"):
-            percent = _shown(row["overhead_percent"], 1, "+")
-            overhead = f"{_shown(row['overhead_ms'], 2, '+')} ms ({percent} %)"
-        figures = [_shown(row.get(name), digits) for name, digits in columns.values()]
+            percent = shown(row["overhead_percent"], 1, "+")
+            overhead = f"{shown(row['overhead_ms'], 2, '+')} ms ({percent} %)"
+        figures = [shown(row.get(name), digits) for name, digits in columns.values()]
         lines.append([str(row["stages"]), *figures, overhead])
-    return _table(["stages", *columns, "overhead"], lines)
+    return table(["stages", *columns, "overhead"], lines)
 
 
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells as Markdown."""
     head, *rows = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
     return "\n".join([head, "|" + "---:|" * len(titles), *rows])
 
 
-def _shown(value: object, digits: int, sign: str = "") -> str:
+def shown(value: object, digits: int, sign: str = "") -> str:
+    """A number, or an `Estimate` as a dict with its margin, in a cell."""
     if isinstance(value, dict):
         margin = f" ± {value['margin']:.{digits}f}" if value["margin"] is not None else ""
         return f"{value['mean']:{sign}.{digits}f}{margin}"

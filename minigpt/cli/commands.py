@@ -2,11 +2,15 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ from attest.providers.mock import MockPins
 from attest.providers.nitro import NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
+from minigpt.cli import clients
+from minigpt.cli import status as reporting
 from minigpt.cli.terminal import progress, say, visible
 from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
@@ -35,7 +41,6 @@ from minigpt.client.text import Generation, ids_in
 from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.launch import plan as planning
 from minigpt.protocol import manifest
-from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
 from minigpt.protocol.request import Options
 from minigpt.stage import streams
@@ -180,7 +185,7 @@ def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
 
 def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:
     stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
-    return [_stage_state(entry, report) for entry, report in stages]
+    return [reporting.state(entry, report) for entry, report in stages]
 
 
 def _figures(generation: Generation) -> dict[str, Any]:
@@ -199,7 +204,11 @@ def _figures(generation: Generation) -> dict[str, Any]:
 
 def _say_stages(stages: list[dict[str, Any]]) -> None:
     for stage in stages:
-        say(_stage_line(stage) + (f"  {stage['error']}" if stage["error"] else ""))
+        say(reporting.place(stage) + (f"  {stage['error']}" if stage["error"] else ""))
+    _say_if_mock(stages)
+
+
+def _say_if_mock(stages: list[dict[str, Any]]) -> None:
     if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
         say(MOCK_NOTICE)
 
@@ -281,73 +290,52 @@ def _hex(flag: str, text: str, length: int) -> bytes:
 
 
 def status(options: argparse.Namespace) -> int:
-    """`minigpt status`: the state that every stage reports, and whether its evidence was accepted."""
+    """`minigpt status`: the state that every stage reports, and whether its evidence was accepted; with --watch again
+    and again, until Ctrl-C."""
     data = manifest.read(options.manifest)
     entries = manifest.Manifest.parse(data).stages
-    reports: tuple[StageReport, ...]
-    try:
-        with _connect(options, data, text=False) as pipeline:
-            reports = pipeline.status()
-    except StageError as error:
-        reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
-        reports = (StageReport(0, error=str(error), reason=reason),)
-    missing = [StageReport(entry.index, "not asked: a stage before it failed", "failed") for entry in entries]
-    reports += tuple(missing[len(reports) :])
-    if options.save_evidence is not None:
-        folder = Path(options.save_evidence)
-        folder.mkdir(parents=True, exist_ok=True)
-        for report in reports:
-            if report.evidence:
-                write_file(folder / f"stage-{report.stage}.json", report.evidence)
-    stages = [_stage_state(entry, report) for entry, report in zip(entries, reports, strict=True)]
-    if options.json:
-        show(json.dumps({"stages": stages}) + "\n")
-    else:
-        for entry, report in zip(entries, reports, strict=True):
-            show(_stage_line(_stage_state(entry, report)) + "  " + (report.error or _load(report)) + "\n")
-        if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
-            say(MOCK_NOTICE)
-    if any(report.reason == "attestation" for report in reports):
-        return UntrustedStage.exit_code
-    return StageError.exit_code if any(report.error for report in reports) else 0
+    connect = partial(_connect, options, data, text=False, connections=1)
+    redraw = options.watch is not None and sys.stdout.isatty()
+    with reporting.Looker(connect, entries) as looker:
+        for number in itertools.count():
+            reports = looker.look()
+            if options.save_evidence is not None:
+                _save_evidence(Path(options.save_evidence), reports)
+            stages = [reporting.state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+            if options.json:
+                show(json.dumps({"stages": stages}) + "\n")
+            else:
+                between = "" if number == 0 else "\n"
+                show((reporting.CLEAR if redraw else between) + reporting.shown(stages))
+                if number == 0 or redraw:
+                    _say_if_mock(stages)
+            if options.watch is None:
+                break
+            time.sleep(options.watch)
+    return reporting.exit_code(reports)
 
 
-def _stage_state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
-    """A stage for --json: what the manifest says about it, and what was found."""
-    names = ("weights_bytes", "channels", "sequences", "cache_bytes", "steps")
-    return {
-        "stage": entry.index,
-        "layers": [entry.layers.start, entry.layers.stop],
-        "address": str(entry.address),
-        "provider": entry.platform.name,
-        "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
-        "error": report.error or None,
-        "exposed": report.exposed or None,
-        "uptime_s": report.uptime,
-        **{name: getattr(report, name) for name in names},
-    }
-
-
-def _stage_line(state: dict[str, Any]) -> str:
-    first, end = state["layers"]
-    place = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address']}"
-    return f"{place}  {state['provider']} evidence {state['evidence']}"
-
-
-def _load(report: StageReport) -> str:
-    return (
-        f"up {report.uptime:.0f} s, {report.weights_bytes / 1e6:.1f} MB of weights, {report.channels} channels, "
-        f"{report.sequences} sequences, {report.cache_bytes / 1e6:.1f} MB of cache, {report.steps} steps"
-        + (f"; not locked down: {report.exposed}" if report.exposed else "")
-    )
+def _save_evidence(folder: Path, reports: Sequence[StageReport]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for report in reports:
+        if report.evidence:
+            write_file(folder / f"stage-{report.stage}.json", report.evidence)
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`minigpt bench`: tables, or every latency; and a plot."""
+    """`minigpt bench`: tables, or every latency; and a plot. With --clients, a table of their own."""
     if options.plot is not None:
+        if options.clients is not None:
+            raise UsageError("--plot draws the latencies of one client at a time: leave out --clients, or --plot")
         from minigpt.cli import plot  # before anything is measured: matplotlib may be missing
     names = ("prompt", "runs", "max_tokens", "revision", "threads")
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.clients is not None:
+        with progress() as tell:
+            crowds = clients.measure(options.model or "tiny", options.stages, options.clients, **chosen, progress=tell)
+        told = json.dumps(clients.figures(crowds)) if options.format == "json" else clients.markdown(crowds)
+        show(told + "\n")
+        return 0
     with progress() as tell:
         results = benchmark.measure(options.model or "tiny", options.stages, **chosen, progress=tell)
     text = json.dumps(benchmark.figures(results)) if options.format == "json" else benchmark.tables(results)

@@ -10,6 +10,7 @@ import minigpt
 from minigpt.cli.values import (
     counts,
     days,
+    few,
     integer,
     natural,
     one_of,
@@ -18,7 +19,6 @@ from minigpt.cli.values import (
     port,
     positive,
     seconds,
-    threads,
     variable,
 )
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
     option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
     _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
-    option(generate, "--threads", None, "N", threads, "BLAS threads of each local stage, pinned")
+    option(generate, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
@@ -73,15 +73,19 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--save-evidence", metavar="DIR", help="write each stage's evidence there, for `python -m attest`"
     )
-    _switch(status, "--json", "one object instead of a table")
+    status.add_argument("--watch", nargs="?", const=2.0, type=seconds, metavar="S",
+                        help="look again every S seconds (2 if none is given) until Ctrl-C")  # fmt: skip
+    _switch(status, "--json", "one object instead of a table; with --watch one a line, for each look")
 
     bench = _command(commands, "bench", "measure latency with local stages, and print tables")
     _model(bench)
     option(bench, "--stages", "1,2", "N,N", counts, "numbers of stages to compare; the first is the baseline")
+    option(bench, "--clients", None, "N,N", counts, "measure so many generations at once instead, and compare with the "
+           "first number")  # fmt: skip
     option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
     option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
-    option(bench, "--threads", None, "N", threads, "BLAS threads of each stage, pinned")
+    option(bench, "--threads", None, "N", few, "BLAS threads of each stage, pinned")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
     option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")
 
@@ -89,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     _model(serve)
     _stages(serve)
     _manifest(serve, required=False)
-    option(serve, "--threads", None, "N", threads, "BLAS threads of each local stage, pinned")
+    option(serve, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
     option(serve, "--host", "127.0.0.1", "HOST", str, "where to listen; for any other host than loopback, with a key")
     option(serve, "--port", "8000", "PORT", port, "and at which port; 0 for any that is free")
     option(

@@ -86,8 +86,8 @@ def port(text: str) -> int:
     return value
 
 
-def threads(text: str) -> int:
-    """A number of threads: 256 is more than any machine has use for, and each takes memory."""
+def few(text: str) -> int:
+    """A number of threads or of sequences: 256 is more than any machine has use for, and each takes memory."""
     value = positive(text)
     if value > 256:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at most 256")

@@ -86,10 +86,10 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
 
 def largest(manifest: Manifest, index: int) -> int:
     """Bytes of the largest message that stage `index` takes: all the ids that a Generate can have, so that they are
-    refused in words where the model has fewer positions; or a Step of all positions."""
-    config = manifest.config
-    array = 4 * config.n_positions * config.n_embd if index else 4 * messages.MAX_IDS
-    return min(array + 2**16, MAX_MESSAGE)
+    refused in words where the model has fewer positions; or a batch with a chunk and as many tokens as can be."""
+    rows = messages.CHUNK + batches.MAX_SEGMENTS
+    array = 4 * rows * manifest.config.n_embd if index else 4 * messages.MAX_IDS
+    return min(array + 2**17, MAX_MESSAGE)
 
 
 def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget = PROCESS_BUDGET) -> Channel:

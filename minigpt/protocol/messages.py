@@ -27,9 +27,9 @@ from minigpt.protocol import schema
 SCHEMA = 2  # the number of what is declared here and in batches.py: any change of a field or of a byte needs a new one
 MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
 MAX_STAGES = 256
-# Rows of a prompt computed at once. Another channel's token waits for at most one chunk, and the next stage starts
-# after the first. But BLAS repacks every matrix for each chunk: in chunks of 128, 1000 tokens took a quarter longer.
-CHUNK = 256
+# Rows of a prompt computed at once. The next stage starts after the first. But BLAS repacks every matrix for each
+# chunk: in chunks of 128, 1000 tokens took a quarter longer. The smaller one is for while others wait for tokens.
+CHUNK, SHARED_CHUNK = 256, 128
 MAX_DRAFT = 64  # ids guessed for one step; the logits of 65 rows are 13 MB for GPT-2
 
 
@@ -69,6 +69,7 @@ Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; on the link, FF
 Count = Annotated[int, schema.integer(0, 2**63 - 1)]
 Position = Annotated[int, schema.integer(0, MAX_IDS)]
 Seconds = Annotated[float, schema.number(0.0, 1e12)]
+Mean = Annotated[float, schema.number(0.0, 1e12)]
 Word = Annotated[str, schema.text(32)]
 Sentence = Annotated[str, schema.text(4096)]
 Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
@@ -204,6 +205,11 @@ class StageReport:
     sequences: Count = 0
     cache_bytes: Count = 0
     steps: Count = 0  # computed since the process started
+    tokens: Count = 0  # drawn since then, in the last stage, for passes through this one
+    rate: Mean = 0.0  # tokens a second, over the last 10 s
+    batch: Mean = 0.0  # sequences in a pass, over the last 10 s
+    queue: Count = 0  # requests that wait for a place
+    cache_limit: Count = 0  # bytes that all caches together may have; 0 for no such limit
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 

@@ -89,7 +89,7 @@ def build(service: Service, chat: Templates) -> FastAPI:
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        return Response(service.metrics.show(await service.reports()), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.figures(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/attestation")
     async def attestation() -> dict[str, Any]:

@@ -1,15 +1,52 @@
 """What Prometheus is told. No label holds anything of a request but its route and what became of it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Span, StageReport
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-_STAGE = ("uptime", "weights_bytes", "channels", "sequences", "cache_bytes", "steps")  # of a report
+_GAUGES = {  # by the field of a report
+    "uptime": ("uptime", "seconds since the stage started."),
+    "weights_bytes": ("weights_bytes", "bytes of its weights."),
+    "channels": ("channels", "its open links."),
+    "sequences": ("sequences", "sequences that have a place."),
+    "queue": ("queue", "requests that wait for a place."),
+    "rate": ("tokens_per_second", "tokens drawn a second, over the last 10 s."),
+    "batch": ("batch", "sequences in a pass, the mean over the last 10 s."),
+    "cache_bytes": ("cache_bytes", "bytes of all caches."),
+    "cache_limit": ("cache_limit_bytes", "bytes that all caches may have; 0 if only sequences are limited."),
+}
+_COUNTERS = {
+    "steps": ("steps", "passes asked for since the stage started."),
+    "tokens": ("tokens", "tokens drawn since then, for passes through this stage."),
+}
+
+
+class _Stages(Collector):
+    """What the stages report of themselves. One that does not answer has no figures but that: a counter that fell to 0
+    would look like a restart."""
+
+    def __init__(self) -> None:
+        self.reports: Sequence[StageReport] = ()
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("minigpt_stage_up", "Whether the stage answers.", labels=["stage"])
+        for report in self.reports:
+            up.add_metric([str(report.stage)], not report.error)
+        yield up
+        for kind, fields in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for field, (name, words) in fields.items():
+                family = kind(f"minigpt_stage_{name}", f"As the stage reports: {words}", labels=["stage"])
+                for report in self.reports:
+                    if not report.error:
+                        family.add_metric([str(report.stage)], getattr(report, field))
+                yield family
 
 
 class Metrics:
@@ -44,11 +81,8 @@ class Metrics:
             "minigpt_link_bytes", "Ciphertext of answers, both ways; link i leads to stage i.", ("link",),
             registry=registry,
         )  # fmt: skip
-        self._up = Gauge("minigpt_stage_up", "Whether the stage answers.", ("stage",), registry=registry)
-        self._stages = {
-            name: Gauge(f"minigpt_stage_{name}", f"The stage's own report: {name}.", ("stage",), registry=registry)
-            for name in _STAGE
-        }
+        self._stages = _Stages()
+        registry.register(self._stages)
 
     def crossed(self, spans: Sequence[Span]) -> None:
         """Counts what a token's messages took on each link."""
@@ -57,8 +91,5 @@ class Metrics:
 
     def show(self, reports: Sequence[StageReport]) -> bytes:
         """All of it, in Prometheus's text format."""
-        for report in reports:
-            self._up.labels(report.stage).set(not report.error)
-            for name, gauge in self._stages.items():
-                gauge.labels(report.stage).set(0 if report.error else getattr(report, name))
+        self._stages.reports = reports
         return generate_latest(self.registry)

@@ -26,8 +26,10 @@ WORKERS = 2  # threads that encode and decode texts
 FRESH = 30.0  # seconds for which a token proves that tokens come
 CANARY = 10.0  # seconds that a token may take which is to prove it
 REPORT = 1.0  # seconds for which the stages' report is not asked for again
+SCRAPE = 2.0  # seconds that metrics wait for it: who collects them gives up after 10, by default
 BUSY = 60.0  # seconds for which a request goes on trying while stages are busy with others'
 NOT_ASKED = "not asked: another stage failed"
+NOT_TOLD = "no report came in time"
 AGAIN = 0.25  # seconds between two tries
 
 T = TypeVar("T")
@@ -224,6 +226,15 @@ class Service:
         self._reports = reports + tuple(StageReport(i, NOT_ASKED, "failed") for i in rest)
         self._reported_at = time.monotonic()
         return self._reports
+
+    async def figures(self) -> bytes:
+        """The metrics. If the stages do not report in time, none of them is said to be up."""
+        try:
+            async with asyncio.timeout(SCRAPE):
+                reports = await self.reports()
+        except TimeoutError:
+            reports = tuple(StageReport(entry.index, NOT_TOLD, "failed") for entry in self.pipeline.manifest.stages)
+        return self.metrics.show(reports)
 
     async def check(self) -> None:
         """Raises Problem unless every stage answers, with accepted evidence, and a token came within the last 30 s: for

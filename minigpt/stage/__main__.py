@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import minigpt
-from minigpt.cli.values import blame, descriptor, natural, option, place, positive, seconds, threads
+from minigpt.cli.values import blame, descriptor, few, natural, option, place, positive, seconds
 from minigpt.errors import MiniGPTError, shortage
 from minigpt.stage import streams
 
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--threads",
         "N",
         "BLAS threads, pinned (default: one for each core, and fewer beside busy neighbours)",
-        threads,
+        few,
     )
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 32)
     add("--cache-bytes", "N", "bytes of all caches together (default: half of the memory that is free)", positive)
     add("--queue", "N", "requests that wait for a place; one more is refused", natural, 64)
-    add("--max-batch", "N", "sequences computed in one pass; 1 for one at a time", positive, 32)
+    add("--max-batch", "N", "sequences computed in one pass; 1 for one at a time", few, 32)
     add("--max-handshakes", "N", "handshakes at once; one more ends the oldest", positive, 32)
     add("--answer-timeout", "S", "seconds that the next stage may take for a step", seconds, 120.0)
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)

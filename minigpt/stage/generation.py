@@ -18,13 +18,12 @@ from minigpt.engine import drafting
 from minigpt.engine.config import Config
 from minigpt.engine.drafting import Lookup
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import CHUNK, Answer, Generate, Logits, Reason, Tokens, Wanted
+from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Answer, Generate, Logits, Reason, Tokens, Wanted
 from minigpt.protocol.request import ending
 
 # If more positions than this were computed in a batch, they are recomputed one by one as soon as nothing is guessed. A
 # wrong guess leaves one or two; without this, a near tie much later would go back to all of them.
 FEW = 2
-SHARED_CHUNK = CHUNK // 2  # rows of a prompt at once while others wait for tokens
 
 
 class Step(NamedTuple):

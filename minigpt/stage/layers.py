@@ -17,6 +17,7 @@ from minigpt.engine.sampling import logprob, sample
 from minigpt.protocol.batches import Result
 from minigpt.protocol.messages import Logits, Refusal, Tokens, Wanted
 from minigpt.protocol.request import Ask
+from minigpt.stage.meter import Meter
 from minigpt.stage.turns import Turns
 
 
@@ -35,12 +36,17 @@ class Layers:
     def __init__(self, model: GPT2, index: int = 0, cores: IO[bytes] | None = None) -> None:
         self.model = model
         self.index = index
+        self.meter = Meter()
         self._turns = Turns(cores)
 
     @property
     def steps(self) -> int:
         """Passes asked for so far."""
         return self._turns.taken
+
+    def count(self, results: Sequence[Result]) -> None:
+        """Notes the results of a pass, for `status`; after they are told, for nobody waits for this."""
+        self.meter.note(len(results), sum(len(result.ids) for result in results if isinstance(result, Tokens)))
 
     def compute(self, parts: Sequence[Part]) -> tuple[NDArray[np.float32], list[Result], float]:
         """The hidden states (R, C); the results, in the last stage only; and the seconds that both took.

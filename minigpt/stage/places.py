@@ -122,7 +122,7 @@ class Places:
             return self._new("", size)
 
     def clear(self, patience: float, check: Callable[[], None]) -> None:
-        """Drops all that rest; if none does, waits until one does or a place is given back, `patience` seconds at most."""
+        """Drops all that rest. If none does, waits `patience` seconds at most until one does, or a place is free."""
         until = time.monotonic() + patience
         with self._lock:
             held = set(self._held)

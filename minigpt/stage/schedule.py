@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from minigpt.protocol import messages
 from minigpt.protocol.batches import Result, Terms
-from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason, Refusal, Span, Tokens, Wanted
+from minigpt.protocol.messages import SHARED_CHUNK, Answer, Generate, Reason, Refusal, Span, Tokens, Wanted
 from minigpt.protocol.request import Traffic, span, with_span
 from minigpt.stage import generation
-from minigpt.stage.generation import SHARED_CHUNK, Step, Steps
+from minigpt.stage.generation import Step, Steps
 from minigpt.stage.layers import Layers, Part
 from minigpt.stage.sequence import Following, Sequence, send_on
 
@@ -39,7 +39,6 @@ class Run:
         self.outcome: Reason | Exception | None = None
         self.step: Step  # to be computed next; `_advance` says which
         self.flying = 0  # passes and batches that it is part of
-        self.long = False  # whether a whole chunk of the prompt was computed
         self.produced = 0  # tokens so far
         self.fed = request.start + len(request.ids)  # positions of the prompt
         self.steps = steps(self)
@@ -150,7 +149,7 @@ class Schedule:
             self._leave(run)
 
     def _alone(self) -> bool:
-        return self._running == 1
+        return self._running == 1 or self._most == 1
 
     def _later(self, run: Run, quick: Callable[[], bool]) -> bool:
         """Whether the client may be told after the next stage has been asked for more: that hides the telling.
@@ -249,17 +248,11 @@ class Schedule:
                     if part.ask.spans and isinstance(result, Answer):
                         result = with_span(result, Span(seconds, 0.0, 0.0, 0.0, 0.0))
                     self._advance(run, result)
+                self._wake()
+            self.layers.count(results)
             return None
         began, traffic = time.perf_counter(), link.traffic
-        missing = 0
-        for run, part in zip(runs, parts, strict=True):
-            # A long prompt's last chunk is padded like the others: a size of its own would reveal the prompt's length.
-            rows = len(part.rows)
-            if part.ask.wanted is Wanted.NOTHING and rows in (CHUNK, SHARED_CHUNK):
-                run.long = True
-            elif run.long and run.produced == 0:
-                missing, run.long = max(missing, (CHUNK if rows > SHARED_CHUNK else SHARED_CHUNK) - rows), False
-        send_on(link, [run.sequence for run in runs], parts, hidden, missing)
+        send_on(link, [run.sequence for run in runs], parts, hidden)
         ahead = [part.ask.wanted is Wanted.NOTHING for part in parts]
         sent = _Sent(link, runs, parts, ahead, seconds, began, traffic)
         with self._lock:
@@ -301,6 +294,7 @@ class Schedule:
                     if not ahead or isinstance(result, Refusal):
                         self._advance(run, result)
                 self._wake()
+            self.layers.count(results)
 
     def _advance(self, run: Run, result: Result) -> None:
         """Gives a run the answer to its step. The lock is held."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from minigpt.engine.model import KVCache
 from minigpt.errors import StageError
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
-from minigpt.protocol.messages import Wanted
+from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Wanted
 from minigpt.protocol.request import Ask, Traffic
 from minigpt.stage.layers import Part
 
@@ -36,6 +36,7 @@ class Sequence:
         self._news = True  # whether the next stage does not know the terms
         self._link: Following | None = None
         self._lane = 0
+        self._long = False  # whether the part before was a whole chunk of a prompt
 
     @property
     def terms(self) -> Terms:
@@ -63,16 +64,26 @@ class Sequence:
             self._news = False
         return Segment(self._lane, part.start, len(part.rows), part.ask.wanted)
 
+    def missing(self, part: Part) -> int:
+        """How many rows a part lacks: a long prompt's last chunk is padded like the others, because a size of its own
+        would reveal the prompt's length."""
+        rows = len(part.rows)
+        whole = CHUNK if rows > SHARED_CHUNK else SHARED_CHUNK
+        if part.ask.wanted is Wanted.NOTHING and rows == whole:
+            self._long = True
+            return 0
+        long, self._long = self._long, False
+        return whole - rows if long else 0
+
     def end(self) -> None:
         """Forgets the sequence in the stages after this one. Call it once nothing is under way."""
         if self._link is not None:
             self._link.end([self._lane])
 
 
-def send_on(
-    link: Following, sequences: Many[Sequence], parts: Many[Part], hidden: NDArray[np.float32], missing: int = 0
-) -> None:
-    """Sends the hidden states (R, C) of these parts to the next stage; `missing` as in `BatchLink.send_batch`."""
+def send_on(link: Following, sequences: Many[Sequence], parts: Many[Part], hidden: NDArray[np.float32]) -> None:
+    """Sends the hidden states (R, C) of these parts to the next stage."""
     news: list[tuple[int, Terms]] = []
     segments = tuple(sequence.segment(link, part, news) for sequence, part in zip(sequences, parts, strict=True))
+    missing = max(sequence.missing(part) for sequence, part in zip(sequences, parts, strict=True))
     link.send_batch(Batch(segments, hidden, tuple(news)), [part.ask for part in parts], missing)

@@ -136,13 +136,19 @@ class Server:
         """This stage's state."""
         with self._lock:
             conversations = list(self.open.values())
+        meter, now = self.stage.layers.meter, time.monotonic()
         return StageReport(
             stage=self.stage.index,
-            uptime=time.monotonic() - self._began,
+            uptime=now - self._began,
             weights_bytes=self.stage.model.nbytes,
             channels=len(conversations),
             sequences=self.stage.places.sequences,
             cache_bytes=self.stage.places.reserved,
             steps=self.stage.layers.steps,
+            tokens=meter.tokens,
+            rate=meter.rate(now),
+            batch=meter.batch(now),
+            queue=self.stage.places.waiting,
+            cache_limit=self.stage.places.total,
             exposed=self._exposed,
         )

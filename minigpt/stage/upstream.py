@@ -85,6 +85,7 @@ class UpstreamConversation(Conversation):
         if layers.model.is_last:
             own = Span(computed, 0.0, 0.0, 0.0, 0.0)
             self._tell(channel, taken.merge(with_spans(taken, results, own)))
+            layers.count(results)
             return
         link = self._linked(channel)
         with self._lock:
@@ -110,6 +111,7 @@ class UpstreamConversation(Conversation):
                     self._tell(channel, sent.taken.merge(with_spans(sent.taken, list(results), own)))
                     while self._sent and self._sent[0].link is None:
                         self._tell(channel, self._sent.popleft().taken.results)
+                self._stage.layers.count(results)
         except StageError as error:
             log.warning("%s: %s", self._name, error)
             with suppress(TransportError):

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import minigpt  # noqa: E402 — before NumPy, whose threads it sets
+from minigpt.cli.clients import run_together  # noqa: E402
 
+MOST = 16  # sequences at once
+os.environ.setdefault("MINIGPT_MAX_SEQUENCES", str(MOST))  # of our stages
 SMALL, TINY = "small", "tiny"  # GPT-2 small's shape with random weights; the embedded model
 CORES = os.cpu_count() or 1
 
@@ -29,9 +32,10 @@ class Request(NamedTuple):
     tokens: int  # to generate
     draft: int = 0  # ids to guess ahead at most
     model: str = SMALL
+    batch: int = 0  # so many sequences at once, with this prompt each; 0: one, timed token by token
 
 
-Times = list[float]  # seconds from the request to each token
+Times = list[float]  # seconds from the request to each token; or, of a batch, its seconds for each token of all
 Run = Callable[[Request], Times]
 
 
@@ -58,15 +62,25 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "words" / "merges.txt").write_text("#version: 0.2\n")
 
 
+def per_token(request: Request, seconds: float, found: int) -> Times:
+    """What a batch took for each token. Ends the process if it has not as many as were asked for."""
+    if found != request.batch * request.tokens:
+        raise SystemExit(f"{found} tokens, wanted {request.batch} × {request.tokens}")
+    return [seconds / found]
+
+
 def run_own(folder: Path, stages: int | None) -> Run:
     """This engine: in this process, or as so many stages."""
 
     @cache
     def opened(model: str) -> Any:
         name = TINY if model == TINY else str(folder)
-        return minigpt.load(name) if stages is None else minigpt.Pipeline.local(name, stages)
+        return minigpt.load(name) if stages is None else minigpt.Pipeline.local(name, stages, connections=MOST)
 
     def run(request: Request) -> Times:
+        if request.batch:
+            crowd = run_together(opened(request.model), request.prompt, request.tokens, request.batch)
+            return per_token(request, crowd.seconds, crowd.tokens)
         generation = opened(request.model).generate(request.prompt, max_tokens=request.tokens, draft=request.draft)
         if (found := len(list(generation))) != request.tokens:
             raise SystemExit(f"{found} tokens, wanted {request.tokens}")
@@ -120,9 +134,20 @@ def decode_torch(model: Any, request: Request) -> tuple[list[int], Times]:
     return found, times
 
 
+def batch_torch(model: Any, request: Request) -> Times:
+    import torch
+
+    began = time.perf_counter()
+    ids = torch.tensor([request.prompt] * request.batch)
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.tokens, do_sample=False, pad_token_id=0
+    )
+    return per_token(request, time.perf_counter() - began, made.numel() - ids.numel())
+
+
 def run_torch(folder: Path) -> Run:
     model = torch_model(folder)
-    return lambda request: decode_torch(model, request)[1]
+    return lambda request: batch_torch(model, request) if request.batch else decode_torch(model, request)[1]
 
 
 def run_ctranslate2(folder: Path, kind: str) -> Run:
@@ -139,6 +164,13 @@ def run_ctranslate2(folder: Path, kind: str) -> Run:
     def run(request: Request) -> Times:
         began, times = time.perf_counter(), []
         given = [f"w{token}" for token in request.prompt]
+        if request.batch:
+            made = model.generate_batch(
+                [given] * request.batch, max_length=request.tokens, sampling_topk=1, end_token=[],
+                include_prompt_in_result=False,
+            )  # fmt: skip
+            found = sum(len(each.sequences_ids[0]) for each in made)
+            return per_token(request, time.perf_counter() - began, found)
         for _ in model.generate_tokens(given, max_length=request.tokens, sampling_topk=1, end_token=[]):
             times.append(time.perf_counter() - began)
         return times

@@ -15,6 +15,10 @@ The weights are GPT-2 small's shape, seeded random. They write few different tok
 draft can be judged. So for drafts there is the embedded model too: it writes the same paragraph after a prompt that
 holds it, and after one that does not.
 
+Cases such as "8 x 32 + 20" are batches: 8 sequences at once, each of 20 tokens after a prompt of 32, by as many clients
+of our stages, `generate` of transformers and `generate_batch` of CTranslate2. Their time is that of the whole batch,
+prompts included, for each of its tokens. They are compared with one sequence of the same contestant.
+
 Each contestant is a process of its own that waits while the others run; they take turns, round by round, in an order
 that alternates. What is compared was measured in the same round: medians of the ratios, with their 95 % confidence
 intervals (of the median, from order statistics: none from fewer than 6 rounds), and the mean of the differences with
@@ -44,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 
 from attest.document import write_file
 from minigpt.cli.bench import estimate
-from scripts.bench.contestants import CORES, SMALL, TINY, Request, Times, make_checkpoint
+from scripts.bench.contestants import CORES, MOST, SMALL, TINY, Request, Times, make_checkpoint
 
 DRAFT = 8  # ids to guess ahead at most
 PAUSE = 0.1  # seconds between two contestants: idle threads of the last one may spin for half of it before they sleep
@@ -56,6 +60,7 @@ class Case(NamedTuple):
     tokens: int  # to generate
     model: str = SMALL
     drafted: bool = False  # whether the drafted contestants take part
+    batch: int = 0  # as in Request
 
 
 def ids(length: int) -> list[int]:
@@ -69,16 +74,20 @@ PARAGRAPH = (  # as the embedded model writes it
     "lies in Western Europe. People in France speak French, and pay with the euro. France borders Spain and Germany, "
     "and it has a coast on the Atlantic Ocean.\n\n"
 )
+AT_ONCE = {count: f"{count} x 32 + 20" for count in (1, 8, MOST)}
+ALONE = AT_ONCE[1]
 CASES = [
     Case("5 + 20", ids(5), 20),
     Case("5 + 100", ids(5), 100, drafted=True),
     Case("512 + 20", ids(512), 20),
     *(Case(f"TTFT {length}", ids(length), 1) for length in (5, 16, 32, 128, 512, 1000)),
+    *(Case(name, ids(32), 20, batch=count) for count, name in AT_ONCE.items()),
     Case("embedded 60 new", QUESTION, 60, TINY, drafted=True),
     Case("embedded 60 repeated", 2 * PARAGRAPH + QUESTION, 60, TINY, drafted=True),
 ]
 OWN = ["minigpt", "stages 1", "stages 2", "stages 3", "stages 1 fast", "stages 2 fast", "stages 3 fast"]
 PEERS = ["torch", "ctranslate2 float32", "ctranslate2 int8", "onnxruntime"]
+BATCHED = {"torch", "ctranslate2 float32", "stages 1", "stages 2", "stages 1 fast", "stages 2 fast"}
 DRAFTED = " drafted"
 CONTESTANTS = ["streaming", *PEERS, *(name + end for name in OWN for end in ("", DRAFTED))]
 Results = dict[str, dict[str, list[float]]]  # milliseconds, by contestant and case
@@ -87,6 +96,8 @@ Results = dict[str, dict[str, list[float]]]  # milliseconds, by contestant and c
 def takes_part(name: str, case: Case) -> bool:
     if name.endswith(DRAFTED):
         return case.drafted
+    if case.batch:
+        return name in BATCHED
     return name in OWN or (case.model == SMALL and not (name == "streaming" and case.tokens == 1))
 
 
@@ -172,7 +183,8 @@ def measure(names: Sequence[str], cases: Sequence[Case], runs: int) -> Results:
                     process = name.removesuffix(DRAFTED)
                     if process not in running:  # it failed in this round
                         continue
-                    request = Request(case.prompt, case.tokens, DRAFT if name.endswith(DRAFTED) else 0, case.model)
+                    draft = DRAFT if name.endswith(DRAFTED) else 0
+                    request = Request(case.prompt, case.tokens, draft, case.model, case.batch)
                     time.sleep(PAUSE)
                     try:
                         times = running[process].run(request)
@@ -212,7 +224,8 @@ HEADER = ["case", "contestant", "ms", "time / torch's", "compared", "ratio", "di
 
 
 def rows(results: Results) -> Iterator[list[str]]:
-    """The table's rows, by case: stages are compared with one stage in time, drafts with none in tokens per second."""
+    """The table's rows, by case: stages are compared with one stage in time, drafts with none and batches with one
+    sequence in tokens per second."""
     for case in dict.fromkeys(case for cases in results.values() for case in cases):
         taking_part = {name: cases[case] for name, cases in results.items() if case in cases}
         for name, ours in taking_part.items():
@@ -221,7 +234,10 @@ def rows(results: Results) -> Iterator[list[str]]:
                 row[3] = ratio(ours, taking_part["torch"])
             plain = name.removesuffix(DRAFTED)
             one = name.replace("stages 2", "stages 1").replace("stages 3", "stages 1")
-            if plain != name and plain in taking_part:
+            if case in AT_ONCE.values() and case != ALONE and ALONE in results[name]:
+                theirs = results[name][ALONE]
+                row[4:] = ["tokens/s / its own of 1", ratio(theirs, ours), difference(ours, theirs)]
+            elif plain != name and plain in taking_part:
                 theirs = taking_part[plain]
                 row[4:] = [f"tokens/s / {plain}'s", ratio(theirs, ours), difference(ours, theirs)]
             elif plain == name and one != name and one in taking_part:

@@ -1,5 +1,7 @@
 """Where a token's time goes: the breakdown of `minigpt bench`, from spans made by hand and from a real pipeline."""
 
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import pytest
 from made import SMALL, random_tensors, write
 from processes import ROOT
 
-from minigpt.cli import bench
+from minigpt.cli import bench, clients
 from minigpt.cli.bench import Part, Run
+from minigpt.cli.clients import Crowd
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation
 from minigpt.protocol.messages import Answer, Generate, Reason, Span, Tokens
@@ -143,6 +146,58 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured() -> N
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("minigpt: --plot needs matplotlib")
+
+
+def crowd(seconds: float, clients: int, gaps: int, gap: float = 0.5) -> Crowd:
+    return Crowd(seconds, (0.25,) * clients, ((gap,) * gaps,) * clients)
+
+
+def test_many_clients_are_compared_with_the_first_number_of_the_same_run() -> None:
+    results = {
+        (1, 1): [crowd(2.0, 1, 3), crowd(4.0, 1, 3)],  # 2 and 1 tokens a second
+        (1, 8): [crowd(4.0, 8, 3), crowd(4.0, 8, 3, 1.5)],  # 8 and 8
+        (2, 1): [crowd(4.0, 1, 3), crowd(4.0, 1, 3)],
+        (2, 8): [crowd(2.0, 8, 9), crowd(2.0, 8, 9)],  # 40 and 40
+    }
+    rows = clients.summarise(results)
+    assert [row["tokens_per_second"]["mean"] for row in rows] == [1.5, 8, 1, 40]
+    assert [row["ratio"] and row["ratio"]["mean"] for row in rows] == [None, 6, None, 40]
+    assert (rows[1]["ttft_p50_ms"], rows[1]["ttft_p99_ms"]) == (250, None)
+    assert (rows[1]["gap_p50_ms"], rows[1]["gap_p99_ms"]) == (1000, None)  # of 48 samples there is no p99
+    assert rows[3]["gap_p99_ms"] == 500
+    head, _, *lines = clients.markdown(results).splitlines()
+    assert head == "| stages | clients | tokens/s | ratio | TTFT p50 ms | p99 | gap p50 ms | p99 |"
+    assert lines[3] == "| 2 | 8 | 40.0 ± 0.0 | 40.00 ± 0.00 | 250.0 | – | 500.00 | 500.00 |"
+
+
+def test_bench_measures_many_clients_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    command = [sys.executable, "-m", "minigpt", "bench", "--model", str(folder), "--prompt", "1 2", "--max-tokens", "3"]
+    command += ["--stages", "1,2", "--runs", "2", "--clients", "1,5"]
+    done = subprocess.run([*command, "--format", "json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    shapes = [(row["stages"], row["clients"]) for row in told["summary"]]
+    assert shapes == [(1, 1), (1, 5), (2, 1), (2, 5)]
+    assert [(run["stages"], run["clients"], run["run"]) for run in told["runs"]] == [
+        (*shape, run) for shape in shapes for run in (0, 1)
+    ]
+    for run in told["runs"]:
+        assert len(run["ttft_ms"]) == len(run["between_ms"]) == run["clients"]
+        assert max(run["ttft_ms"]) / 1000 <= run["seconds"]
+    done = subprocess.run([*command, "--plot", "a.svg"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "leave out --clients" in done.stderr
+
+
+def test_a_client_that_fails_ends_the_measurement_with_the_reason(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    command = [sys.executable, "-m", "minigpt", "bench", "--model", str(folder), "--prompt", "1 2", "--clients", "9"]
+    full = os.environ | {"MINIGPT_MAX_CHANNELS": "2"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=full)
+    assert done.returncode == 4
+    assert done.stderr.startswith("minigpt: stage 0 ")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_parts_of_a_real_token_are_the_time_since_the_one_before(tmp_path: Path) -> None:

@@ -47,6 +47,20 @@ def test_rows_compare_within_rounds() -> None:
     ]  # fmt: skip
 
 
+def test_rows_compare_a_batch_with_one_sequence_of_the_same_contestant() -> None:
+    results = {
+        "torch": {"1 x 32 + 20": [40.0] * 6, "8 x 32 + 20": [20.0] * 6},
+        "stages 2": {"1 x 32 + 20": [30.0] * 6, "8 x 32 + 20": [10.0] * 6},
+    }
+    assert [row[1:] for row in rows(results)] == [
+        ["torch", "40.00", "–", "–", "–", "–"],
+        ["stages 2", "30.00", "0.750 (0.750–0.750)", "–", "–", "–"],
+        ["torch", "20.00", "–", "tokens/s / its own of 1", "2.000 (2.000–2.000)", "-20.00 ± 0.00"],
+        ["stages 2", "10.00", "0.500 (0.500–0.500)", "tokens/s / its own of 1", "3.000 (3.000–3.000)",
+         "-20.00 ± 0.00"],
+    ]  # fmt: skip
+
+
 def test_every_contestant_has_a_case() -> None:
     for name in CONTESTANTS:
         assert any(takes_part(name, case) for case in CASES), name

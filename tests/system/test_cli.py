@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -179,7 +180,9 @@ def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stage
     status = ("status", "--manifest", str(tiny.path), "--allow-mock")
     assert "hardware" in run(*status[:3], code=3).stderr
     shown = run(*status, "--save-evidence", str(tmp_path / "evidence"))
-    assert [line[:7] for line in shown.stdout.splitlines()] == ["stage 0", "stage 1"]
+    places, load = shown.stdout.split("\n\n")
+    assert [line[:7] for line in places.splitlines()] == ["stage 0", "stage 1"]
+    assert [line.split()[0] for line in load.splitlines()] == ["stage", "0", "1"]
     told = json.loads(run(*status, "--json").stdout)
     assert [(stage["evidence"], stage["error"]) for stage in told["stages"]] == [("accepted", None)] * 2
     measurement = next(iter(tiny.manifest.stages[0].pins.measurements)).hex()
@@ -211,6 +214,60 @@ def test_a_dead_stage_is_named_by_status_and_by_generate(tmp_path: Path) -> None
         assert "not asked" in status.stdout.splitlines()[2]
         done = run("generate", "1 2 3", "--manifest", str(stages.path), "--allow-mock", code=4)
         assert "stage 1 cannot be reached" in done.stderr
+
+
+def test_status_watches_a_stage_die_and_come_back_over_one_link(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start_all()
+        command = ["status", "--manifest", str(stages.path), "--allow-mock", "--watch", "0.05", "--json"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minigpt", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        )
+        assert process.stdout is not None
+
+        def errors() -> list[str | None]:
+            """Of both stages, at the next look."""
+            assert process.stdout is not None
+            assert select.select([process.stdout], [], [], 60)[0]
+            return [stage["error"] for stage in json.loads(process.stdout.readline())["stages"]]
+
+        try:
+            for _ in range(5):
+                assert errors() == [None, None]
+            assert stages.log(0).count(": open") == 1
+            stages.kill(1)
+            assert eventually(lambda: "stage 1 cannot be reached" in (errors()[1] or ""))
+            stages.start(1)
+            assert eventually(lambda: errors() == [None, None])
+            stages.kill(0)
+            assert eventually(lambda: "stage 0 cannot be reached" in (errors()[0] or ""))
+            assert "not asked" in (errors()[1] or "")
+            stages.start(0)
+            assert eventually(lambda: errors() == [None, None])
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(60), process.stderr.read()) == (130, b"")  # type: ignore[union-attr]
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_a_watch_into_a_file_prints_one_table_after_the_other(tiny: Stages) -> None:
+    command = [sys.executable, "-m", "minigpt", "status", "--manifest", str(tiny.path), "--allow-mock", "--watch=0.01"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        table = [process.stdout.readline() for _ in range(7)]
+        assert table[6] == "\n"
+        assert [process.stdout.readline()[:7] for _ in range(5)] == [line[:7] for line in table[:5]]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors.count("\n") == 1  # that it is the mock, once
+        assert "\033" not in "".join(table)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_stage_says_in_a_sentence_why_it_does_not_start(tmp_path: Path, tiny: Stages) -> None:

@@ -56,7 +56,7 @@ def follow(chain: Chain, request: Generate) -> tuple[list[int], Reason, list[int
 class Script:
     """The rest of a model that says the same text whatever it is told."""
 
-    dead = None
+    dead: StageError | None = None
     traffic = (0.0, 0.0, 0.0)
 
     def __init__(self, text: list[int]) -> None:

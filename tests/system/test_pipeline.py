@@ -305,6 +305,16 @@ def test_status_tells_of_every_stage(pipeline: Pipeline, stages: Stages) -> None
     assert all(report.sequences >= 1 and report.cache_bytes > 0 for report in reports)
 
 
+def test_status_counts_in_every_stage_the_tokens_drawn_for_its_passes(pipeline: Pipeline) -> None:
+    before = [report.tokens for report in pipeline.status()]
+    ids(pipeline.generate(IDS[: CHUNK + 5], max_tokens=9))  # two passes for the prompt, of which one draws
+    pipeline.logits(IDS[:5])  # draws none
+    reports = pipeline.status()
+    assert [report.tokens - count for report, count in zip(reports, before, strict=True)] == [9, 9, 9]
+    assert all(report.rate > 0 for report in reports)
+    assert all(report.batch >= 1 for report in reports)
+
+
 # What it refuses
 
 

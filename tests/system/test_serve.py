@@ -582,6 +582,24 @@ def test_metrics_count_and_name_nobody(server: Serving, client: openai.OpenAI) -
     assert "France" not in text
 
 
+def test_metrics_have_each_stages_own_figures(server: Serving, client: openai.OpenAI) -> None:
+    names = ("minigpt_stage_tokens_total", "minigpt_stage_steps_total")
+    time.sleep(1.1)  # for which a report is fresh
+    before = [server.metric(name) for name in names]
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9, temperature=1, seed=1)
+    # Each of two stages counts nine.
+    assert eventually(lambda: [server.metric(name) - was for name, was in zip(names, before, strict=True)] == [18, 18])
+    assert server.metric("minigpt_stage_tokens_per_second") > 0
+    assert server.metric("minigpt_stage_batch") == 2
+    assert server.metric("minigpt_stage_cache_bytes") > 0
+    text = server.get("/metrics").text
+    for name in ("up", "uptime", "weights_bytes", "channels", "sequences", "queue", "tokens_per_second", "batch",
+                 "cache_bytes", "cache_limit_bytes", "steps_total", "tokens_total"):  # fmt: skip
+        assert f"# HELP minigpt_stage_{name} " in text
+        assert f"# TYPE minigpt_stage_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" in text
+        assert f'\nminigpt_stage_{name}{{stage="1"}} ' in text
+
+
 def test_the_page_and_every_answer_have_a_strict_policy(server: Serving) -> None:
     for path in ("/", "/page/page.js", "/page/page.css", "/v1/models", "/nothing"):
         answer = server.get(path)

@@ -238,6 +238,28 @@ def test_a_pipeline_that_hangs_is_not_ready(stages: Stages) -> None:
         assert eventually(lambda: server.get("/ready").status_code == 200)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_stage_that_hangs_does_not_hang_the_metrics_and_is_not_up(stages: Stages, index: int) -> None:
+    with Serving("--manifest", str(stages.path), "--model", "tiny", "--allow-mock") as server:
+        assert server.metric("minigpt_stage_up") == 2
+        process = stages.processes[index]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            took, up = [], f'minigpt_stage_up{{stage="{index}"}} '
+            for _ in range(4):
+                time.sleep(1.1)  # for which a report is fresh
+                began = time.monotonic()
+                text = server.get("/metrics").text
+                took.append(time.monotonic() - began)
+                assert f"\n{up}0.0\n" in text
+                assert f'minigpt_stage_uptime{{stage="{index}"}}' not in text
+                assert "\nminigpt_generated_tokens_total " in text
+            assert min(took) < 4.5, took  # a report may take 5 s, and a new link 10
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert eventually(lambda: server.metric("minigpt_stage_up") == 2)
+
+
 def test_a_slow_body_and_a_slow_head_have_deadlines(server: Serving) -> None:
     """And nobody waits for them."""
     head = (

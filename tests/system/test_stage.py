@@ -23,7 +23,7 @@ from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
 from minigpt.errors import StageError
 from minigpt.stage import schedule
-from minigpt.stage.schedule import Turns
+from minigpt.stage.turns import Turns
 
 
 def free_port() -> tuple[socket.socket, int]:
@@ -278,7 +278,7 @@ def test_a_turn_in_a_stage_comes_or_is_given_up(monkeypatch: pytest.MonkeyPatch)
 def test_a_stopped_process_that_holds_the_turn_costs_requests_and_not_stages(tmp_path: Path) -> None:
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     (tmp_path / "turns").touch()
-    code = "from minigpt.stage import __main__, schedule; schedule.PATIENCE = 3.0; __main__.main()"
+    code = "from minigpt.stage import __main__, schedule; turns.PATIENCE = 3.0; __main__.main()"
     with Stages(folder, "2+2", tmp_path) as stages:
         for index in (1, 0):
             stages.start(index, "--turns", str(tmp_path / "turns"), python=("-c", code))

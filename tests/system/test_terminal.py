@@ -189,6 +189,18 @@ def test_a_stage_started_in_a_terminal_tells_it_too(tmp_path: Path, stages: Stag
         assert LOADING not in screen(said)
 
 
+def test_a_watch_on_a_terminal_draws_over_what_it_showed_and_ends_with_ctrl_c(tmp_path: Path, stages: Stages) -> None:
+    command = ("-m", "minigpt", "status", "--manifest", str(stages.path), "--allow-mock", "--watch", "0.1")
+    with Terminal(*command, home=tmp_path) as terminal:
+        for _ in range(3):
+            assert terminal.read("\x1b[H\x1b[J").count("tokens/s") <= 1
+        assert "nothing about hardware" in terminal.read("\x1b[H\x1b[J")
+        terminal.type(CTRL_C)
+        code, said = terminal.end()
+        assert code == 130
+        assert "Traceback" not in said
+
+
 def test_a_file_is_told_nothing_of_it(stages: Stages) -> None:
     command = [sys.executable, "-m", "minigpt", "generate", "1 2", "--model", str(stages.folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)

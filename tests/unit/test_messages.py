@@ -25,7 +25,14 @@ EXAMPLES: list[messages.Message] = [
     messages.Cancel(),
     messages.Reset(),
     messages.Status(),
-    Report((StageReport(0, uptime=1.5, steps=3, evidence="{}"), StageReport(1, "unreachable", "failed"))),
+    Report(
+        (
+            StageReport(
+                0, uptime=1.5, steps=3, tokens=2, rate=0.5, batch=1.25, queue=4, cache_limit=2**40, evidence="{}"
+            ),
+            StageReport(1, "unreachable", "failed"),
+        )
+    ),
 ]
 
 

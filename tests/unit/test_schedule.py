@@ -13,8 +13,7 @@ from made import SMALL, cut, random_tensors
 
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import RequestRefused, StageError
-from minigpt.protocol.messages import CHUNK, Generate, Reason, Tokens
-from minigpt.stage.generation import SHARED_CHUNK
+from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Generate, Reason, Tokens
 from minigpt.stage.layers import Layers
 from minigpt.stage.schedule import HALF
 

@@ -1,0 +1,113 @@
+"""What `minigpt status` asks for and shows: the stages' places and evidence, then a table of their load."""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from minigpt.client.pipeline import Pipeline
+from minigpt.errors import RequestRefused, StageError, UntrustedStage
+from minigpt.protocol.manifest import StageEntry
+from minigpt.protocol.messages import StageReport
+
+CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
+_FIGURES = ("weights_bytes", "channels", "sequences", "cache_bytes", "steps", "tokens", "rate", "batch", "queue",
+            "cache_limit")  # fmt: skip
+_TITLES = ("stage", "up", "weights", "channels", "sequences", "queue", "tokens/s", "batch", "cache", "steps")
+
+
+class Looker:
+    """Asks for the stages' state, each time over the same link; one that broke is dialled again for the next look."""
+
+    def __init__(self, connect: Callable[[], Pipeline], entries: Sequence[StageEntry]) -> None:
+        self._connect = connect
+        self._entries = entries
+        self._pipeline: Pipeline | None = None
+
+    def look(self) -> tuple[StageReport, ...]:
+        """A report of every stage; one that cannot be asked has an `error`."""
+        try:
+            if self._pipeline is None:
+                self._pipeline = self._connect()
+            reports = self._pipeline.status()
+        except (StageError, RequestRefused) as error:
+            reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
+            reports = (StageReport(0, error=str(error), reason=reason),)
+        missing = [StageReport(one.index, "not asked: a stage before it failed", "failed") for one in self._entries]
+        return (*reports, *missing[len(reports) :])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+
+def exit_code(reports: Sequence[StageReport]) -> int:
+    """What one look ends with."""
+    if any(report.reason == "attestation" for report in reports):
+        return UntrustedStage.exit_code
+    return StageError.exit_code if any(report.error for report in reports) else 0
+
+
+def state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
+    """A stage for --json: what the manifest says about it, and what was found."""
+    return {
+        "stage": entry.index,
+        "layers": [entry.layers.start, entry.layers.stop],
+        "address": str(entry.address),
+        "provider": entry.platform.name,
+        "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
+        "error": report.error or None,
+        "exposed": report.exposed or None,
+        "uptime_s": report.uptime,
+        **{name: getattr(report, name) for name in _FIGURES},
+    }
+
+
+def place(state: dict[str, Any]) -> str:
+    """A stage in a line: where it is, and whether its evidence was accepted."""
+    first, end = state["layers"]
+    where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address']}"
+    return f"{where}  {state['provider']} evidence {state['evidence']}"
+
+
+def shown(states: Sequence[dict[str, Any]]) -> str:
+    """All stages for people: a line for each, then a table of those that answered, of at most 100 columns."""
+    lines = [place(one) + "".join(f"  {words}" for words in _words(one)) for one in states]
+    rows = [_TITLES, *(_row(one) for one in states if one["error"] is None)]
+    if len(rows) > 1:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", *("  ".join(map(str.rjust, row, widths)) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _words(state: dict[str, Any]) -> list[str]:
+    exposed = [f"not locked down: {state['exposed']}"] if state["exposed"] else []
+    return [state["error"]] if state["error"] else exposed
+
+
+def _row(state: dict[str, Any]) -> tuple[str, ...]:
+    uptime, limit = state["uptime_s"], state["cache_limit"]
+    return (
+        str(state["stage"]),
+        f"{uptime:.0f} s" if uptime < 10_000 else f"{uptime / 3600:.0f} h",
+        _size(state["weights_bytes"]),
+        *(str(state[name]) for name in ("channels", "sequences", "queue")),
+        f"{state['rate']:.1f}",
+        f"{state['batch']:.1f}",
+        _size(state["cache_bytes"]) + (f" / {_size(limit)}" if limit else ""),
+        str(state["steps"]),
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes, in at most seven characters.
+
+    >>> _size(1_900_000), _size(155_250_000), _size(20_500_000_000)
+    ('1.9 MB', '155 MB', '20.5 GB')
+    """
+    number, unit = (count / 1e6, "MB") if count < 999.5e6 else (count / 1e9, "GB")
+    return f"{number:.1f} {unit}" if number < 99.95 else f"{number:.0f} {unit}"

@@ -1,0 +1,45 @@
+"""What `minigpt status` shows of the stages' reports."""
+
+from typing import Any
+
+from minigpt.cli import status
+
+
+def state(stage: int, **figures: Any) -> dict[str, Any]:
+    return {
+        "stage": stage, "layers": [6 * stage, 6 * stage + 6], "address": f"tcp://127.0.0.1:{5001 + stage}",
+        "provider": "mock", "evidence": "accepted", "error": None, "exposed": None, "uptime_s": 12.4,
+        "weights_bytes": 5_413_440, "channels": 2, "sequences": 1, "cache_bytes": 368_640, "steps": 15, "tokens": 25,
+        "rate": 2.55, "batch": 1.0, "queue": 0, "cache_limit": 0, **figures,
+    }  # fmt: skip
+
+
+def test_a_table_of_the_load_follows_the_places() -> None:
+    told = status.shown([state(0), state(1, batch=7.96, rate=231.5, queue=3, cache_limit=536_870_912)])
+    assert told == (
+        "stage 0  layers 0-5  tcp://127.0.0.1:5001  mock evidence accepted\n"
+        "stage 1  layers 6-11  tcp://127.0.0.1:5002  mock evidence accepted\n"
+        "\n"
+        "stage    up  weights  channels  sequences  queue  tokens/s  batch            cache  steps\n"
+        "    0  12 s   5.4 MB         2          1      0       2.5    1.0           0.4 MB     15\n"
+        "    1  12 s   5.4 MB         2          1      3     231.5    8.0  0.4 MB / 537 MB     15\n"
+    )
+
+
+def test_a_stage_that_failed_says_why_and_has_no_load() -> None:
+    dead = state(1, error="stage 1 cannot be reached", evidence="unknown")
+    lines = status.shown([state(0, exposed="core dumps are on"), dead]).splitlines()
+    assert lines[0].endswith("accepted  not locked down: core dumps are on")
+    assert lines[1].endswith("mock evidence unknown  stage 1 cannot be reached")
+    assert [line.split()[:1] for line in lines[2:]] == [[], ["stage"], ["0"]]
+    assert status.shown([dead]).count("\n") == 1
+
+
+def test_the_table_of_a_large_and_old_pipeline_fits_100_columns() -> None:
+    large = {
+        "uptime_s": 3e9, "weights_bytes": 800 * 10**9, "channels": 99_999_999, "sequences": 999_999_999,
+        "queue": 99_999, "rate": 999_999.9, "batch": 999.9, "cache_bytes": 800 * 10**9, "cache_limit": 900 * 10**9,
+        "steps": 9_999_999_999,
+    }  # fmt: skip
+    lines = status.shown([state(255, **large)]).splitlines()
+    assert max(map(len, lines[2:])) <= 100
