@@ -7,12 +7,14 @@ spelled out here step by step, on the symmetric state alone; tests/unit/test_kno
 link's own code and against another implementation.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from Crypto.PublicKey import MLKEM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
@@ -20,9 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 from attest import NO_CLAIMS, Binding, Evidence
 from attest.document import write_file
 from attest.providers.mock import MockAttester, MockKey, MockRoot
-from minigpt.protocol import messages
+from minigpt.engine.sampling import Sampling
+from minigpt.protocol import batches, messages
+from minigpt.protocol.batches import NO_ROWS, Batch, Result, Segment, Terms
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Cancel, Done, Generate, Message, Reason, Refusal, Status, Tokens
+from minigpt.protocol.messages import (
+    Cancel,
+    Done,
+    Generate,
+    Logits,
+    Message,
+    Reason,
+    Refusal,
+    Span,
+    Status,
+    Tokens,
+    Wanted,
+)
 from transport import codec
 from transport.link import CLIENT, SUITES, dump_attest
 from transport.noise import CipherState, KeyPair, SymmetricState
@@ -209,12 +225,63 @@ EXAMPLES: dict[str, Message] = {
     "done_cancelled": Done(Reason.CANCELLED),
     "token": Tokens(3, (464,)),
     "tokens": Tokens(3, (464, 3139), (-0.5, -1.25)),
-    "refusal": Refusal(0, "busy", "stage 0 is busy with 8 sequences: try again later"),
+    "refusal": Refusal(0, "busy", "stage 0 is busy with 32 sequences, and 64 wait: try again in 5 s"),
+}
+
+GREEDY = Sampling()
+DRAWN = Sampling(0.7, 40, 0.95, 7)
+ROWS = np.array([[0.5, -1.0], [2.0, 0.25], [-0.125, 4.0], [1.0, 1.5]], np.float32)
+# Batches from stage 0 to stage 1, the last, and the results that answer them; of a model with rows of two numbers and
+# a vocabulary of four ids, for brevity.
+BATCHES: dict[str, tuple[Batch, tuple[Result, ...]]] = {
+    # Lanes 0 to 2 are open. Lane 0 ends, 3 and 4 open, and lane 1 breaks a rule.
+    "mixed": (
+        Batch(
+            (
+                Segment(3, 0, 1, Wanted.TOKEN),
+                Segment(4, 0, 2, Wanted.NOTHING),
+                Segment(1, 9, 1, Wanted.TOKEN),
+            ),
+            ROWS,
+            ((3, Terms(8, GREEDY, logprobs=True)), (4, Terms(300, DRAWN))),
+            (0,),
+        ),
+        (
+            Tokens(1, (2,), (-0.5,)),
+            None,
+            Refusal(1, "gap", "start is 9, but 4 positions are known: send those between first"),
+        ),
+    ),
+    "logits": (
+        Batch((Segment(0, 0, 4, Wanted.LOGITS),), ROWS, ((0, Terms(4, GREEDY, spans=True)),)),
+        (Logits(4, np.array([0.25, -2.0, 1.5, 0.0], np.float32), (Span(0.001, 0.0, 0.0, 0.0, 0.0),)),),
+    ),
+    "empty": (Batch((), NO_ROWS), ()),
 }
 
 
 def body(name: str) -> bytes:
     return codec.encode(messages.encode(EXAMPLES[name]))
+
+
+def exchange(name: str) -> dict[str, Any]:
+    """A batch, its answers, and the fields that they encode."""
+    batch, results = BATCHES[name]
+    fields = {
+        "batch": {
+            "body": codec.encode(batches.encode(batch)).hex(),
+            "segments": [segment._asdict() for segment in batch.segments],
+            "terms": [{"lane": lane, **dataclasses.asdict(terms)} for lane, terms in batch.terms],
+            "ended": batch.ended,
+            "hidden": batch.hidden,
+        },
+        "answers": {
+            "body": codec.encode(batches.encode_answers(results)).hex(),
+            "results": [None if result is None else dataclasses.asdict(result) for result in results],
+        },
+    }
+    made: dict[str, Any] = json.loads(json.dumps(fields, default=np.ndarray.tolist))  # as it is read back: no tuples
+    return made
 
 
 def records(k_i2r: bytes, k_r2i: bytes, attest_i: bytes, attest_r: bytes) -> dict[str, Any]:
@@ -277,7 +344,8 @@ def answers() -> dict[str, Any]:
         "suite_1": one | sealed | {"records": records(*keys, *ends)},
         "suite_2": {"e1_seed": KEM_SEED.hex(), "encapsulation_coins": KEM_COINS.hex(), **two},
         "padded_size": {str(length): padded_size(length) for length in lengths},
-        "messages": {name: body(name).hex() for name in EXAMPLES},
+        "messages": {name: body(name).hex() for name in EXAMPLES}
+        | {"batches": {name: exchange(name) for name in BATCHES}},
     }
 
 

@@ -21,7 +21,10 @@ from attest import AcceptUnattested, Binding, Provider, Unattested
 from attest.policy import Policy
 from attest.providers import mock
 from attest.providers.mock import MockAttester, MockKey, MockVerifier
-from minigpt.protocol import messages
+from minigpt.engine.config import Config
+from minigpt.engine.sampling import Sampling
+from minigpt.protocol import batches, messages
+from minigpt.protocol.batches import Due, Terms
 from minigpt.protocol.manifest import Manifest
 from scripts import known_answers
 from transport import codec, noise
@@ -299,6 +302,88 @@ def test_the_example_of_a_generate_is_the_map_beside_it() -> None:
     assert isinstance(request, messages.Generate)
     assert not request.spans
     assert codec.encode(messages.encode(request)) == data
+
+
+@pytest.mark.parametrize("name", ["batch", "answers"])
+def test_the_examples_of_a_batch_and_its_answers_are_the_mixed_ones(name: str) -> None:
+    fence = PAGE.split(f"<!-- {name}-example -->")[1].split("```")[1].removeprefix("text\n")
+    body = bytes.fromhex("".join(line[:43] for line in fence.splitlines()))
+    assert body == of("messages", "batches", "mixed", name, "body")
+
+
+WANTED = ["nothing", "token", "tokens", "logits"]
+
+
+@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+def test_a_batch_has_the_fields_beside_it_as_the_page_describes_it(name: str) -> None:
+    batch = ANSWERS["messages"]["batches"][name]["batch"]
+    parts = msgpack.unpackb(bytes.fromhex(batch["body"]))
+    segments = [
+        {"lane": lane, "start": start, "rows": rows, "wanted": WANTED[wanted]}
+        for lane, start, rows, wanted in struct.iter_unpack("<4I", parts[0])
+    ]
+    terms = [
+        {
+            "lane": lane,
+            "positions": positions,
+            "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+            "logprobs": bool(flags & 1),
+            "spans": bool(flags & 2),
+        }
+        for lane, positions, top_k, flags, seed, temperature, top_p in struct.iter_unpack("<4IQ2d", parts[1])
+    ]
+    assert (segments, terms) == (batch["segments"], batch["terms"])
+    assert [lane for (lane,) in struct.iter_unpack("<I", parts[2])] == batch["ended"]
+    assert [list(row) for row in struct.iter_unpack("<2f", parts[3])] == batch["hidden"]
+    assert len(batch["hidden"]) == sum(segment["rows"] for segment in segments)
+
+
+@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+def test_answers_have_the_fields_beside_them_as_the_page_describes_them(name: str) -> None:
+    batch, answers = (ANSWERS["messages"]["batches"][name][half] for half in ("batch", "answers"))
+    parts = msgpack.unpackb(bytes.fromhex(answers["body"]))
+    terms = {one["lane"]: one for one in batch["terms"]}
+    ids, logprobs, spans, logits = (
+        [number for (number,) in struct.iter_unpack(kind, part)]
+        for kind, part in zip(("<I", "<d", "<d", "<f"), parts[1:5], strict=True)
+    )
+    refusals = msgpack.unpackb(parts[5]) if parts[5] else []
+
+    def take(numbers: list[Any], count: int) -> list[Any]:
+        taken, numbers[:] = numbers[:count], numbers[count:]
+        return taken
+
+    results: list[Any] = []
+    for segment, (kind, count) in zip(batch["segments"], struct.iter_unpack("BB", parts[0]), strict=True):
+        end = segment["start"] + segment["rows"]
+        asked = terms.get(segment["lane"], {})
+        if kind == 0:
+            results.append(None)
+        elif kind == 3:
+            results.append(dict(zip(("stage", "reason", "text"), refusals.pop(0), strict=True)))
+        else:
+            told = [take(spans, 5)] if asked["spans"] else []  # of one stage, the last
+            if kind == 1:
+                drawn = {"position": end, "ids": take(ids, count)}
+                results.append(drawn | {"logprobs": take(logprobs, count) if asked["logprobs"] else [], "spans": told})
+            else:
+                results.append({"position": end, "values": take(logits, 4), "spans": told})
+    assert results == answers["results"]
+    assert [ids, logprobs, spans, logits, refusals] == [[]] * 5
+
+
+@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+def test_batches_and_answers_in_our_own_code(name: str) -> None:
+    batch, results = known_answers.BATCHES[name]
+    found = batches.decode(codec.decode_parts(of("messages", "batches", name, "batch", "body")), 2)
+    assert (found.segments, found.terms, found.ended) == (batch.segments, batch.terms, batch.ended)
+    assert found.hidden.tolist() == batch.hidden.tolist()
+    terms = dict(batch.terms)
+    known = {1: Terms(16, Sampling())}  # the lane that was open before
+    due = [Due(segment, (terms | known)[segment.lane].ask(segment.wanted)) for segment in batch.segments]
+    config = Config(vocab_size=4, n_positions=512, n_embd=2, n_layer=2, n_head=1, n_inner=8, eos_token_id=())
+    plain = codec.decode_parts(of("messages", "batches", name, "answers", "body"))
+    assert list(map(repr, batches.decode_answers(plain, due, config, range(1, 2)))) == list(map(repr, results))
 
 
 def test_the_page_has_lines_of_a_screen() -> None:
