@@ -136,6 +136,10 @@ class Wire:
         """Whether there is something to read, or the peer is gone. Never blocks."""
         return self._events() != 0
 
+    def writable(self) -> bool:
+        """Whether something can be written at once. False for a connection that is dead. Never blocks."""
+        return self._events(select.POLLOUT) == select.POLLOUT
+
     def gone(self) -> bool:
         """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
         events = self._events()
@@ -177,9 +181,9 @@ class Wire:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self.close()
 
-    def _events(self) -> int:
+    def _events(self, wanted: int = select.POLLIN) -> int:
         try:
-            found = _poller(self._sock, select.POLLIN | self._rdhup).poll(0)  # a new one: two threads cannot share it
+            found = _poller(self._sock, wanted | self._rdhup).poll(0)  # a new one: two threads cannot share it
         except (OSError, ValueError):  # it is closed
             return select.POLLNVAL
         return found[0][1] if found else 0
