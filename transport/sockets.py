@@ -21,6 +21,14 @@ from transport.fork import identity, own
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+_NOTICE = {  # when the system gives up a connection whose other machine, or the way to it, is gone
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 10,  # seconds without a byte until the first probe
+    "TCP_KEEPALIVE": 10,  # the same on macOS
+    "TCP_KEEPINTVL": 5,  # seconds between probes
+    "TCP_KEEPCNT": 2,  # probes, where there is no TCP_USER_TIMEOUT
+    "TCP_USER_TIMEOUT": 15_000,  # milliseconds without an answer to bytes or probes, or without taking any bytes
+}
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | _RDHUP
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection instead of sending what is left
 _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
@@ -46,7 +54,10 @@ class Wire:
         if sock.family in _INTERNET:
             with contextlib.suppress(OSError):  # if it is dead already, the first read will say so
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # eventually notices that a host is gone
+                for name, value in _NOTICE.items():
+                    if (option := getattr(socket, name, None)) is not None:
+                        level = socket.SOL_SOCKET if name[:2] == "SO" else socket.IPPROTO_TCP
+                        sock.setsockopt(level, option, value)
         self._rdhup = _RDHUP if hasattr(select, "poll") else 0
         self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
         own(self)

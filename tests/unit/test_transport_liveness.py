@@ -177,7 +177,7 @@ def test_an_answer_that_is_being_told_needs_no_ping(ends, pinger, monkeypatch):
     pings = []
     monkeypatch.setattr(a, "ping", lambda: pings.append(1))
     with pinger.due(a):
-        assert eventually(lambda: pings)
+        assert eventually(lambda: bool(pings))
         a.spoke = time.monotonic() + 60.0  # as if it had always just spoken
         time.sleep(0.5)
         pings.clear()
