@@ -35,9 +35,13 @@ from minigpt.protocol.messages import (
 )
 from minigpt.protocol.request import Ask, Traffic, flaw
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
+from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
+from transport.session import SILENCE
+
+PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
+PROBE = 2.0  # seconds that it may take to answer
 
 
 class OneAtATime:
@@ -114,6 +118,8 @@ def broken(error: TransportError, index: int) -> StageError:
         return kind(f"stage {index} refuses the link: {error}", stage=index)
     if isinstance(error, Unreachable):
         return StageError(f"stage {index} cannot be reached: {error}", stage=index)
+    if isinstance(error, Silent):
+        return StageError(f"stage {index} {error}", stage=index)
     if isinstance(error, TimedOut):
         return StageError(f"stage {index} did not answer in time: {error}", stage=index)
     return StageError(f"stage {index} is gone: {error}", stage=index)
@@ -163,15 +169,24 @@ class StageLink:
     @property
     def stale(self) -> bool:
         """Whether nothing can begin on this link: it is too old, or the stage said something unasked, or is gone."""
-        return self.channel.expired or self.channel.poll()
+        if self.channel.expired:
+            return True
+        try:
+            return self._unasked() is not None or self.channel.poll()
+        except StageError:
+            return True
+
+    def usable(self) -> bool:
+        """Whether a sequence can begin on this link, on which there is none: one that was idle is asked first."""
+        return not self.stale and (self.channel.idle < PROBE_AFTER or self._reset(PROBE))
 
     def step(self, start: int, rows: Hidden, ask: Ask) -> Answer | None:
         """Sends hidden states on. Raises RequestRefused, or StageError when a stage after this one failed."""
         self._begun = True
         step = Step(start, rows, ask.wanted, ask.sampling, ask.logprobs, ask.spans)
         if ask.wanted is Wanted.NOTHING:
-            if self.channel.poll():  # nothing is due: it can only be bad news
-                raise self._out_of_turn(self.receive())
+            if (news := self._unasked()) is not None:  # nothing is due: it can only be bad news
+                raise self._out_of_turn(news)
             self._due = True  # until a later step is answered
             size = self.send(step)
             self._chunk = size if len(rows) == CHUNK else 0
@@ -217,14 +232,34 @@ class StageLink:
             raise self._last_words(error) from error
 
     def receive(self, timeout: float | None = None) -> Message:
-        """The next message; a Failure is raised as StageError. Raises Abandoned if the asker leaves first."""
+        """The next message, while one is due; a Failure is raised as StageError.
+
+        Raises Abandoned if the asker leaves first.
+        """
+        limit = self._timeout if timeout is None else timeout
         try:
-            body = self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
-            message = self._read(body)
+            body = self.channel.receive(limit, asker=self._asker, silence=SILENCE)
         except Abandoned:
             raise
         except TransportError as error:
             raise broken(error, self.stage) from error
+        return self._told(body)
+
+    def _unasked(self) -> Message | None:
+        """What that stage has said though nothing is due; PINGs are nothing. Raises as `receive`, and never waits."""
+        if not self.channel.poll():
+            return None
+        try:
+            return self._told(self.channel.receive(0))
+        except TimedOut:
+            return None
+        except TransportError as error:
+            raise broken(error, self.stage) from error
+
+    def _told(self, body: object) -> Message:
+        """What a body says. Raises as `receive`."""
+        try:
+            message = self._read(body)
         except MessageError as error:
             raise MessageError(f"stage {self.stage}: {error}", stage=self.stage) from None
         if isinstance(message, Failure | Refusal) and message.stage not in self._behind:
@@ -245,17 +280,20 @@ class StageLink:
         if not reuse:
             self.channel.close()
             return None
-        if not self._begun:
-            return self.channel
-        self._asker = None  # whoever asked may be gone, and that stage must forget all the same
-        try:
-            forgotten = self.ask(messages.Reset()) == messages.Done(messages.Reason.RESET)
-        except (StageError, RequestRefused):
-            forgotten = False
-        if forgotten:
+        if not self._begun or self._reset():
             return self.channel
         self.channel.close()
         return None
+
+    def _reset(self, timeout: float | None = None) -> bool:
+        """Makes that stage forget the sequence; whether it says that it has."""
+        asker, self._asker = self._asker, None  # who may be gone, and that stage must forget all the same
+        try:
+            return self.ask(messages.Reset(), timeout=timeout) == messages.Done(messages.Reason.RESET)
+        except (StageError, RequestRefused):
+            return False
+        finally:
+            self._asker = asker
 
     def _last_words(self, error: TransportError) -> StageError:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""

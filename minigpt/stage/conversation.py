@@ -37,6 +37,7 @@ from minigpt.stage.generation import StageSequence, generate
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TimedOut, TransportError
+from transport.liveness import PINGER
 
 log = logging.getLogger("minigpt.stage")
 
@@ -127,7 +128,8 @@ class Conversation:
         except RequestRefused as error:
             self._send(channel, messages.refusal(error))
             return
-        self._answer(channel, message)
+        with PINGER.due(channel):
+            self._answer(channel, message)
 
     def _received(self, channel: Channel) -> Message:
         plain = channel.receive(self._stage.limits.idle)

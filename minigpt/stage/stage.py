@@ -86,7 +86,7 @@ class Stage:
             if channel is None:
                 break
             link = StageLink(channel, self.manifest, index, timeout, asker)
-            if not link.stale:
+            if link.usable():
                 return link
             channel.close()
         self.manifest.check_time(time.time())

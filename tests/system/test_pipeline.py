@@ -662,7 +662,7 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
             self.lengths.append(len(self.sealer.seal(Type.MESSAGE, body, least)))
             return len(body)
 
-        def receive(self, _timeout: float, *, asker: object) -> dict[str, object]:
+        def receive(self, _timeout: float, *, asker: object, silence: float) -> dict[str, object]:
             return messages.encode(Tokens(self.end, (1,)))
 
     pipe, seen = SimpleNamespace(config=SMALL, stages=(0, 1)), set()
