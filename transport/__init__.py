@@ -11,6 +11,7 @@
     link.py      one end of a link: handshake, evidence, session; without I/O, as all above
     sockets.py   sockets, deadlines, and the system's errors
     channel.py   a link over a socket
+    liveness.py  signs of life while an answer is due
     relay.py     passes bytes between two addresses, blindly
 
 This package knows bytes and nothing of what they mean; of `attest` it takes the interface only.

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from transport import codec, link
 from transport.address import Address
-from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, TimedOut, TransportError
+from transport.errors import Abandoned, Closed, DecodeError, LimitError, ProtocolError, Silent, TimedOut, TransportError
 from transport.fork import own
 from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget
 from transport.sockets import Listener, Wire, connect, gathered, hang_up, receive_all
@@ -24,7 +24,9 @@ __all__ = ["PROCESS_BUDGET", "Address", "Budget", "Channel", "Deadlines", "Liste
 
 _SMALL_READ = 1 << 14  # bytes; a step of one token is 3 KB, and a large buffer costs 3 µs more to allocate
 _LARGE_READ = 1 << 18  # bytes; once a message is known to be large
-_PARTING = 1.0  # seconds that a CLOSE or an ALERT may take to leave
+_DEAD = "its process has stopped, or its machine or the network is down"
+_PARTING = 1.0  # seconds that a CLOSE or an ALERT may take to leave; or the rest of a PING
+_OVERSLEPT = 1.0  # seconds; whoever wakes up so late was stopped itself, and the peer perhaps with it
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Channel:
         self._receiving = threading.Lock()
         self._ended = False  # by this end
         self._begun: float | None = None  # when the message under way began to arrive
-        self.made = self._active = time.monotonic()
+        self.made = self._active = self.spoke = time.monotonic()  # `spoke`: when this end last sent a record
         self.seal_seconds = 0.0  # spent on encryption of messages
         self.open_seconds = 0.0  # and on decryption
         own(self)
@@ -178,27 +180,49 @@ class Channel:
             start = time.perf_counter()
             records = self._session.seal(body, least)
             self.seal_seconds += time.perf_counter() - start
-            self._write(records)
-        self._active = time.monotonic()
+            self._write(records, self._deadlines.message)
+        self._active = self.spoke = time.monotonic()
 
-    def _write(self, records: bytes) -> None:
+    def ping(self) -> bool:
+        """Sends a PING, a sign of life, and returns True; False if it would have to wait, or the link has ended.
+
+        Any thread may call this at any time. It raises nothing.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False  # what is being sent is a sign of life too
         try:
-            self._wire.write(records, time.monotonic() + self._deadlines.message)
+            if self._ended or not self._wire.writable():
+                return False
+            self._write(self._session.ping(), _PARTING)
+        except TransportError:  # whoever uses the link next is told
+            return False
+        finally:
+            self._sending.release()
+        self.spoke = time.monotonic()
+        return True
+
+    def _write(self, records: bytes, seconds: float) -> None:
+        try:
+            self._wire.write(records, time.monotonic() + seconds)
         except BaseException as error:
             self._session.stop_sending()  # half a record may have been sent: nothing can follow it
             if self._ended and isinstance(error, TransportError):
                 raise self._closed() from None
             raise
 
-    def receive(self, timeout: float | None = None, *, asker: "Channel | None" = None) -> Any:
+    def receive(
+        self, timeout: float | None = None, *, asker: "Channel | None" = None, silence: float | None = None
+    ) -> Any:
         """The next message.
 
         Args:
             timeout: seconds; 0 takes only what has arrived. A message that has begun survives it.
             asker: the channel of whoever wants the message.
+            silence: seconds without a byte, not even of a PING, after which the peer counts as dead.
 
         Raises:
             TimedOut: no message was complete within `timeout`. The channel lives on.
+            Silent: nothing came for `silence`.
             Abandoned: the peer of `asker` left first. The channel lives on.
             Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
@@ -208,7 +232,7 @@ class Channel:
         until = math.inf if timeout is None else time.monotonic() + timeout
         try:
             with self._receiving:
-                message = self._receive(until, asker._wire if asker is not None else None)
+                message = self._receive(until, asker._wire if asker is not None else None, silence or math.inf)
         except Abandoned:
             raise
         except BaseException as error:
@@ -225,9 +249,10 @@ class Channel:
         self._active = time.monotonic()
         return message
 
-    def _receive(self, until: float, asker: Wire | None) -> Any:
+    def _receive(self, until: float, asker: Wire | None, silence: float) -> Any:
         """The next message, or None once `until` has passed."""
         session, wire, drips = self._session, self._wire, 0
+        quiet = time.monotonic() + silence  # then the peer counts as dead
         while not self._ended:
             start = time.perf_counter()
             body = session.next_message()
@@ -242,7 +267,14 @@ class Channel:
                 return message
             partial = session.partial
             limit = self._limit(partial)
-            if not wire.wait(min(until, limit), asker) or time.monotonic() > limit:  # a drip is always readable
+            arrived = wire.wait(min(until, limit, quiet), asker)
+            now = time.monotonic()
+            if not arrived and quiet < min(until, limit):
+                if now < quiet + _OVERSLEPT:
+                    raise Silent(f"said nothing for {silence:g} s: {_DEAD}")
+                quiet = now + silence
+                continue
+            if not arrived or now > limit:  # a drip is always readable
                 if until <= limit:
                     return None
                 raise TimedOut("the peer did not finish a message in time" if partial else "the link was idle")
@@ -250,6 +282,8 @@ class Channel:
             if data == b"":
                 session.eof()
             session.feed(data or b"")
+            if data:
+                quiet = now + silence
             if partial:
                 drips = gathered(data or b"", drips)
         raise self._closed()
@@ -262,6 +296,11 @@ class Channel:
         if self._begun is None:
             self._begun = time.monotonic()
         return self._begun + self._deadlines.message
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last message in either direction."""
+        return time.monotonic() - self._active
 
     def poll(self) -> bool:
         """Whether there are unread bytes, perhaps less than a message, or the peer is gone. Never blocks."""

@@ -54,6 +54,10 @@ class TimedOut(TransportError):
     """A deadline passed: try again, or allow more time."""
 
 
+class Silent(TimedOut):
+    """The peer owed an answer and gave no sign of life: it counts as dead."""
+
+
 class Abandoned(TransportError):
     """The peer that asked for the awaited message has left: stop, nobody wants the answer."""
 

@@ -1,7 +1,7 @@
 """A session: what a link is once both ends have accepted each other's evidence. Bytes in, bytes out; no I/O.
 
-Only MESSAGE carries application data; PING, CLOSE and ALERT are handled here. A PING, with which a peer may keep a
-connection open, is accepted and never sent.
+Only MESSAGE carries application data; PING, CLOSE and ALERT are handled here. A PING is a sign of life: an end that
+owes an answer sends one now and then (`liveness`), and whoever waits for it takes a long silence for death.
 """
 
 import struct
@@ -14,7 +14,10 @@ from transport.errors import Alert, Closed, LimitError, PeerAlert, RecordError, 
 from transport.records import MAX_MESSAGE, MAX_RECORDS, Message, Opener, Sealer, Type
 
 MAX_AGE = 24 * 3600.0  # seconds; then a new link is needed, with fresh evidence
-PING_INTERVAL = 10.0  # seconds, at least, between two PINGs from a peer
+PING_INTERVAL = 5.0  # seconds between two PINGs of an end that owes an answer
+SILENCE = 15.0  # seconds without a sign of life, while an answer is due, after which a peer counts as dead
+_CLOSEST = PING_INTERVAL / 2  # seconds between two PINGs on average, at least: clocks differ, and some waits are short
+_EARLY = 2  # so many PINGs may come before that
 
 _COUNT = struct.Struct(">Q")
 
@@ -87,6 +90,10 @@ class Session:
             raise LimitError("the link is older than 24 h: make a new one, with fresh evidence")
         return self._sealer.seal(Type.MESSAGE, message, least)
 
+    def ping(self) -> bytes:
+        """A PING. Raises as `seal`."""
+        return self._sealer.seal(Type.PING)
+
     def alert(self, code: Alert) -> bytes:
         """An ALERT. It ends this direction."""
         return self._last(Type.ALERT, bytes([code]))
@@ -157,8 +164,8 @@ class Session:
         if message.type == Type.PING:
             self._pings += 1
             # Counted since the link was made, because a stall may bunch them up.
-            if self._pings > 1 + (self._clock() - self._made) / PING_INTERVAL:
-                raise RecordError(f"PING {self._pings} came too soon, wanted at most one in {PING_INTERVAL:.0f} s")
+            if self._pings > _EARLY + (self._clock() - self._made) / _CLOSEST:
+                raise RecordError(f"PING {self._pings} came too soon, wanted at most one in {_CLOSEST} s")
         elif message.type == Type.ALERT:
             raise PeerAlert.from_body(message.body)
         else:

@@ -21,6 +21,14 @@ from transport.fork import identity, own
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+_NOTICE = {  # when the system gives up a connection whose other machine, or the way to it, is gone
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 10,  # seconds without a byte until the first probe
+    "TCP_KEEPALIVE": 10,  # the same on macOS
+    "TCP_KEEPINTVL": 5,  # seconds between probes
+    "TCP_KEEPCNT": 2,  # probes, where there is no TCP_USER_TIMEOUT
+    "TCP_USER_TIMEOUT": 15_000,  # milliseconds without an answer to bytes or probes, or without taking any bytes
+}
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | _RDHUP
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection instead of sending what is left
 _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
@@ -46,7 +54,10 @@ class Wire:
         if sock.family in _INTERNET:
             with contextlib.suppress(OSError):  # if it is dead already, the first read will say so
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # eventually notices that a host is gone
+                for name, value in _NOTICE.items():
+                    if (option := getattr(socket, name, None)) is not None:
+                        level = socket.SOL_SOCKET if name[:2] == "SO" else socket.IPPROTO_TCP
+                        sock.setsockopt(level, option, value)
         self._rdhup = _RDHUP if hasattr(select, "poll") else 0
         self._readable, self._writable = _poller(sock, select.POLLIN), _poller(sock, select.POLLOUT)
         own(self)
@@ -137,10 +148,8 @@ class Wire:
         return self._events() != 0
 
     def writable(self) -> bool:
-        """Whether a few hundred bytes can be written at once. Never blocks."""
-        with contextlib.suppress(OSError, ValueError):  # it is closed
-            return bool(_poller(self._sock, select.POLLOUT).poll(0))  # a new one: two threads cannot share it
-        return False
+        """Whether something can be written at once. False for a connection that is dead. Never blocks."""
+        return self._events(select.POLLOUT) == select.POLLOUT
 
     def gone(self) -> bool:
         """Whether the peer has shut down its side or the connection is dead, even if bytes are unread. Never blocks."""
@@ -183,9 +192,9 @@ class Wire:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self.close()
 
-    def _events(self) -> int:
+    def _events(self, wanted: int = select.POLLIN) -> int:
         try:
-            found = _poller(self._sock, select.POLLIN | self._rdhup).poll(0)  # a new one: two threads cannot share it
+            found = _poller(self._sock, wanted | self._rdhup).poll(0)  # a new one: two threads cannot share it
         except (OSError, ValueError):  # it is closed
             return select.POLLNVAL
         return found[0][1] if found else 0

@@ -62,7 +62,7 @@ class Pool:
             place = _Place()
             self._places.add(place)
         try:
-            if link is not None and link.stale:
+            if link is not None and not link.usable():
                 link.channel.abort()
                 link = None
             if link is None:

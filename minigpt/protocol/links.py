@@ -6,7 +6,6 @@ at either end; no flag weakens it.
 
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,16 +22,20 @@ from attest import (
     Unattested,
     dump_evidence,
 )
-from minigpt.errors import MessageError, StageError, UntrustedStage
+from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import batches, messages
 from minigpt.protocol.batches import NO_ROWS, Batch, Due, Result
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
 from minigpt.protocol.request import Ask, Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Abandoned, Alert, PeerAlert, TimedOut, TransportError, Unreachable
+from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unreachable
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
+from transport.session import SILENCE
+
+PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
+PROBE = 2.0  # seconds that it may take to answer
 
 
 class OneAtATime:
@@ -109,6 +112,8 @@ def broken(error: TransportError, index: int) -> StageError:
         return kind(f"stage {index} refuses the link: {error}", stage=index)
     if isinstance(error, Unreachable):
         return StageError(f"stage {index} cannot be reached: {error}", stage=index)
+    if isinstance(error, Silent):
+        return StageError(f"stage {index} {error}", stage=index)
     if isinstance(error, TimedOut):
         return StageError(f"stage {index} did not answer in time: {error}", stage=index)
     return StageError(f"stage {index} is gone: {error}", stage=index)
@@ -151,7 +156,16 @@ class StageLink:
     @property
     def stale(self) -> bool:
         """Whether nothing can begin on this link: it is too old, or the stage said something unasked, or is gone."""
-        return self.channel.expired or self.channel.poll()
+        if self.channel.expired:
+            return True
+        try:
+            return self._unasked() is not None or self.channel.poll()
+        except StageError:
+            return True
+
+    def usable(self) -> bool:
+        """Whether a sequence can begin on this link, on which there is none: one that was idle is asked first."""
+        return not self.stale and (self.channel.idle < PROBE_AFTER or self._reset(PROBE))
 
     def status(self, timeout: float | None = None) -> tuple[StageReport, ...]:
         """The state of that stage, with its evidence as verified here, and of those after it, up to one that fails."""
@@ -182,7 +196,10 @@ class StageLink:
         self._send(messages.encode(message))
 
     def receive(self, timeout: float | None = None) -> Message:
-        """The next message; a Failure is raised as StageError. Raises Abandoned if the asker leaves first."""
+        """The next message, while one is due; a Failure is raised as StageError.
+
+        Raises Abandoned if the asker leaves first.
+        """
         return self._heard(self._receive(timeout))
 
     def _send(self, plain: Any, least: int = 0) -> None:
@@ -192,10 +209,22 @@ class StageLink:
             raise self._last_words(error) from error
 
     def _receive(self, timeout: float | None = None) -> Any:
+        limit = self._timeout if timeout is None else timeout
         try:
-            return self.channel.receive(self._timeout if timeout is None else timeout, asker=self._asker)
+            return self.channel.receive(limit, asker=self._asker, silence=SILENCE)
         except Abandoned:
             raise
+        except TransportError as error:
+            raise broken(error, self.stage) from error
+
+    def _unasked(self) -> Message | None:
+        """What that stage has said though nothing is due; PINGs are nothing. Raises as `receive`, and never waits."""
+        if not self.channel.poll():
+            return None
+        try:
+            return self._heard(self.channel.receive(0))
+        except TimedOut:
+            return None
         except TransportError as error:
             raise broken(error, self.stage) from error
 
@@ -222,6 +251,16 @@ class StageLink:
         self.channel.abort()
         return None
 
+    def _reset(self, timeout: float | None = None) -> bool:
+        """Makes that stage forget the sequence; whether it says that it has."""
+        asker, self._asker = self._asker, None  # who may be gone, and that stage must forget all the same
+        try:
+            return self.ask(messages.Reset(), timeout=timeout) == messages.Done(messages.Reason.RESET)
+        except (StageError, RequestRefused):
+            return False
+        finally:
+            self._asker = asker
+
     def _last_words(self, error: TransportError) -> StageError:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""
         try:
@@ -245,7 +284,6 @@ class BatchLink(StageLink):
     def __init__(self, channel: Channel, manifest: Manifest, stage: int, timeout: float) -> None:
         super().__init__(channel, manifest, stage, timeout)
         self.dead: StageError | None = None  # why nothing can be asked any more
-        self.used = time.monotonic()
         self._lanes = itertools.count()
         self._awaited: deque[list[Due]] = deque()
 
@@ -274,6 +312,8 @@ class BatchLink(StageLink):
         if self.dead is not None:
             raise self.dead
         try:
+            if not self._awaited:
+                raise self._illegal("has answered what nobody asked")
             plain = self._receive(timeout)
             if type(plain) is not list:
                 raise self._illegal(f"sent {messages.name(self._heard(plain))} out of turn")
@@ -281,24 +321,36 @@ class BatchLink(StageLink):
                 results = batches.decode_answers(plain, self._awaited.popleft(), self._config, self._behind)
             except MessageError as error:
                 raise self._illegal(f"sent something wrong: {error}") from None
-            self.used = time.monotonic()
-            return results
+                return results
         except StageError as error:
             raise self._died(error) from None
 
     def await_answers(self, look: float) -> bool:
-        """Waits until there is something to receive; False once the link has ended here.
+        """Waits until an answer is due, looking every so many seconds; False once the link has ended here.
 
-        Raises StageError if answers are due for too long.
+        Raises StageError if that stage says something unasked.
         """
-        late = 0.0
         while self.dead is None:
-            if self.channel.wait(look):
+            if self._awaited:
                 return True
-            late = late + look if self._awaited else 0.0
-            if late > self._timeout:
-                raise self._died(broken(TimedOut(f"no answer in {self._timeout:.0f} s"), self.stage))
+            try:
+                if self.channel.wait(look) and not self._awaited and (news := self._unasked()) is not None:
+                    raise self._illegal(f"sent {messages.name(news)} out of turn")
+            except StageError as error:
+                raise self._died(error) from None
         return False
+
+    def usable(self) -> bool:
+        """Whether sequences can begin on this link; one that was idle is asked first. Nothing may be under way."""
+        if self.dead is not None or self.stale:
+            return False
+        try:
+            if self.channel.idle >= PROBE_AFTER:
+                self.send_batch(Batch((), NO_ROWS), ())
+                self.receive_answers(PROBE)
+        except StageError:
+            return False
+        return True
 
     def close(self) -> None:
         """Ends the link, and all its lanes."""
@@ -311,11 +363,6 @@ class BatchLink(StageLink):
         if self.dead is None and lanes:
             with suppress(StageError):  # then they are forgotten as well
                 self.send_batch(Batch((), NO_ROWS, (), tuple(lanes)), ())
-
-    def probe(self, timeout: float) -> None:
-        """Raises StageError unless that stage answers an empty batch in time. No other batch may be awaited."""
-        self.send_batch(Batch((), NO_ROWS), ())
-        self.receive_answers(timeout)
 
     def _died(self, error: StageError) -> StageError:
         if self.dead is None:

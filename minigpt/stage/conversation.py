@@ -22,6 +22,7 @@ from minigpt.protocol.messages import Failure, Message, StageReport
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TransportError
+from transport.liveness import PINGER
 
 log = logging.getLogger("minigpt.stage")
 
@@ -103,7 +104,8 @@ class Conversation:
         """Receives a message and answers it. Nothing of it is left then: a channel that is idle holds no request."""
         plain = channel.receive(self._stage.limits.idle)
         self._enter(State.WORKING)
-        self._answer(channel, plain)
+        with PINGER.due(channel):
+            self._answer(channel, plain)
 
     def _answer(self, channel: Channel, plain: Any) -> None:
         """Answers what the peer has sent."""

@@ -69,7 +69,7 @@ class Stage:
         with self._dialling:
             link, self._ready = self._ready, None
             if link is not None:
-                if not link.stale:
+                if link.usable():
                     return link
                 link.close()
             return BatchLink(self._dial(), self.manifest, self.index + 1, self._patience())
@@ -102,10 +102,11 @@ class Stage:
                 channel, self._idle = self._idle, None
             if channel is None:
                 channel = self._dial()
-            elif StageLink(channel, self.manifest, self.index + 1, 1.0).stale:
-                channel.close()
-                continue
-            return StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
+                return StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
+            link = StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
+            if link.usable():
+                return link
+            channel.close()
 
     def give_back(self, link: StageLink) -> None:
         """Keeps the channel of a link for the next who asks."""

@@ -22,6 +22,7 @@ from minigpt.stage.lanes import Lanes, Taken
 from minigpt.stage.sequence import send_on
 from transport.channel import Channel
 from transport.errors import Closed, TransportError
+from transport.liveness import PINGER, Due
 
 log = logging.getLogger("minigpt.stage")
 
@@ -49,6 +50,7 @@ class UpstreamConversation(Conversation):
         self._lanes = Lanes(self._stage.layers, self._stage.places)
         self._link: BatchLink | None = None
         self._sent: deque[_Sent] = deque()
+        self._owed: Due | None = None  # while answers come back by the other thread
         self._lock = threading.Lock()  # of the order of answers
 
     def _answer(self, channel: Channel, plain: Any) -> None:
@@ -89,6 +91,9 @@ class UpstreamConversation(Conversation):
             return
         link = self._linked(channel)
         with self._lock:
+            if self._owed is None:
+                self._owed = PINGER.due(channel)
+            self._owed.begin()
             self._sent.append(_Sent(taken, link, computed, time.perf_counter(), link.traffic))
         send_on(link, taken.sequences, taken.parts, hidden)
 
@@ -111,6 +116,8 @@ class UpstreamConversation(Conversation):
                     self._tell(channel, sent.taken.merge(with_spans(sent.taken, list(results), own)))
                     while self._sent and self._sent[0].link is None:
                         self._tell(channel, self._sent.popleft().taken.results)
+                    if not self._sent and self._owed is not None:
+                        self._owed.end()
                 self._stage.layers.count(results)
         except StageError as error:
             log.warning("%s: %s", self._name, error)
@@ -130,6 +137,8 @@ class UpstreamConversation(Conversation):
         try:
             super()._end()
         finally:
+            if self._owed is not None:
+                self._owed.end()
             if self._link is not None:
                 self._link.close()
 

@@ -804,7 +804,7 @@ def test_prompts_of_any_length_have_few_sequences_of_lengths() -> None:
             self.lengths.append(len(self.sealer.seal(Type.MESSAGE, codec.encode(message), least)))
             self.wanted = message[0][12]
 
-        def receive(self, _timeout: float, *, asker: object) -> list[bytes]:
+        def receive(self, _timeout: float, *, asker: object, silence: float) -> list[bytes]:
             return batches.encode_answers([Tokens(0, (1,)) if self.wanted else None])
 
     config = dataclasses.replace(SMALL, n_positions=1100)

@@ -1,5 +1,7 @@
 """A session: its order, its end and its limits."""
 
+import random
+
 import pytest
 from ends import Side, client, meet, sessions, stage, told
 
@@ -73,18 +75,47 @@ def test_what_came_before_an_error_is_delivered_whatever_the_pieces():
         assert got == [b"1", b"2"]
 
 
-def test_pings_are_counted_and_spaced():
+def clocked():
+    """Two ends of a session, and their clock."""
     a, b = sessions()
     now = [0.0]
     for s in (a, b):
         s._clock, s._made = (lambda: now[0]), 0.0
+    return a, b, now
+
+
+def test_pings_are_counted_and_spaced():
+    a, b, now = clocked()
     for _ in range(5):
-        now[0] += session.PING_INTERVAL
-        assert told(b, a._sealer.seal(Type.PING)) is None
-    b.feed(a._sealer.seal(Type.PING))
-    assert b.next_message() is None  # one may be early
-    b.feed(a._sealer.seal(Type.PING))
-    with pytest.raises(RecordError, match="PING"):
+        now[0] += session.PING_INTERVAL / 2
+        assert told(b, a.ping()) is None
+    for _ in range(2):
+        b.feed(a.ping())
+        assert b.next_message() is None  # two may be early
+    b.feed(a.ping())
+    with pytest.raises(RecordError, match="PING 8 came too soon"):
+        b.next_message()
+
+
+def test_pings_of_an_honest_peer_never_come_too_soon():
+    a, b, now = clocked()
+    jitter = random.Random(0)
+    held = b""
+    while now[0] < session.MAX_AGE:
+        now[0] += 0.99 * session.PING_INTERVAL  # the peer's clock is faster than any is
+        held += a.ping()
+        if jitter.random() < 0.5:  # the network, or this end, lets some gather
+            assert told(b, held) is None
+            held = b""
+    assert told(b, held) is None
+
+
+def test_a_flood_of_pings_ends_the_link():
+    a, b, now = clocked()
+    now[0] = 60.0
+    with pytest.raises(RecordError, match="PING 27 came too soon"):
+        told(b, b"".join(a.ping() for _ in range(1000)))
+    with pytest.raises(RecordError, match="dead"):
         b.next_message()
 
 
