@@ -312,8 +312,6 @@ class BatchLink(StageLink):
         if self.dead is not None:
             raise self.dead
         try:
-            if not self._awaited:
-                raise self._illegal("has answered what nobody asked")
             plain = self._receive(timeout)
             if type(plain) is not list:
                 raise self._illegal(f"sent {messages.name(self._heard(plain))} out of turn")
@@ -321,7 +319,7 @@ class BatchLink(StageLink):
                 results = batches.decode_answers(plain, self._awaited.popleft(), self._config, self._behind)
             except MessageError as error:
                 raise self._illegal(f"sent something wrong: {error}") from None
-                return results
+            return results
         except StageError as error:
             raise self._died(error) from None
 
