@@ -37,6 +37,9 @@ class Rest:
         self._opened = 0
         self._answers: deque[tuple[Result, ...]] = deque()
 
+    def usable(self) -> bool:
+        return not self.stale
+
     def open(self) -> int:
         self._opened += 1
         return self._opened - 1

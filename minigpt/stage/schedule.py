@@ -153,7 +153,7 @@ class Schedule:
         then its sequences are lost too, and the next request begins on a new one."""
         with self._lock:
             idle = not self._running and not self._sent
-            if idle and self._link is not None and self._link.dead is None and self._link.stale:
+            if idle and self._link is not None and not self._link.usable():
                 self._link.close()
 
     def _alone(self) -> bool:

@@ -81,6 +81,12 @@ class Script:
     def end(self, lanes: Sequence[int]) -> None:
         pass
 
+    def usable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
 
 def script(text: list[int], length: int, **options: Any) -> tuple[list[int], Reason, list[int]]:
     """As `run`, where the model says this text and the prompt is its beginning."""

@@ -13,19 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from ends import background, make, tcp_pair
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages, eventually
 
 from minigpt.client.pipeline import Pipeline
-from minigpt.engine.sampling import Sampling
-from minigpt.errors import StageError
 from minigpt.protocol import links, messages
 from minigpt.protocol.links import StageLink
-from minigpt.protocol.messages import CHUNK, Done, Failure, Reason, Reset, Tokens, Wanted
-from minigpt.protocol.request import Ask
+from minigpt.protocol.messages import CHUNK, Done, Failure, Reason, Reset
 from transport.sockets import Wire
 
 
