@@ -96,12 +96,13 @@ class Places:
         with self._lock:
             self._waiting.append(mine)
             dropped = self._admit()
-            full = self._busy() if mine.place is None and len(self._waiting) > self._queue else None
-            if full is not None:
+            full = mine.place is None and len(self._waiting) > self._queue
+            if full:
                 self._waiting.remove(mine)
+            busy = self._busy()
         _end(dropped)
-        if full is not None:
-            raise full
+        if full:
+            raise busy
         try:
             while not mine.admitted.wait(LOOK):
                 check()
