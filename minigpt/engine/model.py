@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from minigpt.engine import blas, threads
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.errstate import numpy_defaults
-from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
+from minigpt.engine.linalg import ACTIVATIONS, Array, dot_products, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
 
 # Queries computed at a time. This bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
@@ -34,7 +34,7 @@ QUERY_BLOCK = 128
 
 # Positions of several sequences together from which threads share the sequences. 32 of 128 positions then take 0.65
 # times as long. With few positions each, threads mostly wait for each other to leave Python: 32 of 32 would take 1.15.
-MANY_POSITIONS = 2048
+MANY_POSITIONS = 4096
 
 CACHE_STEP = 64  # positions of the smallest cache: 4.5 MiB for GPT-2 small
 
@@ -87,33 +87,42 @@ class KVCache:
 Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and its number of rows
 
 
-def attention(q: Array, k: Array, v: Array, out: Array) -> None:  # (H, T, D), (H, S, D), (H, S, D), (H, T, D)
-    """out = softmax(q kᵀ) v under the causal mask: query t is position S - T + t, and sees no key after itself."""
+def attention(q: Array, k: Array, v: Array) -> Array:  # (H, T, D), (H, S, D), (H, S, D) -> (H, T, D)
+    """softmax(q kᵀ) v under the causal mask: query t is position S - T + t, and sees no key after itself."""
     new = q.shape[1]
-    scores: Array = q @ k.transpose(0, 2, 1)  # (H, T, S)
+    scores = dot_products(q, k)  # (H, T, S)
     if new > 1:
         scores[:, :, -new:] += np.triu(np.full((new, new), -np.inf, np.float32), 1)
     softmax_numerators(scores)
-    np.matmul(scores, v, out=out)
+    out: Array = scores @ v
     out /= np.add.reduce(scores, axis=-1, keepdims=True)
+    return out
+
+
+def attend_alone(qkv: Array, layer: int, cache: KVCache) -> Array:  # (3, H, T, D) -> (T, H, D)
+    """A sequence's rows attend to its positions, which its cache holds afterwards."""
+    q, blocks = qkv[0], []
+    k, v = cache.put(layer, qkv[1:])
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.shape[1])
+        seen = cache.length + stop
+        blocks.append(attention(q[:, start:stop], k[:, :seen], v[:, :seen]).transpose(1, 0, 2))
+    return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
 
 
 def attend(qkv: Array, layer: int, segments: Segments) -> Array:  # (3, H, R, D) -> (R, H, D)
-    """Each sequence's rows attend to that sequence's positions, which its cache holds afterwards."""
+    """Each sequence's rows attend to that sequence's positions, and to no others."""
+    if len(segments) == 1:
+        return attend_alone(qkv, layer, segments[0][0])
     _, heads, count, head_dim = qkv.shape
     out = np.empty((count, heads, head_dim), np.float32)
-    q, by_head = qkv[0], out.transpose(1, 0, 2)  # (H, R, D)
     starts = list(accumulate((rows for _, rows in segments), initial=0))
 
     def work(part: slice) -> None:
-        for (cache, rows), first in zip(segments[part], starts[part], strict=True):
-            k, v = cache.put(layer, qkv[1:, :, first : first + rows])
-            for start in range(0, rows, QUERY_BLOCK):
-                block = slice(first + start, first + min(start + QUERY_BLOCK, rows))
-                seen = cache.length + block.stop - first
-                attention(q[:, block], k[:, :seen], v[:, :seen], by_head[:, block])
+        for (cache, rows), start in zip(segments[part], starts[part], strict=True):
+            out[start : start + rows] = attend_alone(qkv[:, :, start : start + rows], layer, cache)
 
-    if len(segments) > 1 and sum(cache.length + rows for cache, rows in segments) >= MANY_POSITIONS:
+    if sum(cache.length + rows for cache, rows in segments) >= MANY_POSITIONS:
         threads.in_parts(work, len(segments))
     else:
         work(slice(0, len(segments)))

@@ -262,6 +262,23 @@ def test_gelu_is_x_times_the_normal_distribution() -> None:
         assert (np.abs(got - expected) / np.maximum(1, np.abs(expected))).max() < 1e-6
 
 
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("new", [1, 2, 9, 33])
+@pytest.mark.parametrize("seen", [33, 40, 700, 1000])
+def test_queries_times_keys_are_dot_products(
+    new: int, seen: int, blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "BLOCKED", blocked)
+    rng = np.random.default_rng(0)
+    q, k = (
+        rng.standard_normal((new, 3, 64), np.float32).transpose(1, 0, 2),
+        rng.standard_normal((3, 1024, 64), np.float32),
+    )
+    got = linalg.dot_products(q, k[:, :seen])
+    assert got.flags.c_contiguous
+    assert np.abs(got - np.einsum("htd,hsd->hts", q.astype(float), k[:, :seen])).max() < 1e-4
+
+
 def test_activations_take_arrays_of_more_than_a_piece() -> None:
     x = np.random.default_rng(0).standard_normal((7, linalg.PIECE // 3), np.float32)
     for function in linalg.ACTIVATIONS.values():
