@@ -16,6 +16,7 @@ H heads, D = C / H, L layers of this range, V vocabulary. Every array is float32
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,25 @@ from numpy.typing import NDArray
 from minigpt.engine import blas, threads
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.errstate import numpy_defaults
-from minigpt.engine.linalg import ACTIVATIONS, Array, layer_norm, product, softmax_numerators
+from minigpt.engine.linalg import ACTIVATIONS, Array, dot_products, layer_norm, product, softmax_numerators
 from minigpt.errors import CheckpointError
 
 # Queries computed at a time. This bounds the scores of a long prompt to H × 128 × S numbers (6 MB for GPT-2 small at
 # 1024 positions; all at once would take 50), and skips most of what the causal mask would discard.
 QUERY_BLOCK = 128
 
+# Positions of several sequences together from which threads share the sequences. 32 of 128 positions then take 0.65
+# times as long. With few positions each, threads mostly wait for each other to leave Python: 32 of 32 would take 1.15.
+MANY_POSITIONS = 4096
+
 CACHE_STEP = 64  # positions of the smallest cache: 4.5 MiB for GPT-2 small
+
+
+def _capacity(positions: int, most: int) -> int:
+    """Positions that a cache has room for if so many are needed; ValueError if the model has fewer."""
+    if positions > most:
+        raise ValueError(f"cache: {positions} positions, the model has {most}")
+    return min(math.ceil((positions + positions // 4) / CACHE_STEP) * CACHE_STEP, most)
 
 
 class KVCache:
@@ -60,11 +72,8 @@ class KVCache:
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in all; ValueError if the model has fewer."""
-        if positions > self._n_positions:
-            raise ValueError(f"cache: {positions} positions, the model has {self._n_positions}")
         if positions > self._kv.shape[3]:
-            steps = math.ceil((positions + positions // 4) / CACHE_STEP)
-            old, capacity = self._kv, min(steps * CACHE_STEP, self._n_positions)
+            old, capacity = self._kv, _capacity(positions, self._n_positions)
             self._kv = np.empty((*old.shape[:3], capacity, old.shape[4]), np.float32)
             self._kv[:, :, :, : self.length] = old[:, :, :, : self.length]
 
@@ -81,12 +90,42 @@ Segments = Sequence[tuple[KVCache, int]]  # each sequence's cache, and its numbe
 def attention(q: Array, k: Array, v: Array) -> Array:  # (H, T, D), (H, S, D), (H, S, D) -> (H, T, D)
     """softmax(q kᵀ) v under the causal mask: query t is position S - T + t, and sees no key after itself."""
     new = q.shape[1]
-    scores: Array = q @ k.transpose(0, 2, 1)  # (H, T, S)
+    scores = dot_products(q, k)  # (H, T, S)
     if new > 1:
         scores[:, :, -new:] += np.triu(np.full((new, new), -np.inf, np.float32), 1)
     softmax_numerators(scores)
     out: Array = scores @ v
     out /= np.add.reduce(scores, axis=-1, keepdims=True)
+    return out
+
+
+def attend_alone(qkv: Array, layer: int, cache: KVCache) -> Array:  # (3, H, T, D) -> (T, H, D)
+    """A sequence's rows attend to its positions, which its cache holds afterwards."""
+    q, blocks = qkv[0], []
+    k, v = cache.put(layer, qkv[1:])
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.shape[1])
+        seen = cache.length + stop
+        blocks.append(attention(q[:, start:stop], k[:, :seen], v[:, :seen]).transpose(1, 0, 2))
+    return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def attend(qkv: Array, layer: int, segments: Segments) -> Array:  # (3, H, R, D) -> (R, H, D)
+    """Each sequence's rows attend to that sequence's positions, and to no others."""
+    if len(segments) == 1:
+        return attend_alone(qkv, layer, segments[0][0])
+    _, heads, count, head_dim = qkv.shape
+    out = np.empty((count, heads, head_dim), np.float32)
+    starts = list(accumulate((rows for _, rows in segments), initial=0))
+
+    def work(part: slice) -> None:
+        for (cache, rows), start in zip(segments[part], starts[part], strict=True):
+            out[start : start + rows] = attend_alone(qkv[:, :, start : start + rows], layer, cache)
+
+    if sum(cache.length + rows for cache, rows in segments) >= MANY_POSITIONS:
+        threads.in_parts(work, len(segments))
+    else:
+        work(slice(0, len(segments)))
     return out
 
 
@@ -136,18 +175,8 @@ class Block:
         """Each sequence's rows attend to that sequence's positions; the matrices take all rows at once."""
         heads, head_dim = self.config.n_head, self.config.head_dim
         qkv = self.c_attn(x).reshape(-1, 3, heads, head_dim).transpose(1, 2, 0, 3)  # (3, H, R, D)
-        q = qkv[0]
-        q *= self.scale
-        blocks, row = [], 0
-        for cache, rows in segments:
-            k, v = cache.put(layer, qkv[1:, :, row : row + rows])
-            for start in range(0, rows, QUERY_BLOCK):
-                stop = min(start + QUERY_BLOCK, rows)
-                seen = cache.length + stop
-                block = attention(q[:, row + start : row + stop], k[:, :seen], v[:, :seen])
-                blocks.append(block.transpose(1, 0, 2))
-            row += rows
-        out = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]  # (R, H, D)
+        qkv[0] *= self.scale
+        out = attend(qkv, layer, segments)
         return self.attn_c_proj(out.reshape(x.shape))
 
     def mlp(self, x: Array) -> Array:  # (R, C) -> (R, C)
@@ -193,9 +222,8 @@ class GPT2:
         return KVCache(len(self.layers), self.config.n_head, self.config.head_dim, self.config.n_positions)
 
     def cache_bytes(self, positions: int) -> int:
-        """Bytes that a new cache has once it has room for so many positions."""
-        room = min(math.ceil((positions + positions // 4) / CACHE_STEP) * CACHE_STEP, self.config.n_positions)
-        return 8 * len(self.layers) * self.config.n_head * self.config.head_dim * room
+        """The `nbytes` of a new cache once it has reserved so many positions; ValueError if the model has fewer."""
+        return 4 * 2 * len(self.layers) * self.config.n_embd * _capacity(positions, self.config.n_positions)
 
     @numpy_defaults
     def embed(self, ids: Sequence[int] | NDArray[np.integer[Any]], start: int) -> Array:  # (T,) -> (T, C)

@@ -167,14 +167,14 @@ def test_threads_are_spread_where_they_are_as_many_as_the_processors(count: int)
 # What is computed in parts
 
 
-@pytest.mark.parametrize("rows", [2, 3, 8, 31, 32, 33])
+@pytest.mark.parametrize("rows", [2, 3, 8, 9, 16, 33, 64, 65])
 @pytest.mark.parametrize("shape", [(1, 1), (48, 144), (768, 1000), (3072, 13), (70_000, 3), (768, 1500)])
 @pytest.mark.parametrize("blocked", [False, True])
 def test_a_product_is_its_definition_whatever_its_way(
     rows: int, shape: tuple[int, int], blocked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linalg, "BLOCKED", blocked)
-    monkeypatch.setattr(linalg, "FEW_ROWS", 32 if blocked else 3)
+    monkeypatch.setattr(linalg, "FEW_ROWS", 64 if blocked else 3)
     monkeypatch.setattr(linalg, "EVEN_ROWS", 1 if blocked else 8)
     rng = np.random.default_rng(0)
     x, matrix = rng.standard_normal((rows, shape[0]), np.float32), rng.standard_normal(shape, np.float32)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import ODD, SMALL, cut, odd, random_tensors, whole
 
-from minigpt.engine import linalg
+from minigpt.engine import linalg, model, threads
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.model import GPT2
 from minigpt.engine.sampling import Sampling, logprob, sample
@@ -81,6 +81,83 @@ def test_several_sequences_in_one_step_equal_each_alone() -> None:
     assert [cache.length for cache in caches] == [33, 8, 65]
 
 
+@pytest.fixture
+def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are multiplied as large ones are: in several blocks, with a rest, by several threads."""
+    monkeypatch.setattr(linalg, "_BLOCK_WORK", 40_000)
+    monkeypatch.setattr(linalg, "_LARGE", 1)
+    monkeypatch.setattr(threads, "THREADS", 2)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Sequences in any order: how many positions each has, and how many rows it adds; most add one."""
+    lengths = draw(st.lists(st.integers(0, 250), min_size=2, max_size=20))
+    more = draw(st.lists(st.integers(2, 70), max_size=2))
+    rows = draw(st.permutations([*more, *[1] * len(lengths)][: len(lengths)]))
+    return list(zip(lengths, rows, strict=True))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches(), st.booleans(), st.sampled_from([1, 10**9]))
+def test_a_batch_of_mixed_sequences_equals_each_alone(
+    in_small_blocks: None, batch: list[tuple[int, int]], blocked: bool, many: int
+) -> None:
+    wanted, x, segments = [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linalg, "BLOCKED", blocked)
+        patch.setattr(linalg, "FEW_ROWS", 64 if blocked else 3)
+        patch.setattr(model, "MANY_POSITIONS", many)
+        for number, (length, rows) in enumerate(batch):
+            ids = IDS[number:] + IDS[:number]
+            alone, together = MODEL.new_cache(), MODEL.new_cache()
+            for cache in (alone, together):
+                if length:
+                    MODEL.forward(MODEL.embed(ids[:length], 0), [(cache, length)])
+            new = MODEL.embed(ids[length : length + rows], length)
+            wanted.append(MODEL.logits(MODEL.forward(new, [(alone, rows)])))
+            x.append(new)
+            segments.append((together, rows))
+        got = MODEL.logits(MODEL.forward(np.concatenate(x), segments))
+    assert np.abs(got - np.concatenate(wanted)).max() < 1e-5 * np.abs(got).max()
+    assert [cache.length for cache, _ in segments] == [length + rows for length, rows in batch]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+@pytest.mark.parametrize("many", [1, 10**9])
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 9, 17, 32, 65])
+def test_a_sequence_that_is_not_finite_changes_no_bit_of_the_others(
+    in_small_blocks: None, monkeypatch: pytest.MonkeyPatch, count: int, blocked: bool, many: int
+) -> None:
+    """Neither what its cache holds, nor its row, nor what lies in anybody's cache beyond its own positions."""
+    monkeypatch.setattr(linalg, "BLOCKED", blocked)
+    monkeypatch.setattr(linalg, "FEW_ROWS", 64 if blocked else 3)
+    monkeypatch.setattr(model, "MANY_POSITIONS", many)
+    bad = count // 2
+
+    def run(value: float, row: float, beyond: float) -> np.ndarray:
+        x, segments = [], []
+        for number in range(count):
+            cache, length = MODEL.new_cache(), 1 + 7 * number % 60
+            MODEL.forward(MODEL.embed(IDS[:length], 0), [(cache, length)])
+            cache._kv[:, :, :, length:] = beyond
+            if number == bad:
+                cache._kv[:, :, :, :length] += np.float32(value)
+            x.append(MODEL.embed(IDS[number : number + 1], length) + np.float32(row if number == bad else 0))
+            segments.append((cache, 1))
+        return MODEL.logits(MODEL.forward(np.concatenate(x), segments))
+
+    others = np.arange(count) != bad
+    wanted = run(0, 0, 0)
+    assert np.isfinite(wanted).all()
+    for value, row in ((0, 0), (np.nan, 0), (np.inf, 0), (0, np.nan), (0, np.inf), (3e38, 3e38)):
+        got = run(value, row, np.nan)
+        assert np.array_equal(got[others], wanted[others])
+        assert np.isfinite(got[bad]).all() == (value == row == 0)
+    assert np.array_equal(run(0, 0, np.nan), wanted)
+
+
 def test_a_later_token_does_not_change_an_earlier_position() -> None:
     other = IDS[:149] + [(IDS[149] + 1) % SMALL.vocab_size]
     a, b = run([MODEL], IDS[:150]), run([MODEL], other)
@@ -102,6 +179,17 @@ def test_the_cache_grows_in_steps_up_to_the_context_and_no_further() -> None:
     cache.truncate(0)
     with pytest.raises(ValueError, match="rewind"):
         cache.truncate(1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, SMALL.n_positions), st.integers(0, 3), st.integers(1, 4))
+def test_what_a_cache_takes_is_known_before_it_is_made(positions: int, first: int, count: int) -> None:
+    stage = GPT2(SMALL, range(first, min(first + count, 4)), random_tensors(SMALL))
+    cache = stage.new_cache()
+    cache.reserve(positions)
+    assert stage.cache_bytes(positions) == cache.nbytes
+    with pytest.raises(ValueError, match="321 positions, the model has 320"):
+        stage.cache_bytes(321)
 
 
 def test_a_failed_step_leaves_every_cache_as_it_was() -> None:
@@ -172,6 +260,23 @@ def test_gelu_is_x_times_the_normal_distribution() -> None:
     for function, expected in ((linalg.gelu_erf, exact), (linalg.gelu_tanh, approximate)):
         got = function(x.astype(np.float32)[np.newaxis])
         assert (np.abs(got - expected) / np.maximum(1, np.abs(expected))).max() < 1e-6
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize("new", [1, 2, 9, 33])
+@pytest.mark.parametrize("seen", [33, 40, 700, 1000])
+def test_queries_times_keys_are_dot_products(
+    new: int, seen: int, blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "BLOCKED", blocked)
+    rng = np.random.default_rng(0)
+    q, k = (
+        rng.standard_normal((new, 3, 64), np.float32).transpose(1, 0, 2),
+        rng.standard_normal((3, 1024, 64), np.float32),
+    )
+    got = linalg.dot_products(q, k[:, :seen])
+    assert got.flags.c_contiguous
+    assert np.abs(got - np.einsum("htd,hsd->hts", q.astype(float), k[:, :seen])).max() < 1e-4
 
 
 def test_activations_take_arrays_of_more_than_a_piece() -> None:

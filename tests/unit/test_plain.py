@@ -115,7 +115,7 @@ def test_the_fast_engine_is_the_plain_one(
     ids = random_ids(config, count, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linalg, "BLOCKED", blocked)
-        patch.setattr(linalg, "FEW_ROWS", 32 if blocked else 3)
+        patch.setattr(linalg, "FEW_ROWS", 64 if blocked else 3)
         patch.setattr(linalg, "EVEN_ROWS", 1 if blocked else 8)
         fast = fast_logits(tensors, config, ids, chunks, bounds)
     assert gap(fast, plain.logits(tensors, config, ids)) < TOLERANCE
