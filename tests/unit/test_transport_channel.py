@@ -232,7 +232,7 @@ def test_a_broken_record_ends_the_channel_with_an_alert(spoil, error, code):
     assert a.fileno() == -1
 
 
-@pytest.mark.parametrize("body", [b"\xc1", b"\x90", b"\x01", b""])
+@pytest.mark.parametrize("body", [b"\xc1", b"\x91\x90", b"\x01", b""])
 def test_a_message_that_is_no_map_is_a_decode_error(body):
     one, two = socket.socketpair()
     a, b = make((one, two))
