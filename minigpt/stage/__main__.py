@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 64)
     add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 8)
-    add("--max-handshakes", "N", "handshakes at once; one more ends the oldest", positive, 32)
+    add("--max-handshakes", "N", "handshakes at once; one more ends another", positive, 32)
     add("--answer-timeout", "S", "seconds that the next stage may take for a step", seconds, 120.0)
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)
     add("--message-timeout", "S", "seconds that a message may take once it has begun", seconds, 60.0)

@@ -34,6 +34,7 @@ from minigpt.protocol.messages import (
 )
 from minigpt.protocol.request import Ask
 from minigpt.stage.generation import StageSequence, generate
+from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TimedOut, TransportError
@@ -57,7 +58,7 @@ class _Cancelled(Exception):
 class Host(Protocol):
     """What a conversation asks of the server that accepted it."""
 
-    def accept(self, sock: Any) -> Channel: ...
+    def accept(self, sock: Any, source: str) -> Channel: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
@@ -67,6 +68,7 @@ class Conversation:
 
     def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
         self.number = number
+        self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
         self.sequence: StageSequence | None = None  # before the first request, and once it is dropped
         self._stage = stage
@@ -81,7 +83,7 @@ class Conversation:
     def run(self) -> None:
         """Serves the channel until either side ends it. Raises nothing: this is a thread's first function."""
         try:
-            channel = self._channel = self._host.accept(self._sock)
+            channel = self._channel = self._host.accept(self._sock, self.source)
             log.info("%s: open", self._name)
             self._serve(channel)
         except (Closed, Abandoned):

@@ -27,7 +27,7 @@ class Limits:
 
     channels: int  # threads, and sockets
     sequences: int  # each has a cache, of 38 MB for six full layers of GPT-2 small
-    handshakes: int  # under way at once; one more newcomer ends the oldest
+    handshakes: int  # under way at once; one more newcomer ends another
     answer: float  # seconds that the next stage may take for one step
     idle: float  # seconds that a channel may be silent
     deadlines: Deadlines
