@@ -237,19 +237,17 @@ class Listener:
         """
         with self._accepting:
             while not self._closed:
-                if not _wait(self._poller, min(deadline, time.monotonic() + _ACCEPT_POLL)):
-                    if time.monotonic() > deadline:
-                        raise TimedOut(f"nobody connected to {self.address} in time")
-                    continue
-                try:
-                    sock, peer = self._sock.accept()
-                except OSError as error:  # usually a connection that is gone already
-                    if error.errno in _NO_ROOM:
-                        time.sleep(0.05)  # it stays readable: do not spin until something is closed
-                    elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
-                        raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
-                    continue
-                return sock, str(_address(sock.family, peer))
+                if _wait(self._poller, min(deadline, time.monotonic() + _ACCEPT_POLL)):
+                    try:
+                        sock, peer = self._sock.accept()
+                        return sock, str(_address(sock.family, peer))
+                    except OSError as error:  # usually a connection that is gone already
+                        if error.errno in _NO_ROOM:
+                            time.sleep(0.05)  # it stays readable: do not spin until something is closed
+                        elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
+                            raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"nobody connected to {self.address} in time")
         return None
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cache-bytes", "N", "bytes of all caches together (default: half of the memory that is free)", positive)
     add("--queue", "N", "requests that wait for a place; one more is refused", natural, 64)
     add("--max-batch", "N", "sequences computed in one pass; 1 for one at a time", few, 32)
-    add("--max-handshakes", "N", "handshakes at once; one more ends the oldest", positive, 32)
+    add("--max-handshakes", "N", "handshakes at once; one more ends another", positive, 32)
     add("--answer-timeout", "S", "seconds that the next stage may take for a step", seconds, 120.0)
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)
     add("--message-timeout", "S", "seconds that a message may take once it has begun", seconds, 60.0)

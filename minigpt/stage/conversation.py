@@ -19,6 +19,7 @@ from attest import AttestationError
 from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import messages
 from minigpt.protocol.messages import Failure, Message, StageReport
+from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TransportError
@@ -39,7 +40,7 @@ class State(enum.Enum):
 class Host(Protocol):
     """What a conversation asks of the server that accepted it."""
 
-    def accept(self, sock: Any) -> Channel: ...
+    def accept(self, sock: Any, source: str) -> Channel: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
@@ -49,10 +50,10 @@ class Conversation:
 
     def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
         self.number = number
+        self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
         self._stage = stage
         self._host = host
-        self._peer = peer
         self._name = f"channel {number} ({peer})"
         self._here = f"stage {stage.index}"
         self._sock = sock
@@ -61,7 +62,7 @@ class Conversation:
     def run(self) -> None:
         """Serves the channel until either side ends it. Raises nothing: this is a thread's first function."""
         try:
-            channel = self._channel = self._host.accept(self._sock)
+            channel = self._channel = self._host.accept(self._sock, self.source)
             log.info("%s: open", self._name)
             self._serve(channel)
         except (Closed, Abandoned):

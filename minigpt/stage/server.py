@@ -5,38 +5,24 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
 from minigpt.stage.clients import ClientConversation
 from minigpt.stage.conversation import Conversation, State
+from minigpt.stage.newcomers import WAITING, Newcomer, Newcomers
 from minigpt.stage.stage import Stage
 from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
+from transport.errors import TimedOut
 
 log = logging.getLogger("minigpt.stage")
 
 YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
 M_ARENA_MAX = -8  # of malloc.h
-HANDSHAKE_SHARE = 0.1  # of one core, spent on handshakes; at 5 ms each, 20 a second
-
-
-class Pace:
-    """Limits what is spent on something to a share of the time, with bursts of up to a second."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._free = 0.0  # when everything spent so far is made up for
-        self._lock = threading.Lock()
-
-    def spend(self, seconds: float) -> None:
-        with self._lock:
-            self._free = max(self._free, time.monotonic() - 1.0) + seconds / self._share
-
-    def delay(self) -> float:
-        """Seconds to wait before more is spent."""
-        return max(0.0, self._free - time.monotonic())
+CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
 
 
 def _share_heap() -> None:
@@ -54,59 +40,87 @@ class Server:
         self.stage = stage
         self._exposed = exposed  # what this process could not lock down
         self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
-        self._pace = Pace(HANDSHAKE_SHARE)
+        self._numbers = itertools.count(1)
+        self._newcomers = Newcomers()
         _share_heap()
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
     def serve(self, listener: Listener) -> None:
-        """Accepts channels until `stop` is called."""
-        for number in itertools.count(1):
-            self.stage.stopping.wait(self._pace.delay())  # newcomers wait in the listener's queue meanwhile
-            accepted = listener.accept()
-            if accepted is None:
-                return
-            sock, peer = accepted
-            kind = UpstreamConversation if self.stage.index else ClientConversation
-            conversation: Conversation = kind(self.stage, number, peer, sock, self)
-            with self._lock:
-                unwanted = self._least_wanted()
-                if unwanted is not None:
-                    del self.open[unwanted.number]
-                full = len(self.open) >= self.stage.limits.channels
-                if not full:
-                    self.open[number] = conversation
-            if unwanted is not None:
-                unwanted.turn_out()
-            if full:
-                log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
-                sock.close()
-                continue
+        """Accepts channels until the listener is closed."""
+        while True:
+            delay, newcomer = self._following()
+            if newcomer is not None and delay <= 0:
+                self._newcomers.take(newcomer)
+                self._begin(*newcomer)
             try:
-                threading.Thread(target=conversation.run, name=f"channel {number}", daemon=True).start()
-            except RuntimeError:  # the system gives no thread: this stage is as full as one with all its channels
-                log.warning("%s: turned away, the system gives no more threads", peer)
-                self.forget(number)
+                accepted = listener.accept(time.monotonic() + delay)
+            except TimedOut:
+                continue
+            if accepted is None:
+                self._newcomers.close()
+                return
+            unwanted = self._newcomers.add(accepted)
+            if unwanted is not None:
+                sock, peer = unwanted
+                log.warning("%s: turned away, %d newcomers wait, most of them from there", peer, WAITING)
                 sock.close()
+                time.sleep(CROWDED)
+
+    def _begin(self, sock: Any, peer: str) -> None:
+        """Starts the thread of a channel, if there is room or can be made."""
+        kind = UpstreamConversation if self.stage.index else ClientConversation
+        conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self)
+        with self._lock:
+            unwanted = self._least_wanted()
+            if unwanted is not None:
+                del self.open[unwanted.number]
+            full = len(self.open) >= self.stage.limits.channels
+            if not full:
+                self.open[conversation.number] = conversation
+        if unwanted is not None:
+            unwanted.turn_out()
+        if full:
+            log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
+            sock.close()
+            return
+        try:
+            name = f"channel {conversation.number}"
+            threading.Thread(target=conversation.run, name=name, daemon=True).start()
+        except RuntimeError:  # the system gives no thread: this stage is as full as one with all its channels
+            log.warning("%s: turned away, the system gives no more threads", peer)
+            self.forget(conversation.number)
+            sock.close()
+
+    def _following(self) -> tuple[float, Newcomer | None]:
+        with self._lock:
+            strangers = self._strangers()
+        full = len(strangers) >= self.stage.limits.handshakes and time.monotonic() - strangers[0].since < YOUNG
+        return self._newcomers.following({one.source for one in strangers}, strangers[0].source if full else None)
+
+    def _strangers(self) -> list[Conversation]:
+        """The handshakes under way, those of the source with the most first, and of these the oldest."""
+        found = [one for one in self.open.values() if one.state is State.OPENING]
+        number = Counter(one.source for one in found)
+        return sorted(found, key=lambda one: (-number[one.source], one.since))
 
     def _least_wanted(self) -> Conversation | None:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.
 
-        With too many handshakes under way, the oldest of them: an honest one takes milliseconds. With too many
-        channels, a handshake, else the channel that has been idle longest.
+        With too many handshakes under way, the oldest of the source with the most: an honest one takes milliseconds.
+        With too many channels, a handshake, else the channel that has been idle longest.
         """
-        waiting = [one for one in self.open.values() if one.state in (State.OPENING, State.IDLE)]
-        waiting.sort(key=lambda one: one.since)
-        strangers = [one for one in waiting if one.state is State.OPENING]
+        strangers = self._strangers()
         if len(strangers) >= self.stage.limits.handshakes:
             return strangers[0]
         if len(self.open) < self.stage.limits.channels:
             return None
-        silent = [one for one in waiting if time.monotonic() - one.since > YOUNG]
+        idle = sorted((one for one in self.open.values() if one.state is State.IDLE), key=lambda one: one.since)
+        silent = [one for one in idle if time.monotonic() - one.since > YOUNG]
         return next(iter(strangers + silent), None)
 
-    def accept(self, sock: Any) -> Channel:
-        """The handshake of a new channel."""
+    def accept(self, sock: Any, source: str) -> Channel:
+        """The handshake of a new channel; `source` pays for it."""
         began = time.thread_time()
         self.stage.manifest.check_time(time.time())
         try:
@@ -115,7 +129,7 @@ class Server:
             most = links.largest(stage.manifest, stage.index)
             return Channel.accept(sock, end, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most)
         finally:
-            self._pace.spend(time.thread_time() - began)
+            self._newcomers.spend(source, time.thread_time() - began)
 
     def forget(self, number: int) -> None:
         with self._lock:

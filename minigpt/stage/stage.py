@@ -31,7 +31,7 @@ class Limits:
     cache_bytes: int  # of all sequences
     queue: int  # requests that wait for a place
     batch: int  # sequences in one pass
-    handshakes: int  # under way at once; one more newcomer ends the oldest
+    handshakes: int  # under way at once; one more newcomer ends another
     answer: float  # seconds that the next stage may take for one step
     idle: float  # seconds that a channel may be silent
     deadlines: Deadlines
@@ -60,9 +60,9 @@ class Stage:
         self._idle: Channel | None = None  # for the next who asks for `status`: evidence can take seconds
         self._lock = threading.Lock()
 
-    def identity(self, channel: Channel, peer: str) -> str:
+    def identity(self, channel: Channel, source: str) -> str:
         """Who a client is, for its share: the listed key that it has, otherwise where it connects from."""
-        return peer.rpartition(":")[0] if self.manifest.clients is None else channel.peer_static_key.hex()
+        return source if self.manifest.clients is None else channel.peer_static_key.hex()
 
     def batch_link(self) -> BatchLink:
         """A link to the next stage that nobody else has. Raises StageError if there is none."""

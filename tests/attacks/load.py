@@ -34,11 +34,22 @@ class Crowd:
         count: of connections at a time.
         renew: whether one that the stage has closed is made again at once: a flood.
         drip: whether it sends a byte each second after that.
+        source: the address to connect from.
     """
 
-    def __init__(self, port: int, count: int, first: bytes, *, drip: bool = False, renew: bool = False) -> None:
+    def __init__(
+        self,
+        port: int,
+        count: int,
+        first: bytes,
+        *,
+        drip: bool = False,
+        renew: bool = False,
+        source: str = "127.0.0.1",
+    ) -> None:
         self.made = self.closed = self.received = 0
         self._port, self._count, self._first, self._drip, self._renew = port, count, first, drip, renew
+        self._source = source
         self._selector = selectors.DefaultSelector()
         self._open: set[socket.socket] = set()
         self._stop = threading.Event()
@@ -87,7 +98,7 @@ class Crowd:
 
     def _connect(self) -> bool:
         try:
-            sock = socket.create_connection(("127.0.0.1", self._port), timeout=2)
+            sock = socket.create_connection(("127.0.0.1", self._port), timeout=2, source_address=(self._source, 0))
         except OSError:
             return False
         try:

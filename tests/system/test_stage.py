@@ -11,10 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from attacks.load import Crowd
+from ends import Side, client
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages, eventually, out_of_threads
 
@@ -24,6 +27,7 @@ from minigpt.engine.config import Config
 from minigpt.errors import StageError
 from minigpt.stage import schedule
 from minigpt.stage.turns import Turns
+from transport.link import initiate
 
 
 def free_port() -> tuple[socket.socket, int]:
@@ -123,6 +127,32 @@ def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -
             assert pipeline.status()[0].channels == 1
         with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:  # it lives, and has threads again
             assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without being asked")
+def test_a_flood_of_handshakes_from_one_address_does_not_keep_others_waiting(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    costly = "newcomers.SHARE, newcomers.WORST = 0.02, 0.005"  # as if a handshake cost five times as much
+    code = f"from minigpt.stage import __main__, newcomers; {costly}; __main__.main()"
+    with Stages(folder, "4", tmp_path) as stages:
+        stages.start(0, python=("-c", code))
+        greeting = Side(initiate(client())).run()  # the stage answers it, at some cost
+        with Crowd(stages.ports[0], 200, greeting, renew=True, source="127.0.0.2") as crowd:
+            assert eventually(lambda: crowd.made > 150)  # to take turns with them would take half a minute
+            for _ in range(3):  # in 10 s each, or the handshake fails
+                with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+                    assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
+
+
+def test_more_clients_of_one_address_than_handshakes_are_served_one_after_another(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    code = "from minigpt.stage import __main__, server; server.YOUNG = 60.0; __main__.main()"  # nobody ends a handshake
+    with Stages(folder, "4", tmp_path) as stages, ThreadPoolExecutor(24) as threads, contextlib.ExitStack() as stack:
+        stages.start(0, "--max-handshakes", "2", python=("-c", code))
+        asked = [threads.submit(Pipeline.connect, stages.bytes, allow_mock=True) for _ in range(24)]
+        for pipeline in asked:
+            stack.enter_context(pipeline.result(60))
+        assert "ended for a newcomer" not in stages.log(0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
