@@ -25,7 +25,7 @@ import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
 from minigpt.errors import StageError
-from minigpt.stage import schedule
+from minigpt.stage import turns
 from minigpt.stage.turns import Turns
 from transport.link import initiate
 
@@ -273,18 +273,18 @@ def test_a_turn_at_the_cores_comes_or_is_given_up_but_never_kept(
     with (tmp_path / "turns").open("r+b", buffering=0) as cores:
         lock = Turns(cores)
         with Holder(tmp_path / "turns"):
-            monkeypatch.setattr(schedule, "PATIENCE", 0.2)
+            monkeypatch.setattr(turns, "PATIENCE", 0.2)
             for _ in range(3):
                 with pytest.raises(StageError, match=r"no turn at the cores in .* stopped\?"), lock:
                     raise AssertionError("computed without a turn")
             assert not lock._held
-            monkeypatch.setattr(schedule, "PATIENCE", 60.0)
+            monkeypatch.setattr(turns, "PATIENCE", 60.0)
             waiting = threading.Thread(target=lambda: lock.__enter__() or lock.__exit__())
             waiting.start()
         waiting.join(60)  # the holder has ended
         assert not waiting.is_alive()
         with Holder(tmp_path / "turns"):
-            monkeypatch.setattr(schedule, "PATIENCE", 0.2)
+            monkeypatch.setattr(turns, "PATIENCE", 0.2)
             with pytest.raises(StageError, match="no turn"), lock:
                 raise AssertionError("computed without a turn")
         with Holder(tmp_path / "turns"):  # what was given up was given back
@@ -294,7 +294,7 @@ def test_a_turn_at_the_cores_comes_or_is_given_up_but_never_kept(
 
 
 def test_a_turn_in_a_stage_comes_or_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "PATIENCE", 0.1)
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
     lock = Turns()
     with lock:
         for _ in range(2):
@@ -308,7 +308,7 @@ def test_a_turn_in_a_stage_comes_or_is_given_up(monkeypatch: pytest.MonkeyPatch)
 def test_a_stopped_process_that_holds_the_turn_costs_requests_and_not_stages(tmp_path: Path) -> None:
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     (tmp_path / "turns").touch()
-    code = "from minigpt.stage import __main__, schedule; turns.PATIENCE = 3.0; __main__.main()"
+    code = "from minigpt.stage import __main__, turns; turns.PATIENCE = 3.0; __main__.main()"
     with Stages(folder, "2+2", tmp_path) as stages:
         for index in (1, 0):
             stages.start(index, "--turns", str(tmp_path / "turns"), python=("-c", code))
