@@ -96,10 +96,13 @@ class Places:
         with self._lock:
             self._waiting.append(mine)
             dropped = self._admit()
+            refused = None
             if mine.place is None and len(self._waiting) > self._queue:
                 self._waiting.remove(mine)
-                raise self._busy()
+                refused = self._busy()
         _end(dropped)
+        if refused is not None:
+            raise refused
         try:
             while not mine.admitted.wait(LOOK):
                 check()
@@ -107,6 +110,8 @@ class Places:
             with self._lock:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
+                dropped = self._admit()  # those that it stood before
+            _end(dropped)
             if mine.place is not None:
                 mine.place.give_back()
             raise
@@ -122,16 +127,16 @@ class Places:
             return self._new("", size)
 
     def clear(self, patience: float, check: Callable[[], None]) -> None:
-        """Drops all that rest; if none does, waits until one does or a place is given back, `patience` seconds at most."""
+        """Drops all that rest; if none does, waits until one does or a place is given back, `patience` s at most."""
         until = time.monotonic() + patience
         with self._lock:
             held = set(self._held)
         while True:
             with self._lock:
-                dropped = [self._drop(place) for place in list(self._resting)]
+                dropped = self._drop_all()
                 if not dropped and held <= self._held and time.monotonic() < until:
                     self._changed.wait(LOOK)
-                    dropped = [self._drop(place) for place in list(self._resting)]
+                    dropped = self._drop_all()
             _end(dropped)
             if dropped or not held <= self._held or time.monotonic() >= until:
                 return
@@ -163,7 +168,7 @@ class Places:
             if others and self._greedy(mine):
                 continue
             while self._resting and not self._room(mine.size):
-                dropped.append(self._drop(next(iter(self._resting))))
+                dropped += self._drop(next(iter(self._resting)))
             if not self._room(mine.size):
                 break  # those behind it do not overtake it, even if they are smaller
             self._waiting.remove(mine)
@@ -178,12 +183,14 @@ class Places:
     def _room(self, size: int) -> bool:
         return len(self._held) < self._sequences and self._bytes() + size <= self.total
 
-    def _drop(self, place: Place) -> Sequence:
+    def _drop(self, place: Place) -> list[Sequence]:
         del self._resting[place]
         self._held.discard(place)
         sequence, place.sequence = place.sequence, None
-        assert sequence is not None, "what rests is a sequence"
-        return sequence
+        return [] if sequence is None else [sequence]  # none if there was no memory for it
+
+    def _drop_all(self) -> list[Sequence]:
+        return [sequence for place in list(self._resting) for sequence in self._drop(place)]
 
     def _give_back(self, place: Place) -> None:
         with self._lock:
@@ -198,6 +205,8 @@ class Places:
 
     def _rest(self, place: Place) -> None:
         with self._lock:
+            if place not in self._held:  # it was needed meanwhile
+                return
             self._note(place)
             self._resting[place] = None
             dropped = self._admit()

@@ -1,0 +1,87 @@
+"""Places under attack: whoever leaves, comes back or asks for too much takes nothing from others."""
+
+import threading
+
+import pytest
+
+from minigpt.errors import RequestRefused
+from minigpt.stage.places import Place, Places
+
+
+class Ended:
+    """In the place of a sequence: whether it was ended in the stages after this one too."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def taken(places: Places, size: int = 1, who: str = "a") -> tuple[Place, Ended]:
+    place, sequence = places.take(who, size, lambda: None), Ended()
+    place.sequence = sequence  # type: ignore[assignment]
+    return place, sequence
+
+
+def test_a_sequence_that_was_dropped_cannot_be_laid_to_rest_again() -> None:
+    """Its client asks for what is refused, after others needed the room."""
+    places = Places(0, 1, 10, 4)
+    dropped, sequence = taken(places)
+    dropped.rest()
+    other, _ = taken(places, who="b")
+    assert sequence.ended
+    dropped.rest()
+    other.rest()
+    third, _ = taken(places, who="c")
+    third.give_back()
+    assert (places.sequences, places.waiting) == (0, 0)
+
+
+def test_a_place_without_a_sequence_can_rest_and_be_dropped() -> None:
+    """There was no memory for its cache."""
+    places = Places(0, 1, 10, 4)
+    places.take("a", 1, lambda: None).rest()
+    taken(places, who="b")
+    assert places.sequences == 1
+
+
+def test_what_is_dropped_for_a_request_that_is_refused_ends_in_later_stages_too() -> None:
+    places = Places(0, 4, 10, 0)
+    taken(places, 6)
+    resting, sequence = taken(places, 3)
+    resting.rest()
+    with pytest.raises(RequestRefused, match="busy"):
+        places.take("b", 5, lambda: None)
+    assert (sequence.ended, places.sequences) == (True, 1)
+
+
+def test_those_behind_a_request_that_leaves_the_queue_are_admitted_at_once() -> None:
+    places = Places(0, 4, 10, 4)
+    taken(places, 6)
+    gone, admitted = threading.Event(), threading.Event()
+
+    def leave() -> None:
+        if gone.is_set():
+            raise ConnectionError
+
+    def large() -> None:
+        with pytest.raises(ConnectionError):
+            places.take("b", 10, leave)
+
+    def small() -> None:
+        places.take("c", 1, lambda: None)
+        admitted.set()
+
+    threads = []
+    for number, run in enumerate((large, small), 1):
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        while places.waiting < number:
+            pass
+    assert not admitted.wait(0.1)
+    gone.set()
+    assert admitted.wait(60)
+    for thread in threads:
+        thread.join(60)
+    assert (places.sequences, places.waiting) == (2, 0)
