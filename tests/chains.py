@@ -25,6 +25,7 @@ class Rest:
     """
 
     dead: StageError | None = None
+    stale = False
     traffic: Traffic = (0.0, 0.0, 0.0)
 
     def __init__(self, layers: Layers, rest: Following | None, stages: int) -> None:
@@ -60,6 +61,9 @@ class Rest:
 
     def end(self, lanes: Many[int]) -> None:
         self.lanes.end(lanes)
+
+    def close(self) -> None:
+        self.dead = StageError("closed")
 
 
 class Chain:

@@ -92,6 +92,7 @@ class ClientConversation(Conversation):
         Raises RequestRefused if it fits nowhere or asks for what cannot be had, _Cancelled if the client leaves the
         queue.
         """
+        self._stage.schedule.look_at_link()
         model = self._stage.model
         known = self._place.sequence if self._place is not None else None
         generation.check(request, 0 if known is None or known.dead else known.cache.length, model.config)

@@ -149,6 +149,14 @@ class Schedule:
         finally:
             self._leave(run)
 
+    def look_at_link(self) -> None:
+        """Gives up a link to the next stage that was lost, or on which something unasked came, while nobody used it:
+        then its sequences are lost too, and the next request begins on a new one."""
+        with self._lock:
+            idle = not self._running and not self._sent
+            if idle and self._link is not None and self._link.dead is None and self._link.stale:
+                self._link.close()
+
     def _alone(self) -> bool:
         return self._running == 1
 

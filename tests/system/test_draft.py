@@ -56,7 +56,8 @@ def follow(chain: Chain, request: Generate) -> tuple[list[int], Reason, list[int
 class Script:
     """The rest of a model that says the same text whatever it is told."""
 
-    dead = None
+    dead: StageError | None = None
+    stale = False
     traffic = (0.0, 0.0, 0.0)
 
     def __init__(self, text: list[int]) -> None:
@@ -79,6 +80,9 @@ class Script:
         return (Tokens(first, tuple(self.text[first : after + 1])),)
 
     def end(self, lanes: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
