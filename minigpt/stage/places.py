@@ -96,13 +96,13 @@ class Places:
         with self._lock:
             self._waiting.append(mine)
             dropped = self._admit()
-            full = mine.place is None and len(self._waiting) > self._queue
-            if full:
+            refused = None
+            if mine.place is None and len(self._waiting) > self._queue:
                 self._waiting.remove(mine)
-            busy = self._busy()
+                refused = self._busy()
         _end(dropped)
-        if full:
-            raise busy
+        if refused is not None:
+            raise refused
         try:
             while not mine.admitted.wait(LOOK):
                 check()
