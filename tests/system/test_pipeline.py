@@ -491,6 +491,8 @@ def test_whoever_leaves_the_queue_by_cancel_or_for_good_frees_its_place(folder: 
             third.channel.abort()
             assert eventually(lambda: reports(stages)[0].queue == 0)
         assert len(tokens(second, Generate(0, IDS[:5], 5))) == 5
+        first.channel.close()
+        second.channel.close()
 
 
 def test_a_request_that_a_later_stage_has_no_place_for_waits_once_and_is_then_refused(
