@@ -7,7 +7,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
     evidence    attest, evidence, claims, evidence-file, keys
-    messages    codec, messages
+    messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
 """
@@ -39,8 +39,9 @@ from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, ConfigError, ManifestError, MessageError
 from minigpt.launch import plan
-from minigpt.protocol import manifest, messages
-from minigpt.protocol.messages import Generate, Report, StageReport, Step, Tokens, Wanted
+from minigpt.protocol import batches, manifest, messages
+from minigpt.protocol.batches import Batch, Due, Segment, Terms
+from minigpt.protocol.messages import Generate, Logits, Refusal, Report, Span, StageReport, Tokens, Wanted
 from transport import codec, link
 from transport.address import Address
 from transport.errors import AddressError, DecodeError, TransportError
@@ -135,12 +136,123 @@ def _message_seeds() -> list[bytes]:
     spans = (messages.Span(0.1, 0.2, 0.3, 0.4, 5.0),)
     said: list[messages.Message] = [
         Generate(0, (1, 2, 3), 5, (2,), drawn, True), Generate(3, (), 1, wanted=Wanted.LOGITS),
-        Step(0, np.ones((2, 3), np.float32), Wanted.TOKENS), Step(1, np.ones((1, 1), np.float32), Wanted.TOKEN, drawn),
         Tokens(5, (1, 2), (-0.1, -0.2), spans), messages.Logits(1, np.ones(3, np.float32)),
         messages.Done(messages.Reason.END), messages.Refusal(0, "busy", "later"), messages.Failure(1, "failed", "x"),
         messages.Cancel(), messages.Reset(), messages.Status(), Report((StageReport(0, evidence="{}"), StageReport(1))),
     ]  # fmt: skip
     return [codec.encode(messages.encode(message)) for message in said]
+
+
+def _array(data: bytes) -> list[bytes]:
+    """As a channel reads a message that is an array."""
+    if not codec.is_parts(data):
+        raise DecodeError("no array")
+    parts = codec.decode_parts(data)
+    assert parts == msgpack.unpackb(data), "not what msgpack reads"
+    return parts
+
+
+def _array_seeds() -> list[bytes]:
+    sizes = (0, 1, 255, 256, 5000)
+    wide = b"\x92\xc5\x00\x01a\xc6\x00\x00\x00\x02bc"  # lengths in more bytes than they need
+    return [codec.encode([bytes([size % 251]) * size for size in sizes[:count]]) for count in range(6)] + [wide]
+
+
+WIDTH = 2  # of the rows of a batch
+
+
+def _batch(data: bytes) -> None:
+    """What is accepted says the same when it is sent on."""
+    parts = _array(data)
+    read = batches.decode(parts, WIDTH)
+    assert read.hidden.shape == (sum(segment.rows for segment in read.segments), WIDTH)
+    sent = list(map(bytes, batches.encode(read)))
+    assert sent == parts, "two batches say the same"
+
+
+def _batch_seeds() -> list[bytes]:
+    drawn = Terms(9, Sampling(0.7, 40, 0.9, 2**64 - 1), logprobs=True, spans=True)
+    segments = (
+        Segment(0, 0, 2, Wanted.NOTHING),
+        Segment(7, 3, 1, Wanted.TOKEN),
+        Segment(2**32 - 1, 9, 1, Wanted.TOKENS),
+    )
+    rows = np.arange(8, dtype=np.float32).reshape(4, WIDTH)
+    made = [
+        Batch(segments, rows, ((0, drawn), (7, Terms(2**20, messages.GREEDY))), (1, 2, 3)),
+        Batch((Segment(1, 5, 4, Wanted.LOGITS),), rows), Batch((), batches.NO_ROWS),
+        Batch((), batches.NO_ROWS, (), (4,)),
+    ]  # fmt: skip
+    return [codec.encode(list(map(bytes, batches.encode(batch)))) for batch in made]
+
+
+# What the answers answer: of everything that can be wanted one or two.
+DUE = [
+    Due(Segment(lane, 4, rows, wanted), Terms(9, messages.GREEDY, logprobs, spans).ask(wanted))
+    for lane, (rows, wanted, logprobs, spans) in enumerate(
+        [
+            (1, Wanted.TOKEN, False, False),
+            (1, Wanted.TOKEN, True, True),
+            (3, Wanted.TOKENS, True, False),
+            (2, Wanted.NOTHING, False, False),
+            (2, Wanted.LOGITS, False, True),
+        ]
+    )
+]
+BEHIND = range(1, 3)
+
+
+def _answers(data: bytes) -> None:
+    """What is accepted is what was asked for, and says the same when it is passed on."""
+    parts = _array(data)
+    results = batches.decode_answers(parts, DUE, TINY, BEHIND)
+    assert len(results) == len(DUE)
+    for (segment, ask), result in zip(DUE, results, strict=True):
+        if isinstance(result, Refusal):
+            assert result.stage in BEHIND
+            assert (result.reason + result.text).isprintable()
+        elif ask.wanted is Wanted.NOTHING:
+            assert result is None
+        elif ask.wanted is Wanted.LOGITS:
+            assert isinstance(result, Logits)
+            assert len(result.values) == TINY.vocab_size
+        else:
+            assert isinstance(result, Tokens)
+            assert result.position == segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
+            assert len(result.ids) <= segment.rows
+            assert len(result.ids) == 1 or ask.wanted is Wanted.TOKENS
+            assert all(token < TINY.vocab_size for token in result.ids)
+            assert len(result.logprobs) == (len(result.ids) if ask.logprobs else 0)
+            assert all(logprob <= 0 for logprob in result.logprobs)
+        if isinstance(result, Tokens | Logits):
+            assert len(result.spans) == (len(BEHIND) if ask.spans else 0)
+    again = batches.encode_answers(results)
+    assert again[0][::2] == parts[0][::2], "other kinds of results"
+    assert again[1:5] == parts[1:5], "not what was told"
+    assert _told(batches.decode_answers(again, DUE, TINY, BEHIND)) == _told(results), "not what was said"
+
+
+def _told(results: tuple[batches.Result, ...]) -> list[object]:
+    return [
+        (result.position, result.values.tobytes(), result.spans)
+        if isinstance(result, Logits)
+        else "refused"
+        if isinstance(result, Refusal)  # in words that were made printable, and may be cut
+        else result
+        for result in results
+    ]
+
+
+def _answers_seeds() -> list[bytes]:
+    spans = (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))
+    logits = Logits(6, np.arange(TINY.vocab_size, dtype=np.float32), spans)
+    refused = Refusal(2, "lane", "lane 3 is not open")
+    made: list[list[batches.Result]] = [
+        [Tokens(5, (1,)), Tokens(5, (2,), (-0.5,), spans), Tokens(5, (0, 1), (-0.1, -0.2)), None, logits],
+        [refused, Tokens(5, (2,), (-0.5,), spans), Tokens(5, ()), refused, refused],
+        [refused] * 5,
+    ]
+    return [codec.encode(batches.encode_answers(results)) for results in made]
 
 
 def _codec_seeds() -> list[bytes]:
@@ -365,6 +477,9 @@ TARGETS: dict[str, Target] = {
     "keys": Target(_keys, (EvidenceError,), lambda: [KEY.to_json().encode(), ROOT.to_json().encode()], "json"),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
+    "parts": Target(_array, (DecodeError,), _array_seeds, "msgpack"),
+    "batch": Target(_batch, (DecodeError, MessageError), _batch_seeds, "msgpack"),
+    "answers": Target(_answers, (DecodeError, MessageError), _answers_seeds, "msgpack"),
     "manifest": Target(_manifest, (ManifestError,), _manifest_seeds, "json"),
     "address": Target(_address, (AddressError,), lambda: [b"tcp://a.b:1", b"tcp://[::1]:5000", b"vsock://16:5000"]),
     "config": Target(_config, (ConfigError,), lambda: [json.dumps(TINY.to_json()).encode()], "json"),
