@@ -5,17 +5,31 @@ from __future__ import annotations
 import math
 import socket
 import struct
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from attacks import Seen, attack, require
-from attacks.arena import PATIENCE, TOKENS, Arena, eventually, together
-from attacks.ends import FakeStage, admitted_client, admitted_stage, generate_map, genuine, step_map, token_map
+from attacks.arena import PATIENCE, TOKENS, Arena, Pipes, eventually, together
+from attacks.ends import (
+    FakeStage,
+    Segment,
+    admitted_client,
+    admitted_stage,
+    answers,
+    batch,
+    generate_map,
+    genuine,
+    results,
+    terms,
+    token_map,
+)
 from attacks.proxy import Frame, Tap, honest
 from attacks.rogue import ALERT, CLOSE, MESSAGE, ROOM, Rogue
 from minigpt.errors import RequestRefused
@@ -23,21 +37,31 @@ from minigpt.protocol import messages
 from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Done, Failure, Generate, Reason, Refusal, Tokens
 
 MB = 1 << 20
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 CAP = 16 * MB  # bytes of one message
 
 
-def good_step(arena: Arena, **changes: Any) -> dict[str, Any]:
-    """A Step of two rows for stage 1, with fields that may be changed to anything."""
-    return step_map(np.full((2, arena.config.n_embd), 0.25, np.float32), **changes)
+def some_rows(arena: Arena, count: int = 2) -> NDArray[np.float32]:
+    """Rows that stage 1 takes."""
+    return np.full((count, arena.config.n_embd), 0.25, np.float32)
+
+
+def good_batch(
+    arena: Arena, segment: Segment | None = None, rows: bytes | None = None, opened: bytes | None = None
+) -> list[Any]:
+    """A batch of two rows for stage 1, whose one lane it opens, with parts that may be changed to anything."""
+    data = some_rows(arena) if rows is None else rows
+    return batch(data, segment or Segment(rows=2), terms=terms() if opened is None else opened)
 
 
 def outcome(rogue: Rogue) -> str:
-    """What a stage makes of what it was just sent: the type of its answer, "refusal: reason", or "dead"."""
+    """What a stage makes of what it was just sent: the type of its answer, or those of its answers to a batch,
+    "refusal: reason", or "dead"."""
     record = rogue.hear()
     if record.kind in (ALERT, CLOSE) or record.ended:
         return "dead"
     answer = msgpack.unpackb(record.body)
+    if type(answer) is list:
+        return ", ".join(results(answer))
     if answer["type"] == "failure":  # in words, and the channel ends with it
         require(rogue.hear().kind in (0, CLOSE), "a stage said Failure, and kept the channel")
         return "dead"
@@ -133,7 +157,7 @@ def msgpack_bombs(arena: Arena) -> Seen:
         def play(rogue: Rogue, body: bytes = body) -> list[int]:
             rogue.shake().attest(genuine(arena.stages, 0))
             rogue.hear_attest()
-            rogue.hear_map()
+            rogue.hear_message()
             rogue.write(rogue.seal_message(body))
             return [record.kind for record in rogue.last_words()]
 
@@ -147,38 +171,49 @@ def msgpack_bombs(arena: Arena) -> Seen:
 
 
 @attack(
-    42, "tensors: shape and bytes disagree, negative or huge dimensions, other dtypes …", "refused; nothing computed"
+    42,
+    "tensors: rows and bytes disagree, huge numbers of them, other dtypes and types …",
+    "refused; nothing computed",
 )
 def tensors(arena: Arena) -> Seen:
-    width = arena.config.n_embd
-    rows, _, data = good_step(arena)["hidden"]
-    too_long = arena.config.n_positions + 1
-    doubles = np.frombuffer(data, "<f4").astype("<f8").tobytes()
+    data = some_rows(arena).tobytes()
+    most = arena.config.n_positions
+    whole, opened = good_batch(arena), terms(positions=most)
+    segment, *_ = whole
     cases: dict[str, list[Any]] = {
-        "fewer bytes than the shape": [rows, width, data[:-4]],
-        "more bytes than the shape": [rows + 1, width, data],
-        "half a number": [rows, width, data[:-1]],
-        "no rows": [0, width, b""],
-        "negative rows": [-rows, -width, data],
-        "a product that overflows": [2**32, 2**32, b""],
-        "rows of 2^62": [2**62, 4, b""],
-        "rows of 2^20 × 2^20": [2**20, 2**20, data],
-        "another width": [rows * 2, width // 2, data],
-        "wider": [1, width * 2, data],
-        "float64": [rows, width, doubles],
-        "float16": [rows, width, np.frombuffer(data, "<f4").astype("<f2").tobytes()],
-        "a name of a dtype": [rows, width, data, "object"],
-        "text for bytes": [rows, width, "x" * len(data)],
-        "a list for bytes": [rows, width, [1.0, 2.0]],
-        "rows as a float": [2.0, width, data],
-        "rows as true": [True, width, data[: 4 * width]],
-        "longer than the model": [too_long, width, np.full((too_long, width), 0.25, "<f4").tobytes()],
+        "fewer bytes than the rows": good_batch(arena, rows=data[:-4]),
+        "more bytes than the rows": good_batch(arena, Segment(rows=1)),
+        "fewer rows than the segment says": good_batch(arena, Segment(rows=3)),
+        "half a number": good_batch(arena, rows=data[:-1]),
+        "no rows": good_batch(arena, Segment(rows=0), b""),
+        "a number of bytes that overflows": good_batch(arena, Segment(rows=2**30), b""),
+        "2^32 - 1 rows": good_batch(arena, Segment(rows=2**32 - 1)),
+        "rows that add up in 32 bits": batch(data, Segment(rows=2**32 - 2), Segment(1, rows=4), terms=terms()),
+        "float64": good_batch(arena, rows=some_rows(arena).astype("<f8").tobytes()),
+        "float16": good_batch(arena, rows=some_rows(arena).astype("<f2").tobytes()),
+        "one row that is twice as wide": good_batch(arena, Segment(rows=1), data),
+        "half a segment": [segment[:-1], *whole[1:]],
+        "half of the terms": good_batch(arena, opened=terms()[:-1]),
+        "half of a lane that ended": [*whole[:2], b"\0\0\0", whole[3]],
+        "1025 segments": batch(some_rows(arena, 1025), *(Segment(lane) for lane in range(1025)), terms=terms()),
+        "a name of a dtype": [*whole, "object"],
+        "a part too few": whole[:-1],
+        "16 parts": [*whole, *[b""] * 12],
+        "text for bytes": [*whole[:3], "x" * len(data)],
+        "a list for bytes": [*whole[:3], [1.0, 2.0]],
+        "nothing for bytes": [*whole[:3], None],
+        "a batch in a batch": [whole],
+        "longer than its terms": batch(some_rows(arena, 17), Segment(rows=17), terms=terms(positions=16)),
+        "longer than the model": batch(some_rows(arena, most + 1), Segment(rows=most + 1), terms=opened),
+        "terms longer than the model": good_batch(arena, opened=terms(positions=most + 1)),
+        "terms without a position": good_batch(arena, opened=terms(positions=0)),
+        "another thing wanted": good_batch(arena, Segment(rows=2, wanted=4)),
         "nothing": [],
     }
-    return computed_nothing(arena, {name: good_step(arena, hidden=hidden) for name, hidden in cases.items()}, link=1)
+    return computed_nothing(arena, cases, link=1)
 
 
-def computed_nothing(arena: Arena, cases: dict[str, dict[str, Any]], link: int) -> Seen:
+def computed_nothing(arena: Arena, cases: Mapping[str, dict[str, Any] | list[Any]], link: int) -> Seen:
     """Each message is refused or ends the channel, and nothing is computed. Then the same channel's honest message."""
     admit = admitted_client if link == 0 else admitted_stage
     before = arena.steps(link)
@@ -186,13 +221,13 @@ def computed_nothing(arena: Arena, cases: dict[str, dict[str, Any]], link: int) 
     for name, message in cases.items():
         arena.mark()
         with admit(arena.stages) as rogue:
-            rogue.say_map(message)
+            rogue.say_message(message)
             verdict = outcome(rogue)
         require(verdict == "dead" or verdict.startswith("refusal"), f"{name}: stage {link} answered {verdict}")
         seen.append(Seen(verdict, "in words" if verdict != "dead" else arena.verdict(link)))
     require(arena.steps(link) == before, f"stage {link} has computed something")
     with admit(arena.stages) as rogue:  # control: the same end with a good message
-        rogue.say_map(good_step(arena) if link else generate_map(arena.prompt(3)))
+        rogue.say_message(good_batch(arena) if link else generate_map(arena.prompt(3)))
         require(outcome(rogue) == "token", "control: a good message gave no token")
     arena.control()
     return together(seen)
@@ -200,15 +235,19 @@ def computed_nothing(arena: Arena, cases: dict[str, dict[str, Any]], link: int) 
 
 @attack(43, "NaN, infinity, token ids out of range", "refused before anything is computed")
 def numbers(arena: Arena) -> Seen:
-    width, vocabulary = arena.config.n_embd, arena.config.vocab_size
-    steps = {}
+    vocabulary = arena.config.vocab_size
+    batches = {}
     for value in (math.nan, math.inf, -math.inf):
-        array = np.full((2, width), 0.25, "<f4")
-        array[1, width // 2] = value
-        steps[str(value)] = good_step(arena, hidden=[2, width, array.tobytes()])
-    for name, bad in (("temperature", math.nan), ("temperature", -1.0), ("top_p", 2.0), ("top_k", -1), ("seed", -1)):
-        steps[f"{name} {bad}"] = good_step(arena, sampling=GREEDY | {name: bad})
-    seen = [computed_nothing(arena, steps, link=1)]
+        rows = some_rows(arena)
+        rows[1, rows.shape[1] // 2] = value
+        batches[str(value)] = good_batch(arena, rows=rows.tobytes())
+    for bad in (math.nan, -1.0, math.inf):
+        batches[f"temperature {bad}"] = good_batch(arena, opened=terms(temperature=bad))
+    for bad in (math.nan, 0.0, 2.0):
+        batches[f"top_p {bad}"] = good_batch(arena, opened=terms(top_p=bad))
+    batches["top_k -1"] = good_batch(arena, opened=terms(top_k=2**32 - 1))
+    batches["unknown flags"] = good_batch(arena, opened=terms(flags=4))
+    seen = [computed_nothing(arena, batches, link=1)]
     ids = {
         str(number): generate_map(struct.pack("<3I", 1, number & 0xFFFFFFFF, 2))
         for number in (vocabulary, vocabulary + 1, 2**31, -1)
@@ -228,32 +267,28 @@ def numbers(arena: Arena) -> Seen:
 
 @attack(44, "a wrong position, or a gap in `start`", "refused")
 def positions(arena: Arena) -> Seen:
+    starts = (1, 5, 2**20, 2**20 + 1, -1, 2**63)
+    steps = {str(s): good_batch(arena, Segment(0, s % 2**32, 2)) for s in (*starts[:-1], 2**31)}
     seen = [
-        computed_nothing(
-            arena, {str(s): good_step(arena, start=s) for s in (1, 5, 2**20, 2**20 + 1, -1, 2**63)}, link=1
-        ),
-        computed_nothing(
-            arena, {str(s): generate_map(bytes(8), start=s) for s in (1, 5, 2**20, 2**20 + 1, -1, 2**63)}, link=0
-        ),
+        computed_nothing(arena, steps, link=1),
+        computed_nothing(arena, {str(s): generate_map(bytes(8), start=s) for s in starts}, link=0),
     ]
-    # A stage that answers for another position than was asked about, to the client and to the stage before it.
-    for link in (0, 1):
-        for wrong in (-1, 1, 1000):
+    # A stage that answers for another position than was asked about. (Between stages, answers name no position.)
+    for wrong in (-1, 1, 1000):
 
-            def play(rogue: Rogue, wrong: int = wrong, link: int = link) -> bool:
-                rogue.shake().attest(genuine(arena.stages, link))
-                rogue.hear_attest()
-                asked = rogue.hear_map() or {}
-                position = len(asked["ids"]) // 4 if link == 0 else asked["hidden"][0]
-                rogue.say_map(token_map(position + wrong))
-                return bool(rogue.last_words() or True)
+        def play(rogue: Rogue, wrong: int = wrong) -> bool:
+            rogue.shake().attest(genuine(arena.stages, 0))
+            rogue.hear_attest()
+            asked = rogue.hear_message() or {}
+            rogue.say_message(token_map(len(asked["ids"]) // 4 + wrong))
+            return bool(rogue.last_words() or True)
 
-            with FakeStage(arena.stages, link, play) as fake:
-                answer = arena.run()
-                require(not any(answer["tokens"]), "the client took a token for another position")
-                seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "(played by the kit)"))
-                require(eventually(lambda fake=fake: bool(fake.results)), "the link was kept")
-                require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
+        with FakeStage(arena.stages, 0, play) as fake:
+            answer = arena.run()
+            require(not any(answer["tokens"]), "the client took a token for another position")
+            seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "(played by the kit)"))
+            require(eventually(lambda fake=fake: bool(fake.results)), "the link was kept")
+            require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
     arena.control()
     return together(seen)
 
@@ -274,7 +309,7 @@ def pooled(arena: Arena) -> Seen:
     length = min(3 * CHUNK + 5, arena.config.n_positions - TOKENS)
     secret = arena.prompt(length)
     with admitted_client(arena.stages) as rogue:  # a prompt's answer is outstanding, and nobody waits for it
-        rogue.say_map(generate_map(secret, TOKENS))
+        rogue.say_message(generate_map(secret, TOKENS))
         require(
             eventually(lambda: bool(proxy.taps) and len(proxy.taps[0].sent("I", "record")) > 1, PATIENCE), "no step"
         )
@@ -309,8 +344,9 @@ def pooled(arena: Arena) -> Seen:
     return together(seen)
 
 
-def sequences(arena: Arena) -> list[int]:
-    link = arena.dial()
+def sequences(arena: Arena, stages: Pipes | None = None) -> list[int]:
+    """How many sequences each stage has a place for, by its own report."""
+    link = arena.dial(stages)
     try:
         from minigpt.protocol.messages import Report, Status
 
@@ -322,11 +358,69 @@ def sequences(arena: Arena) -> list[int]:
 
 
 INJECTED = "gone\nWARNING all is well\x1b[2J\u202e"
-Play = Callable[[int], list[dict[str, Any]]]  # what a stage says when it is asked for the token of a position
+Said = dict[str, Any] | list[Any]
+Play = Callable[[int], Sequence[Said]]  # what a stage says when it is asked for the token of a position
 
 
-def lies(arena: Arena, link: int, logprobs: bool) -> dict[str, Play]:
-    """What a stage may not say to whoever waits for a token; with `logprobs`, about those that were asked for."""
+def lies_between_stages(arena: Arena, logprobs: bool) -> dict[str, Play]:
+    """What a stage may not answer to a batch of one segment that wants a token; with `logprobs`, about those that
+    were asked for."""
+    vocabulary = arena.config.vocab_size
+
+    def token(number: int = 0, probable: Sequence[float] = (), spans: bytes = b"", logits: bytes = b"") -> list[Any]:
+        told = struct.pack(f"<{len(probable)}d", *probable)
+        return answers((1, 1), ids=struct.pack("<I", number), rest=(told, spans, logits, b""))
+
+    def refusal(stage: int) -> list[Any]:
+        return answers((3, 0), rest=(b"", b"", b"", msgpack.packb([[stage, "busy", f"stage {stage} is busy"]])))
+
+    if logprobs:
+        said: dict[str, Said] = {
+            "above 0": token(probable=[7.5]),
+            "none, though asked for": token(),
+            "two for one token": token(probable=[-1.0, -1.0]),
+            "NaN": token(probable=[math.nan]),
+            "minus infinity": token(probable=[-math.inf]),
+        }
+    else:
+        said = {
+            "60 000 tokens at once": answers((1, 255), ids=bytes(4 * 60_000)),
+            "as many as a draft may have": answers((1, 1 + MAX_DRAFT), ids=bytes(4 * (1 + MAX_DRAFT))),
+            "two tokens": answers((1, 2), ids=bytes(8)),
+            "no token": answers((1, 0)),
+            "no token, and its id": answers((1, 0), ids=bytes(4)),
+            "a token without an id": answers((1, 1)),
+            "an id that is none": token(vocabulary),
+            "id 2^32 - 1": token(2**32 - 1),
+            "a log-probability unasked": token(probable=[-1.0]),
+            "256 spans unasked": token(spans=bytes(40 * 256)),
+            "logits": answers((2, 0), rest=(b"", b"", bytes(4 * vocabulary), b"")),
+            "logits beside the token": token(logits=bytes(4 * vocabulary)),
+            "nothing": answers((0, 0)),
+            "no result": answers(),
+            "two results": answers((1, 1), (1, 1), ids=bytes(8)),
+            "1000 results": answers(*[(1, 1)] * 1000, ids=bytes(4000)),
+            "a result of an unknown kind": answers((4, 0)),
+            "half a result": [b"\1", *token()[1:]],
+            "half an id": [token()[0], b"\0\0", *token()[2:]],
+            "a part too many": [*token(), b""],
+            "no parts": [],
+            "a refusal by stage 9": refusal(9),
+            "a refusal by the stage that asks": refusal(0),
+            "a refusal without a reason": answers((3, 0)),
+            "a refusal that is no list": answers((3, 0), rest=(b"", b"", b"", b"\x80")),
+            "a token as a message of its own": token_map(9),
+            "a report": {"type": "report", "stages": []},
+            "a batch": good_batch(arena),
+            "words for stage 9": messages.encode(Failure(9, "failed", "stage 9 is at fault")),
+            "a refusal by stage 9, as a message": messages.encode(Refusal(9, "busy", "stage 9 is busy")),
+            **{f"done: {reason}": {"type": "done", "reason": reason} for reason in Reason},
+        }
+    return {name: lambda p, one=one: [one] for name, one in said.items()}  # type: ignore[misc]
+
+
+def lies(arena: Arena, logprobs: bool) -> dict[str, Play]:
+    """What stage 0 may not say to a client that waits for a token; with `logprobs`, about those that were asked for."""
     (stop,), vocabulary = arena.config.eos_token_id, arena.config.vocab_size
 
     def token(position: int, number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -351,19 +445,17 @@ def lies(arena: Arena, link: int, logprobs: bool) -> dict[str, Play]:
         "256 spans unasked": lambda p: [token(p, spans=bytes(40 * 256))],
         "logits": lambda p: [{"type": "logits", "position": p, "values": bytes(4 * vocabulary), "spans": b""}],
         "a report": lambda p: [{"type": "report", "stages": []}],
-        "a step": lambda p: [good_step(arena)],
+        "a batch": lambda p: [good_batch(arena)],
         "words for stage 9": lambda p: [messages.encode(Failure(9, "failed", "stage 9 is at fault"))],
         "a refusal by stage 9": lambda p: [messages.encode(Refusal(9, "busy", "stage 9 is busy"))],
         **{f"done: {reason}": lambda p, reason=reason: [done(reason)] for reason in Reason},
     }
-    if link == 0:
-        made |= {
-            "tokens without end": lambda p: [token(p + i) for i in range(TOKENS + 1)],
-            "a token after the stop id": lambda p: [token(p, stop), token(p + 1)],
-            "the stop id, and an end by length": lambda p: [token(p, stop), done("length")],
-            "an end by length, too soon": lambda p: [token(p), done("length")],
-        }
-    return made
+    return made | {
+        "tokens without end": lambda p: [token(p + i) for i in range(TOKENS + 1)],
+        "a token after the stop id": lambda p: [token(p, stop), token(p + 1)],
+        "the stop id, and an end by length": lambda p: [token(p, stop), done("length")],
+        "an end by length, too soon": lambda p: [token(p), done("length")],
+    }
 
 
 @attack(
@@ -376,7 +468,7 @@ def malicious_stage(arena: Arena) -> Seen:
     seen = []
     for link in (0, 1):
         for logprobs in (False, True):
-            for name, play in lies(arena, link, logprobs).items():
+            for name, play in (lies_between_stages if link else lies)(arena, logprobs).items():
                 answer = lied_to(arena, link, play, sampling={"logprobs": logprobs})
                 kind, text, code = answer["error"] or [None, "no error", None]
                 require(code == 4, f"{name}, from stage {link}: the client ended by {kind}: {text}")
@@ -385,8 +477,11 @@ def malicious_stage(arena: Arena) -> Seen:
                 seen.append(Seen(f"{kind} (exit {code})", "named as the one at fault"))
         for kind, made in (("StageError", Failure), ("RequestRefused", Refusal)):
             arena.mark()
-            told = messages.encode(made(link, "failed", INJECTED))
-            answer = lied_to(arena, link, lambda p, told=told: [told])
+            told: Said = messages.encode(made(link, "failed", INJECTED))
+            if link and made is Refusal:
+                told = answers((3, 0), rest=(b"", b"", b"", msgpack.packb([[link, "failed", INJECTED]])))
+            kept = link > 0 and made is Refusal  # of one client: the link between stages carries others' answers too
+            answer = lied_to(arena, link, lambda p, told=told: [told], kept=kept)  # type: ignore[misc]
             require(answer["error"][0] == kind, f"{made.__name__}: the client ended by {answer['error']}")
             require(answer["error"][1].isprintable(), f"raw text in the client's error: {answer['error'][1]!r}")
             said = arena.said(0)
@@ -402,20 +497,24 @@ def malicious_stage(arena: Arena) -> Seen:
     return together(seen)
 
 
-def lied_to(arena: Arena, link: int, play: Play, **options: Any) -> dict[str, Any]:
-    """What comes of a client's run when stage `link` has genuine evidence, and says what `play` does."""
+def lied_to(arena: Arena, link: int, play: Play, *, kept: bool = False, **options: Any) -> dict[str, Any]:
+    """What comes of a client's run when stage `link` has genuine evidence, and says what `play` does: then the link
+    must end, or else be `kept` to the end of the run."""
+    over = threading.Event()
 
     def act(rogue: Rogue) -> bool:
         rogue.shake().attest(genuine(arena.stages, link))
         rogue.hear_attest()
-        asked = rogue.hear_map() or {}
-        fed = len(asked["ids"]) // 4 if "ids" in asked else asked["hidden"][0] if "hidden" in asked else 0
-        for message in play(asked.get("start", 0) + fed):
-            rogue.say_map(message)
+        asked = rogue.hear_message() or {}
+        for message in play(asked["start"] + len(asked["ids"]) // 4 if "ids" in asked else 0):
+            rogue.say_message(message)
+        if kept:
+            return over.wait(PATIENCE) and type(rogue.hear_message()) is list  # the batch that ends its lane
         return bool(rogue.last_words() or True)
 
     with FakeStage(arena.stages, link, act) as fake:
         answer = arena.run(**options)
+        over.set()
         require(eventually(lambda: bool(fake.results)), "the link was kept")
         require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
     return answer

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgpack
 import numpy as np
 from noise.connection import Keypair, NoiseConnection
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from attacks.arena import Pipes
 from attacks.rogue import FIN, PATIENCE, Record, Rogue
 from attest.providers.mock import MockAttester, MockKey
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Generate, Step, Tokens, Wanted
+from minigpt.protocol.messages import Generate, Tokens
 from transport.link import CLIENT, SUITES
 from transport.noise import KeyPair
 
@@ -83,12 +85,56 @@ def generate_map(ids: Sequence[int] | bytes, most: int = 3, **changes: Any) -> d
     return made | ({"ids": ids} if isinstance(ids, bytes) else {}) | changes
 
 
-def step_map(rows: NDArray[np.float32], **changes: Any) -> dict[str, Any]:
-    """A Step as it travels, likewise."""
-    made = dict(messages.encode(Step(0, rows, Wanted.TOKEN)))
-    hidden = made["hidden"]
-    assert isinstance(hidden, list)
-    return made | {"hidden": [*hidden[:2], bytes(hidden[2])]} | changes
+NOTHING, TOKEN, TOKENS, LOGITS = range(4)  # wanted of a segment
+
+
+class Segment(NamedTuple):
+    """Rows of a lane in a batch, as they travel: any numbers of 32 bits."""
+
+    lane: int = 0
+    start: int = 0
+    rows: int = 1
+    wanted: int = TOKEN
+
+
+def terms(
+    lane: int = 0, positions: int = 16, top_k: int = 0, flags: int = 0, temperature: float = 0.0, top_p: float = 1.0
+) -> bytes:
+    """The terms of a lane as they travel."""
+    return struct.pack("<IIIIQdd", lane, positions, top_k, flags, 0, temperature, top_p)
+
+
+def batch(
+    rows: NDArray[np.float32] | bytes, *segments: Segment, terms: bytes = b"", ended: Sequence[int] = ()
+) -> list[Any]:
+    """A batch as it travels, whether its parts add up or not."""
+    return [
+        b"".join(struct.pack("<4I", *segment) for segment in segments),
+        terms,
+        struct.pack(f"<{len(ended)}I", *ended),
+        rows if isinstance(rows, bytes) else rows.astype("<f4").tobytes(),
+    ]
+
+
+def segments(message: Any) -> list[Segment]:
+    """Those of a batch that stage 0 sent; none if it is something else."""
+    return [Segment(*fields) for fields in struct.iter_unpack("<4I", message[0])] if type(message) is list else []
+
+
+def answers(*kinds: tuple[int, int], ids: bytes = b"", rest: Sequence[bytes] = (b"", b"", b"", b"")) -> list[Any]:
+    """Answers to a batch as they travel: kinds of results with their counts; ids, and log-probabilities, spans,
+    logits and refusals."""
+    return [b"".join(map(bytes, kinds)), ids, *rest]
+
+
+def results(message: list[Any]) -> list[str]:
+    """What each of the answers to a batch is: "nothing", "token", "logits", or "refusal: reason"."""
+    told = iter(msgpack.unpackb(message[5]) if message[5] else ())
+    names = ("nothing", "token", "logits")
+    return [
+        names[kind] if kind < len(names) else f"refusal: {next(told)[1]}"
+        for kind, _ in struct.iter_unpack("BB", message[0])
+    ]
 
 
 def token_map(position: int) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def show_stage(arena: Arena, make: Maker, attester: MockAttester | None = None, 
         require(rogue.shake().hear_attest(), "control: stage 1 gave no evidence")
         rogue.say(ATTEST, make(rogue, attester or genuine(arena.stages, 0)))
         if accepted:
-            rogue.say_map({"type": "status"})
-            require((rogue.hear_map() or {}).get("type") == "report", "control: genuine evidence was refused")
+            rogue.say_message({"type": "status"})
+            require((rogue.hear_message() or {}).get("type") == "report", "control: genuine evidence was refused")
             return Seen("accepted", "")
         said = [record.kind for record in rogue.last_words()]
         require(said == [3], f"stage 1 said records of types {said}, wanted one ALERT")
@@ -238,17 +238,17 @@ def order(arena: Arena) -> Seen:
     generate = generate_map(arena.prompt(3))
 
     def message_first(rogue: Rogue) -> None:
-        rogue.say_map(generate)
+        rogue.say_message(generate)
         rogue.attest()
 
     def twice(rogue: Rogue) -> None:
         rogue.attest()
         rogue.attest()
-        rogue.say_map(generate)
+        rogue.say_message(generate)
 
     def inside(rogue: Rogue) -> None:  # a message between the fragments of ATTEST
         rogue.say(ATTEST, b"\x01\x00", flags=0)
-        rogue.say_map(generate)
+        rogue.say_message(generate)
 
     for play in (message_first, twice, inside):
         arena.mark()
@@ -262,7 +262,7 @@ def order(arena: Arena) -> Seen:
 
     def token_first(rogue: Rogue) -> list[int]:
         rogue.shake()
-        rogue.say_map(token_map(len(arena.prompt())))
+        rogue.say_message(token_map(len(arena.prompt())))
         rogue.attest(genuine(arena.stages, 0))
         return [record.kind for record in rogue.last_words()]
 
@@ -329,7 +329,7 @@ def evidence_bombs(arena: Arena) -> Seen:
         f"27: the slowest bomb was refused in {1000 * slowest:.1f} ms; the stage grew by {grown / 1e6:.1f} MB"
     )
     with admitted_client(arena.stages) as rogue:  # control: the same end with evidence as it should be
-        rogue.say_map({"type": "status"})
-        require((rogue.hear_map() or {}).get("type") == "report", "control: proper evidence was refused")
+        rogue.say_message({"type": "status"})
+        require((rogue.hear_message() or {}).get("type") == "report", "control: proper evidence was refused")
     arena.control()
     return together(seen)

@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from attacks import Seen, attack, require
 from attacks.arena import FLAGS, Arena, Pipes, eventually
-from attacks.ends import admitted_client, admitted_stage, as_client, generate_map, step_map
+from attacks.ends import Segment, admitted_client, admitted_stage, as_client, batch, generate_map, results
 from attacks.proxy import Tap
 from attacks.rogue import ALERT, ATTEST, MESSAGE, ROOM
 from transport.link import SUITES
@@ -302,15 +303,16 @@ def idle(arena: Arena) -> Seen:
     rows = np.zeros((arena.config.n_positions + 1, arena.config.n_embd), np.float32)
     for link, admit, asked in (
         (0, admitted_client, generate_map(ids)),
-        (1, admitted_stage, step_map(rows)),
+        (1, admitted_stage, batch(rows, Segment(rows=len(rows)))),  # of a lane that was never opened
     ):
         before = arena.memory(link)
         with contextlib.ExitStack() as stack:
             for _ in range(60):
                 rogue = stack.enter_context(admit(arena.stages, direct=True))
-                rogue.say_map(asked)
-                answer = rogue.hear_map() or {}
-                require(answer.get("reason") == "too-long", f"stage {link} answered {answer}")
+                rogue.say_message(asked)
+                answer: Any = rogue.hear_message() or {}
+                refused = results(answer) == ["refusal: lane"] if link else answer.get("reason") == "too-long"
+                require(refused, f"stage {link} answered {answer}")
             grown = arena.memory(link) - before
             arena.notes.append(f"58: idle links that were refused hold {grown / MB:.0f} MB in stage {link}")
             require(grown < 100 * MB, f"stage {link} holds {grown >> 20} MB for them")
@@ -318,7 +320,7 @@ def idle(arena: Arena) -> Seen:
     before = arena.memory(0)
     for i in range(40):
         with admitted_client(arena.stages, direct=True) as rogue:
-            rogue.say_map({f"{i} {n} {'x' * 4000}": n for n in range(1000)})
+            rogue.say_message({f"{i} {n} {'x' * 4000}": n for n in range(1000)})
             require(rogue.hear().kind == ALERT, "keys that nobody knows were taken")
     grown = arena.memory(0) - before
     arena.notes.append(f"58: 40 000 keys that nobody knows leave {grown / MB:.0f} MB")

@@ -133,11 +133,16 @@ def from_the_other_side(arena: Arena) -> Seen:
     return together(seen)
 
 
-@attack(33, "splice in a record of a parallel session", DEAD)
+@attack(33, "splice in a record of a parallel session; on the one link between stages, of an earlier one", DEAD)
 def splice(arena: Arena) -> Seen:
     second = arena.start_client()
     seen = []
     for link, sender, index in PLACES:
+        if link == 1:
+            arena.control()
+            earlier = arena.stages.proxies[1].taps[0].sent(sender, "record")[index].data
+            seen.append(arena.assault(at(sender, index, lambda _frame, _tap, it=earlier: (it,)), link=1))  # type: ignore[misc]
+            continue
         taps = arena.stages.proxies[link].taps
 
         def rule(frame: Frame, tap: Tap, place: tuple[int, str, int] = (link, sender, index)) -> Iterable[bytes]:
@@ -171,15 +176,15 @@ def splice(arena: Arena) -> Seen:
 
 @attack(34, "the same around n = 1023/1024; a clean run across three rekeys", DEAD + "; the right tokens", slow=True)
 def around_rekey(arena: Arena) -> Seen:
-    asks = 1019  # so that the tokens' records are numbers 1020 to 1024 and on
-    count = 10
-    wanted = [arena.expected(arena.prompt(), count)]
-    for many in (asks, asks + 2048) if arena.thorough else (asks,):
-        answer = arena.run(asks=many, count=count, timeout=60)
-        require(answer["tokens"] == wanted, f"a clean run across {many // 1024 + 1} rekeys gave {answer}")
+    count = 125
+    tokens = arena.expected(arena.prompt(), count)  # each of which takes a record on either link
+    ids = [arena.prompt()] * -(-1040 // len(tokens))
+    for many in (len(ids), 3 * len(ids)) if arena.thorough else (len(ids),):
+        answer = arena.run(ids=ids[:1] * many, count=count, timeout=60)
+        require(answer["tokens"] == [tokens] * many, f"a clean run of {many} requests gave {answer}")
         for link, end in ((0, "R"), (1, "I"), (1, "R")):
             number = len(arena.stages.proxies[link].taps[0].sent(end, "record"))
-            require(number > many + count, f"the run took {number} records: no rekey was crossed")
+            require(number > many * len(tokens), f"the run took {number} records: no rekey was crossed")
     places = [
         (link, sender, index) for index in (1022, 1023, 1024, 1025) for link, sender in ((0, "R"), (1, "I"), (1, "R"))
     ]
@@ -190,7 +195,7 @@ def around_rekey(arena: Arena) -> Seen:
         if link == 0:
             rules.append(swap(sender, index))
         for rule in arena.some(rules, 1):
-            seen.append(arena.assault(rule, link=link, count=count, asks=asks, timeout=SHORT, control=False))
+            seen.append(arena.assault(rule, link=link, count=count, ids=ids, timeout=SHORT, control=False))
     arena.control()
     return together(seen)
 
@@ -225,7 +230,7 @@ def fin(arena: Arena) -> Seen:
     def halfway(rogue: Rogue) -> bool:
         rogue.shake().attest(genuine(arena.stages, 0))
         rogue.hear_attest()
-        rogue.hear_map()
+        rogue.hear_message()
         rogue.say(MESSAGE, b"\x81", flags=0)
         return True
 
@@ -287,7 +292,7 @@ def bad(arena: Arena) -> Seen:
     seen = []
     with admitted_client(arena.stages) as rogue:  # control: the same record without a fault is answered
         rogue.say(MESSAGE, b"\x81\xa4type\xa6status", padding=bytes(300))
-        require((rogue.hear_map() or {}).get("type") == "report", "control: a good record was refused")
+        require((rogue.hear_message() or {}).get("type") == "report", "control: a good record was refused")
         names = list(bad_records(rogue))
     for link, admit in ((0, admitted_client), (1, admitted_stage)):
         before = arena.steps()
@@ -304,7 +309,7 @@ def bad(arena: Arena) -> Seen:
         def play(rogue: Rogue, name: str = name) -> list[int]:
             rogue.shake().attest(genuine(arena.stages, 0))
             rogue.hear_attest()
-            rogue.hear_map()
+            rogue.hear_message()
             rogue.write(bad_records(rogue)[name]())
             return [record.kind for record in rogue.last_words()]
 

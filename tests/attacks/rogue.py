@@ -139,7 +139,7 @@ class Rogue:
         """Sends one record."""
         self.write(self.seal(kind, body, **more))
 
-    def say_map(self, value: dict[str, Any]) -> None:
+    def say_message(self, value: dict[str, Any] | list[Any]) -> None:
         """Sends a message, in as many records as it takes."""
         self.write(self.seal_message(msgpack.packb(value)))
 
@@ -162,14 +162,13 @@ class Rogue:
         kind, flags, padding = struct.unpack_from(">BBH", plaintext)
         return Record(kind, flags, plaintext[4 : len(plaintext) - padding])
 
-    def hear_map(self) -> dict[str, Any] | None:
-        """The next message; None for anything else than a message."""
+    def hear_message(self) -> Any:
+        """The next message, a map or an array; None for anything else than a message."""
         body = b""
         while (record := self.hear()).kind == MESSAGE:
             body += record.body
             if record.flags & FIN:
-                value: dict[str, Any] = msgpack.unpackb(body)
-                return value
+                return msgpack.unpackb(body)
         return None
 
     def last_words(self) -> list[Record]:
