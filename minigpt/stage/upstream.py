@@ -123,9 +123,10 @@ class UpstreamConversation(Conversation):
             log.warning("%s: %s", self._name, error)
             with suppress(TransportError):
                 self._fail(channel, error)
-            channel.deafen()
         except TransportError:
-            channel.deafen()  # its own thread says why
+            pass  # the channel's own thread says why
+        finally:
+            channel.deafen()  # nothing can be answered any more
 
     def _tell(self, channel: Channel, results: list[Result]) -> None:
         channel.send(batches.encode_answers(results))

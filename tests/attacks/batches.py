@@ -217,9 +217,9 @@ def harmless(arena: Arena) -> Seen:
     return together(seen)
 
 
-def attested(arena: Arena, rogue: Rogue) -> None:
-    """Stage 1's side of a link, up to its first batch."""
-    rogue.shake().attest(genuine(arena.stages, 1))
+def attested(rogue: Rogue, pipes: Pipes, index: int = 1) -> None:
+    """A later stage's side of a link, up to its first batch."""
+    rogue.shake().attest(genuine(pipes, index))
     rogue.hear_attest()
 
 
@@ -261,7 +261,7 @@ def malicious_next_stage(arena: Arena) -> Seen:
     for name, (lie, prompts) in plays.items():
 
         def act(rogue: Rogue, lie: Callable[[list[Segment]], list[Any] | None] = lie) -> bool:
-            attested(arena, rogue)
+            attested(rogue, arena.stages)
             while asked := segments(rogue.hear_message()):
                 rogue.say_message(lie(asked) or honest_answer(asked))
                 if lie(asked):
@@ -282,11 +282,22 @@ def malicious_next_stage(arena: Arena) -> Seen:
         arena.control()
     second.close()
 
+    three = arena.start(split=f"1+1+{arena.config.n_layer - 2}")
+    for pipes in (arena.stages, three):  # to the first stage, and to one in the middle
+        unasked(arena, pipes, len(pipes.ports) - 1)
+        seen.append(Seen("the answer to its own batch", "on a new link"))
+    three.close()
+    arena.control()
+    return together(seen)
+
+
+def unasked(arena: Arena, pipes: Pipes, index: int) -> None:
+    """Stage `index` answers what was asked, and then what was not."""
     links = itertools.count()
 
-    def unasked(rogue: Rogue) -> bool:
+    def act(rogue: Rogue) -> bool:
         number = next(links)
-        attested(arena, rogue)
+        attested(rogue, pipes, index)
         while asked := segments(rogue.hear_message()):
             rogue.say_message(honest_answer(asked, 10 + number))
             if number == 0:
@@ -294,16 +305,17 @@ def malicious_next_stage(arena: Arena) -> Seen:
                 return bool(rogue.last_words() or True)
         return True
 
-    with FakeStage(arena.stages, 1, unasked) as fake:
-        order = {"manifest": str(arena.stages.path), "allow_mock": True, "timeout": PATIENCE}
+    with FakeStage(pipes, index, act) as fake:
+        order = {"manifest": str(pipes.path), "allow_mock": True, "timeout": PATIENCE}
         for number in range(2):
             arena.client.order(ids=[list(arena.prompt())], max_tokens=1, **order)
             answer = arena.client.answer()
             require(answer["tokens"] == [[10 + number]], f"an answer that nobody asked for was taken: {answer}")
+            if index > 1:  # the stage in the middle looks at once; the first one does before its next request
+                ended = eventually(lambda: pipes.proxies[1].taps[0].first == "R", PATIENCE)
+                require(ended, "the stage in the middle has kept what was said unasked to itself")
         require(eventually(lambda: fake.results == [True]), f"the link was kept, or the kit failed: {fake.results}")
-    seen.append(Seen("the answer to its own batch", "on a new link"))
-    arena.control()
-    return together(seen)
+    arena.control(pipes)
 
 
 def threads_of(pid: int) -> int:
@@ -527,8 +539,8 @@ def ends(arena: Arena) -> Seen:
                     except Exception as error:
                         require(False, f"{name}: {error}")
                     if keeps is not None:
-                        found = sequences(arena, pipes)
-                        require(found == [keeps, keeps], f"{name}: places {found} with the client still there")
+                        held = eventually(lambda keeps=keeps: sequences(arena, pipes) == [keeps] * 2, PATIENCE)
+                        require(held, f"{name}: places {sequences(arena, pipes)} with the client still there")
             held = eventually(lambda: sequences(arena, pipes) == [0, 0], PATIENCE)
             require(held, f"{name}: places {sequences(arena, pipes)} after the client has left")
             seen.append(Seen("served", "every place given back"))
