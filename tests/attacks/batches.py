@@ -314,7 +314,7 @@ def unasked(arena: Arena, pipes: Pipes, index: int) -> None:
             if index > 1:  # the stage in the middle looks at once; the first one does before its next request
                 ended = eventually(lambda: pipes.proxies[1].taps[0].first == "R", PATIENCE)
                 require(ended, "the stage in the middle has kept what was said unasked to itself")
-        require(eventually(lambda: fake.results == [True]), f"the link was kept, or the kit failed: {fake.results}")
+        require(eventually(lambda: fake.results[:1] == [True]), f"the link was kept, or the kit failed: {fake.results}")
     arena.control(pipes)
 
 
