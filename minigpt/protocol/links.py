@@ -315,6 +315,8 @@ class BatchLink(StageLink):
             plain = self._receive(timeout)
             if type(plain) is not list:
                 raise self._illegal(f"sent {messages.name(self._heard(plain))} out of turn")
+            if not self._awaited:
+                raise self._illegal("sent answers that nobody asked for")
             try:
                 results = batches.decode_answers(plain, self._awaited.popleft(), self._config, self._behind)
             except MessageError as error:

@@ -1,9 +1,14 @@
-"""A link to the next stage that is lost while nobody uses it costs no request."""
+"""A link to the next stage that is lost while nobody uses it costs no request, and one that is misused ends."""
+
+from types import SimpleNamespace
 
 import pytest
 from chains import Chain, Rest, told
 from made import SMALL, cut, random_tensors
 
+from minigpt.errors import StageError
+from minigpt.protocol import batches
+from minigpt.protocol.links import BatchLink
 from minigpt.protocol.messages import Generate
 
 
@@ -30,3 +35,25 @@ def test_a_link_in_use_is_not_looked_at(chain: Chain) -> None:
     chain.schedule.look_at_link()
     assert chain.sequence.dead is None
     assert len(told(running)[0]) == 2
+
+
+class Talking:
+    """In the place of a channel: the peer says this, whatever it is asked."""
+
+    def __init__(self, said: object) -> None:
+        self.said, self.aborted = said, False
+
+    def receive(self, *_arguments: object, **_more: object) -> object:
+        return self.said
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_answers_that_nobody_asked_for_end_the_link() -> None:
+    channel, manifest = Talking(batches.encode_answers([])), SimpleNamespace(config=SMALL, stages=[None] * 3)
+    link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(StageError, match="stage 2 sent answers that nobody asked for"):
+        link.receive_answers()
+    assert channel.aborted
+    assert link.dead is not None
