@@ -223,6 +223,15 @@ def attested(rogue: Rogue, pipes: Pipes, index: int = 1) -> None:
     rogue.hear_attest()
 
 
+def heard(rogue: Rogue) -> Iterator[list[Segment]]:
+    """The segments of each batch that has some, until the link ends. A probe, which has nothing in it, is answered."""
+    while type(message := rogue.hear_message()) is list:
+        if segments(message):
+            yield segments(message)
+        elif not message[2]:
+            rogue.say_message(honest_answer([]))
+
+
 def honest_answer(asked: list[Segment], token: int = 0) -> list[Any]:
     """A result for each segment, a token for those that want one."""
     kinds = [(0, 0) if segment.wanted == NOTHING else (1, 1) for segment in asked]
@@ -262,7 +271,7 @@ def malicious_next_stage(arena: Arena) -> Seen:
 
         def act(rogue: Rogue, lie: Callable[[list[Segment]], list[Any] | None] = lie) -> bool:
             attested(rogue, arena.stages)
-            while asked := segments(rogue.hear_message()):
+            for asked in heard(rogue):
                 rogue.say_message(lie(asked) or honest_answer(asked))
                 if lie(asked):
                     return bool(rogue.last_words() or True)
@@ -298,7 +307,7 @@ def unasked(arena: Arena, pipes: Pipes, index: int) -> None:
     def act(rogue: Rogue) -> bool:
         number = next(links)
         attested(rogue, pipes, index)
-        while asked := segments(rogue.hear_message()):
+        for asked in heard(rogue):
             rogue.say_message(honest_answer(asked, 10 + number))
             if number == 0:
                 rogue.say_message(honest_answer(asked, 99))
@@ -314,7 +323,7 @@ def unasked(arena: Arena, pipes: Pipes, index: int) -> None:
             if index > 1:  # the stage in the middle looks at once; the first one does before its next request
                 ended = eventually(lambda: pipes.proxies[1].taps[0].first == "R", PATIENCE)
                 require(ended, "the stage in the middle has kept what was said unasked to itself")
-        require(eventually(lambda: fake.results[:1] == [True]), f"the link was kept, or the kit failed: {fake.results}")
+        require(eventually(lambda: fake.results[:1] == [True]), f"the link was kept: {fake.results}")
     arena.control(pipes)
 
 
