@@ -11,7 +11,7 @@ import time
 
 import pytest
 from ends import CLIENT_END, STAGE_END, background, make
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import ROOT
 
@@ -278,7 +278,6 @@ def test_what_is_no_address_is_refused(text):
 
 
 @given(st.text(max_size=60) | st.from_regex(r"(tcp|vsock)://[\[\]a-f0-9:.-]{0,20}:[0-9]{0,6}", fullmatch=True))
-@settings(deadline=None)
 def test_any_text_is_an_address_or_an_address_error(text):
     try:
         address = Address.parse(text)

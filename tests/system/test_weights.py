@@ -218,7 +218,7 @@ def test_pickles_are_not_read_and_the_message_says_so(tmp_path: Path) -> None:
 TINY = Config(vocab_size=3, n_positions=2, n_embd=2, n_layer=1, n_head=1, n_inner=2)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_bytes_give_a_checkpoint_error_or_other_numbers(tmp_path: Path, data: st.DataObject) -> None:
     write(tmp_path, TINY, random_tensors(TINY))

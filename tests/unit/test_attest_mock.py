@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from Crypto.PublicKey import ECC
 from Crypto.Signature import eddsa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attest import (
@@ -316,14 +316,12 @@ def test_a_damaged_root_file_is_refused() -> None:
             MockRoot.from_json(json.dumps(fields | change))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.lists(st.binary(max_size=200), max_size=3), st.integers(0, 255), st.binary())
 def test_any_bytes_as_evidence_are_only_evidence_errors(evidence, endorsements, provider, claims) -> None:
     with pytest.raises(EvidenceError):
         VERIFIER.verify(Evidence(provider, claims, evidence, tuple(endorsements)), BINDING)
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=217, max_size=217), st.binary(min_size=106, max_size=106))
 def test_any_fields_of_the_right_shape_are_only_evidence_errors(evidence, endorsement) -> None:
     with pytest.raises(EvidenceError):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attest import (
@@ -140,7 +140,6 @@ def test_claims_are_decoded_only_if_canonical_and_plain() -> None:
         assert decode_claims(claims) is None, claims
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_claims_but_the_right_ones_are_a_policy_error(claims: bytes) -> None:
     mismatches(replace(RESULT, claims=claims))
@@ -152,7 +151,6 @@ BINDING = Binding("R", 1, b"h" * 32, b"s" * 32, CLAIMS)
 EVIDENCE = Evidence(1, CLAIMS, b"evidence", (b"one", b""))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_file_gives_back_what_was_dumped(data: st.DataObject) -> None:
     provider, claims, key = data.draw(st.tuples(st.integers(0, 255), st.binary(), st.binary(min_size=32, max_size=32)))
@@ -259,7 +257,6 @@ def test_what_is_no_evidence_file_is_refused(text: str | bytes) -> None:
         load_evidence(text)
 
 
-@settings(deadline=None)
 @given(st.one_of(st.text(), st.binary()))
 def test_any_text_as_a_file_is_only_an_evidence_error(text: str | bytes) -> None:
     with pytest.raises(EvidenceError):
@@ -273,7 +270,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(json.loads(dump_evidence(EVIDENCE, BINDING)))), JSON)
 def test_any_value_of_any_field_is_only_an_evidence_error(name: str, value: object) -> None:
     text = json.dumps(json.loads(dump_evidence(EVIDENCE, BINDING)) | {name: value})

@@ -47,7 +47,7 @@ def test_a_cut_is_invisible_to_the_bit(bounds: tuple[int, ...], length: int) -> 
     assert run(chain(*bounds), request) == run(chain(), request)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(0, 60))
 def test_a_smaller_start_rewinds_to_the_tokens_of_a_fresh_run(length: int, start: int) -> None:
     start = min(start, length - 1)

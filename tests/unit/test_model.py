@@ -41,7 +41,7 @@ def test_a_cut_is_invisible_to_the_bit(bounds: tuple[int, ...], chunks: list[int
     assert np.array_equal(run(cut(SMALL, tensors, *bounds), IDS[:40], chunks), whole_logits)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 140), min_size=1).filter(lambda sizes: sum(sizes) <= SMALL.n_positions))
 def test_chunks_of_any_size_equal_the_whole(sizes: list[int]) -> None:
     ids = IDS[: sum(sizes)]
@@ -56,7 +56,7 @@ def test_cache_equals_no_cache(name: str) -> None:
     assert np.abs(run([model], ids, [1] * len(ids)) - fresh).max() < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 70), st.integers(1, 70), st.integers(1, 20))
 def test_rewinding_equals_a_fresh_run(kept: int, dropped: int, again: int) -> None:
     cache = MODEL.new_cache()
@@ -362,7 +362,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([*SMALL.to_json(), "architectures", "n_ctx", "hidden_size", "auto_map"]), json_values)
 def test_any_value_in_a_config_gives_a_config_or_a_config_error(field: str, value: object) -> None:
     with contextlib.suppress(ConfigError):

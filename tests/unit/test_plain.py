@@ -102,7 +102,7 @@ def cases(draw: st.DrawFn) -> tuple[Config, int, int, list[int], list[int]]:
     return config, seed, count, [b - a for a, b in itertools.pairwise(edges)], sorted(bounds)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases(), st.booleans(), st.booleans())
 def test_the_fast_engine_is_the_plain_one(
     case: tuple[Config, int, int, list[int], list[int]], blocked: bool, turned: bool

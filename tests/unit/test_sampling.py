@@ -39,7 +39,7 @@ def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray) -> None:
     assert sample(logits, Sampling(temperature=1e-300, seed=9, top_p=0.1), 3) == best
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     logits_arrays,
     st.sampled_from([0.3, 1.0, 2.5]),

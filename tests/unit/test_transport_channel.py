@@ -6,7 +6,7 @@ import time
 
 import pytest
 from ends import CLIENT_END, STAGE_END, Refuses, background, make, tcp_pair
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from places import SCHEMES
 from places import pair as connected
@@ -305,7 +305,6 @@ def test_the_reason_survives_a_peer_that_is_gone_already():
 
 
 @given(st.binary(max_size=300))
-@settings(deadline=None)
 def test_any_bytes_to_a_listening_end_give_a_transport_error(data):
     one, two = socket.socketpair()
     one.sendall(data)

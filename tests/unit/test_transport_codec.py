@@ -32,7 +32,6 @@ def depth(value):
 
 
 @given(values)
-@settings(deadline=None)
 def test_what_is_encoded_is_decoded_and_msgpack_agrees(value):
     if depth(value) > codec.MAX_DEPTH:
         with pytest.raises(ValueError, match="levels"):
@@ -44,7 +43,7 @@ def test_what_is_encoded_is_decoded_and_msgpack_agrees(value):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_bytes_give_a_plain_value_or_a_decode_error(data):
     decoded_or_refused(data)
 
@@ -58,7 +57,6 @@ def decoded_or_refused(data):
 
 
 @given(values.filter(lambda value: depth(value) <= codec.MAX_DEPTH), st.data())
-@settings(deadline=None)
 def test_a_flipped_byte_gives_a_plain_value_or_a_decode_error(value, data):
     message = bytearray(codec.encode(value))
     message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
@@ -66,7 +64,6 @@ def test_a_flipped_byte_gives_a_plain_value_or_a_decode_error(value, data):
 
 
 @given(values.filter(lambda value: depth(value) <= codec.MAX_DEPTH))
-@settings(deadline=None)
 def test_every_prefix_and_every_suffix_is_refused(value):
     data = codec.encode(value)
     for cut in range(len(data)):

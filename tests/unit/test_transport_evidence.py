@@ -6,7 +6,7 @@ import time
 
 import pytest
 from ends import LENGTHS, MANIFEST, Bound, Refuses, Sealed, Side, client, meet, sessions, stage, told
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attest import (
@@ -211,13 +211,11 @@ evidences = st.builds(
 
 
 @given(evidences)
-@settings(deadline=None)
 def test_evidence_survives_the_wire(evidence):
     assert load_attest(dump_attest(evidence)) == evidence
 
 
 @given(st.binary(max_size=100))
-@settings(deadline=None)
 def test_any_bytes_are_evidence_or_a_transport_error(body):
     with contextlib.suppress(TransportError):
         assert dump_attest(load_attest(b"\x01" + body)) == b"\x01" + body

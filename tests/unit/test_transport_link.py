@@ -172,7 +172,7 @@ def test_a_recorded_client_cannot_be_replayed():
 
 
 @given(st.lists(st.binary(max_size=120), max_size=4), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_bytes_end_a_handshake_with_a_transport_error_or_leave_it_waiting(pieces, initiator):
     side = Side(initiate(client(suites=(1,))) if initiator else respond(stage(suites=(1,))))
     start = b"\0\x60" if initiator else b"mGPT\x01\x01\0\0\0\x20"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from noise.connection import Keypair, NoiseConnection
 
@@ -206,7 +206,6 @@ def test_a_replayed_message_2_or_client_flow_dies():
 
 
 @given(st.lists(st.binary(max_size=150), min_size=1, max_size=3), st.booleans())
-@settings(deadline=None)
 def test_any_bytes_give_a_transport_error(messages, initiator):
     steps = start(initiator)
     next(steps)
@@ -238,7 +237,6 @@ def test_a_cipher_state_moves_on_only_with_what_was_authentic():
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 2**64 - 1), st.binary(max_size=70), st.binary(max_size=300))
-@settings(deadline=None)
 def test_the_aead_agrees_with_two_libraries(k, n, ad, plaintext):
     from Crypto.Cipher import ChaCha20_Poly1305
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305

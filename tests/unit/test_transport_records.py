@@ -110,7 +110,7 @@ def test_every_short_message_has_one_length_whatever_its_type():
 
 
 @given(st.lists(st.integers(0, 150_000), max_size=4), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pieces_make_no_difference(sizes, data):
     writer, reader = sealer(), opener()
     stream = b"".join(writer.seal(Type.MESSAGE, bytes([i]) * size) for i, size in enumerate(sizes))
@@ -322,7 +322,7 @@ def test_a_discarded_sealer_seals_nothing():
 
 
 @given(st.binary(max_size=400), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_give_only_transport_errors(data, authentic):
     reader = opener()
     reader.feed(record(data) if authentic else data)
