@@ -36,8 +36,13 @@ class Layers:
     def __init__(self, model: GPT2, index: int = 0, cores: IO[bytes] | None = None) -> None:
         self.model = model
         self.index = index
+        self._cores = cores
+        self.disown()
+
+    def disown(self) -> None:
+        """In the child of a fork, where other threads' turns never end: starts afresh."""
         self.meter = Meter()
-        self._turns = Turns(cores)
+        self._turns = Turns(self._cores)
 
     @property
     def steps(self) -> int:

@@ -23,6 +23,7 @@ from minigpt.stage import generation
 from minigpt.stage.generation import Step, Steps
 from minigpt.stage.layers import Layers, Part
 from minigpt.stage.sequence import Following, Sequence, send_on
+from transport.fork import own
 
 log = logging.getLogger("minigpt.stage")
 
@@ -38,10 +39,15 @@ class Run:
         self.told: deque[Answer] = deque()  # what the client is still to be told
         self.outcome: Reason | Exception | None = None
         self.step: Step  # to be computed next; `_advance` says which
-        self.flying = 0  # passes and batches that it is part of
         self.produced = 0  # tokens so far
         self.fed = request.start + len(request.ids)  # positions of the prompt
+        self.thread = threading.get_ident()  # whose request it is
         self.steps = steps(self)
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing of it is under way, and nobody has woken its thread."""
+        self.flying = 0
         self.woken = threading.Lock()
         self.woken.acquire()
 
@@ -88,19 +94,27 @@ class Schedule:
         self._link: Following | None = None
         self._most = most
         self._batches = 2 if overlap else 1  # under way at once
-        self._lock = threading.Lock()
-        self._pending: list[Run] = []
-        self._asleep: dict[Run, None] = {}  # whose threads wait to be woken, in order
-        self._running = 0
-        self._leading = False  # whether a thread computes a pass
+        self._runs: set[Run] = set()
         self._chunked = False  # whether the last pass had a chunk of a prompt
+        self.disown()
+        own(self)
+
+    def disown(self) -> None:
+        """In the child of a fork, which has one thread: only that thread's requests go on."""
+        self._lock, self._collecting = threading.Lock(), threading.Lock()
+        self._runs = {run for run in self._runs if run.thread == threading.get_ident()}
+        for run in self._runs:
+            run.rest()
+        self._pending: list[Run] = [run for run in self._runs if run.outcome is None]
+        self._asleep: dict[Run, None] = {}  # whose threads wait to be woken, in order
+        self._leading = False  # whether a thread computes a pass
         self._sent: deque[_Sent] = deque()
-        self._collecting = threading.Lock()
+        self.layers.disown()
 
     @property
     def running(self) -> int:
         """Requests under way."""
-        return self._running
+        return len(self._runs)
 
     def run(
         self,
@@ -127,7 +141,7 @@ class Schedule:
         sequence.terms = Terms(positions, request.sampling, request.logprobs, request.spans)
         run = Run(sequence, request, lambda run: generation.generation(request, config, run.tell, self._alone))
         with self._lock:
-            self._running += 1
+            self._runs.add(run)
             self._advance(run, None)
         try:
             while True:
@@ -152,19 +166,19 @@ class Schedule:
         """Gives up a link to the next stage that was lost, or on which something unasked came, while nobody used it:
         then its sequences are lost too, and the next request begins on a new one."""
         with self._lock:
-            idle = not self._running and not self._sent
+            idle = not self._runs and not self._sent
             if idle and self._link is not None and not self._link.usable():
                 self._link.close()
 
     def _alone(self) -> bool:
-        return self._running == 1 or self._most == 1
+        return len(self._runs) == 1 or self._most == 1
 
     def _later(self, run: Run, quick: Callable[[], bool]) -> bool:
         """Whether the client may be told after the next stage has been asked for more: that hides the telling.
 
         Not of a first or last token, and not if that makes others wait.
         """
-        one = self._link is not None and run.outcome is None and run.produced > 1 and self._running == 1
+        one = self._link is not None and run.outcome is None and run.produced > 1 and len(self._runs) == 1
         return one and bool(run.told) and quick()
 
     def _wait(self, run: Run, quick: Callable[[], bool]) -> Generator[Answer, None, None]:
@@ -346,7 +360,7 @@ class Schedule:
     def _leave(self, run: Run) -> None:
         """Ends a run for good: nothing of it is under way afterwards."""
         with self._lock:
-            self._running -= 1
+            self._runs.discard(run)
             if run in self._pending:
                 self._pending.remove(run)
             if run.outcome is None:
