@@ -9,13 +9,11 @@ A number of threads that somebody has set is never changed: sums over another nu
 bits. So can those of one text beside neighbours that come and go.
 """
 
-import contextlib
 import functools
 import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
 from typing import Protocol
 
 from minigpt.engine import blas, threads
@@ -127,18 +125,18 @@ class _Own:
         self._forks = 0
         self._changed = threading.Condition()
 
-    @contextlib.contextmanager
-    def under_way(self) -> Iterator[None]:
-        """A context for a pass."""
-        mine = threading.get_ident()
+    def begin(self, mine: int) -> None:
+        """A pass begins in the thread with this identifier."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._forks, FORK)
+            while self._forks:
+                if not self._changed.wait(FORK):
+                    break
             self._passes.add(mine)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._passes.discard(mine)
+
+    def end(self, mine: int) -> None:
+        with self._changed:
+            self._passes.discard(mine)
+            if self._forks:
                 self._changed.notify_all()
 
     def _hold(self) -> None:
@@ -155,24 +153,44 @@ class _Own:
 _own = functools.cache(_Own)  # the process's only one, made when it is first used
 
 
-@contextlib.contextmanager
-def fitted(rows: int) -> Iterator[None]:
+class fitted:
     """A context for a pass of so many rows: one row is a token, and BLAS uses the crew's number of threads for it.
 
     Outside, BLAS has its usual number, for prompts and for whoever else uses it. While a pass is under way, those of
     other Python threads are neither timed nor fitted, and a fork waits.
+
+    A class rather than a generator, as `Turns` is: every token waits for it.
     """
-    control, own = blas.control(), _own()
-    with own.under_way():
-        if rows != 1 or control is None or threads.SET or threads.THREADS < 2 or not own.lock.acquire(blocking=False):
-            yield
+
+    __slots__ = ("_mine", "_rows", "_usual")
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._mine = threading.get_ident()
+        self._usual = 0  # BLAS's threads outside, where they are fitted
+
+    def __enter__(self) -> None:
+        own = _own()
+        own.begin(self._mine)
+        if self._rows != 1 or threads.SET or threads.THREADS < 2:
             return
-        usual = control.get()
-        try:
-            control.set(min(own.crew.count, usual))
+        control = blas.control()
+        if control is not None and own.lock.acquire(blocking=False):
+            self._usual = control.get()
+            control.set(min(own.crew.count, self._usual))
             own.crew.begin()
-            yield
-            own.crew.end()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        own = _own()
+        try:
+            if self._usual:
+                try:
+                    if kind is None:
+                        own.crew.end()
+                finally:
+                    control = blas.control()
+                    if control is not None:
+                        control.set(self._usual)
+                    own.lock.release()
         finally:
-            control.set(usual)
-            own.lock.release()
+            own.end(self._mine)

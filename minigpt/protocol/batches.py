@@ -197,63 +197,83 @@ def decode_answers(plain: object, due: Sequence[Due], config: Config, behind: ra
     kinds, ids, logprobs, spans, logits, refusals = _parts(plain, 6)
     if len(kinds) != _RESULT.size * len(due):
         raise MessageError(f"answers: got {len(kinds)} bytes of results, wanted {_RESULT.size} for each of {len(due)}")
-    reader = _Reader(ids, logprobs, spans, logits, _refusals(refusals, behind))
-    results = []
-    for (segment, ask), (kind, count) in zip(due, _RESULT.iter_unpack(kinds), strict=True):
-        result = reader.result(kind, count, segment, ask, config.vocab_size, len(behind))
-        if isinstance(result, Tokens | Logits):
-            if not ask.fits(result, segment.start, segment.rows):
-                raise MessageError("answers: got what was not asked for")
-            if (wrong := flaw(result, config, len(behind) if ask.spans else 0)) is not None:
-                raise MessageError(f"answers: got {wrong}")
-        results.append(result)
+    reader = _Reader(ids, logprobs, spans, logits, refusals, behind)
+    results = tuple(
+        reader.result(kind, count, segment, ask, config)
+        for (segment, ask), (kind, count) in zip(due, _RESULT.iter_unpack(kinds), strict=True)
+    )
     reader.end()
-    return tuple(results)
+    return results
 
 
 class _Reader:
     """Reads the parts of answers from their fronts."""
 
-    def __init__(self, ids: bytes, logprobs: bytes, spans: bytes, logits: bytes, refusals: list[Refusal]) -> None:
+    def __init__(
+        self, ids: bytes, logprobs: bytes, spans: bytes, logits: bytes, refusals: bytes, behind: range
+    ) -> None:
+        self._stages = len(behind)
         self._ids = _unpacked(ids, "I", "ids")
-        self._logprobs = _unpacked(logprobs, "d", "log-probabilities")
-        self._spans = _unpacked(spans, "d", "spans")
-        self._logits = np.frombuffer(logits, "<f4") if len(logits) % 4 == 0 else np.full(1, np.nan, np.float32)
-        self._refusals = refusals
-        if min(self._spans, default=0.0) < 0 or not np.isfinite(self._logits).all():
-            raise MessageError("answers: got a span below 0, or logits that are not finite numbers")
-        self._taken = {"ids": 0, "logprobs": 0, "spans": 0, "logits": 0, "refusals": 0}
+        self._logprobs = _unpacked(logprobs, "d", "log-probabilities") if logprobs else ()
+        self._spans = _unpacked(spans, "d", "spans") if spans else ()
+        self._logits = _floats(logits) if logits else ()
+        self._refusals = _refusals(refusals, behind) if refusals else ()
+        if self._spans and min(self._spans) < 0:
+            raise MessageError("answers: got a span below 0")
 
-    def result(self, kind: int, count: int, segment: Segment, ask: Ask, vocabulary: int, stages: int) -> Result:
-        """The next result. Raises MessageError if it is of no kind, or not all there."""
-        if kind == _NOTHING and ask.wanted is Wanted.NOTHING:
-            return None
-        if kind == _REFUSAL:
-            refusal: Refusal = self._take("refusals", self._refusals, 1)[0]
+    def result(self, kind: int, count: int, segment: Segment, ask: Ask, config: Config) -> Result:
+        """The next result. Raises MessageError if it is none, not all there, or not what was asked for."""
+        answer: Answer
+        if kind == _TOKENS:
+            ids, self._ids = _cut(self._ids, count, "ids")
+            logprobs: tuple[float, ...] = ()
+            if ask.logprobs:
+                logprobs, self._logprobs = _cut(self._logprobs, count, "log-probabilities")
+            position = segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
+            answer = Tokens(position, ids, logprobs, self._told(ask))
+        elif kind == _LOGITS:
+            values, self._logits = _cut(self._logits, config.vocab_size, "logits")
+            answer = Logits(segment.start + segment.rows, values, self._told(ask))
+        elif kind == _REFUSAL:
+            refusals, self._refusals = _cut(self._refusals, 1, "refusals")
+            refusal: Refusal = refusals[0]
             return refusal
-        if kind not in (_TOKENS, _LOGITS):
+        elif kind == _NOTHING and ask.wanted is Wanted.NOTHING:
+            return None
+        else:
             raise MessageError("answers: got what was not asked for")
-        width = len(Span._fields)
-        told = self._take("spans", self._spans, width * stages) if ask.spans else ()
-        spans = tuple(Span(*told[at : at + width]) for at in range(0, len(told), width))
-        if kind == _LOGITS:
-            return Logits(segment.start + segment.rows, self._take("logits", self._logits, vocabulary), spans)
-        position = segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
-        logprobs = self._take("logprobs", self._logprobs, count) if ask.logprobs else ()
-        return Tokens(position, self._take("ids", self._ids, count), logprobs, spans)
+        if not ask.fits(answer, segment.start, segment.rows):
+            raise MessageError("answers: got what was not asked for")
+        if (wrong := flaw(answer, config, self._stages if ask.spans else 0)) is not None:
+            raise MessageError(f"answers: got {wrong}")
+        return answer
 
-    def _take(self, name: str, part: Any, count: int) -> Any:
-        start = self._taken[name]
-        if len(part) < start + count:
-            raise MessageError(f"answers: got {len(part)} {name}, wanted more")
-        self._taken[name] = start + count
-        return part[start : start + count]
+    def _told(self, ask: Ask) -> tuple[Span, ...]:
+        if not ask.spans:
+            return ()
+        width = len(Span._fields)
+        told, self._spans = _cut(self._spans, width * self._stages, "spans")
+        return tuple(Span(*told[at : at + width]) for at in range(0, len(told), width))
 
     def end(self) -> None:
         """Raises MessageError if something is left."""
-        parts = (self._ids, self._logprobs, self._spans, self._logits, self._refusals)
-        if list(self._taken.values()) != list(map(len, parts)):
+        if any(map(len, (self._ids, self._logprobs, self._spans, self._logits, self._refusals))):
             raise MessageError("answers: got more than their results say")
+
+
+def _cut(part: Any, count: int, name: str) -> tuple[Any, Any]:
+    if len(part) < count:
+        raise MessageError(f"answers: got {len(part)} {name}, wanted {count} more")
+    return part[:count], part[count:]
+
+
+def _floats(part: bytes) -> NDArray[np.float32]:
+    if len(part) % 4:
+        raise MessageError(f"answers: got {len(part)} bytes of logits, wanted a multiple of 4")
+    found = np.frombuffer(part, "<f4")
+    if not np.isfinite(found).all():
+        raise MessageError("answers: got logits with NaN or infinity, wanted finite numbers")
+    return found
 
 
 def _parts(plain: object, count: int) -> list[bytes]:
@@ -270,9 +290,7 @@ def _fits(part: bytes, each: struct.Struct, name: str) -> None:
 
 
 def _unpacked(part: bytes, kind: str, name: str) -> tuple[Any, ...]:
-    if not part:
-        return ()
-    width = struct.calcsize("<" + kind)
+    width = 4 if kind == "I" else 8
     if len(part) % width:
         raise MessageError(f"answers: got {len(part)} bytes of {name}, wanted a multiple of {width}")
     found = struct.unpack(f"<{len(part) // width}{kind}", part)
@@ -283,8 +301,6 @@ def _unpacked(part: bytes, kind: str, name: str) -> tuple[Any, ...]:
 
 def _refusals(packed: bytes, behind: range) -> list[Refusal]:
     """Those in a byte string, each of a stage that may speak."""
-    if not packed:
-        return []
     try:
         plain = codec.decode(packed, frozenset())
     except DecodeError as error:

@@ -21,7 +21,7 @@ from minigpt.stage.conversation import Conversation
 from minigpt.stage.lanes import Lanes, Taken
 from minigpt.stage.sequence import send_on
 from transport.channel import Channel
-from transport.errors import Closed, TransportError
+from transport.errors import TransportError
 from transport.liveness import PINGER, Due
 
 log = logging.getLogger("minigpt.stage")
@@ -68,8 +68,6 @@ class UpstreamConversation(Conversation):
         if self._stage.stopping.is_set():
             raise self._stopped()
         batch = batches.decode(plain, self._stage.model.config.n_embd)
-        if channel.gone():
-            raise Closed("the peer left before its batch was computed")
         if len(self._sent) >= MOST:
             raise MessageError(f"batch: got one more while {MOST} are under way")
         taken = self._lanes.take(batch)
