@@ -311,10 +311,6 @@ class Channel:
         with self._receiving:
             return self._session.buffered > 0 or self._wire.wait(time.monotonic() + timeout)
 
-    def writable(self) -> bool:
-        """Whether a small message can be sent at once. Never blocks."""
-        return self._wire.writable()
-
     def gone(self) -> bool:
         """Whether the peer has shut down its direction or the connection is dead, even if there are unread bytes."""
         return self._wire.gone()

@@ -64,12 +64,7 @@ class ClientConversation(Conversation):
     def _run(self, channel: Channel, request: Generate, *, again: bool = False) -> Reason:
         """Runs a request to its end. One that a later stage has no place for waits once more. Raises _Cancelled."""
         stage, told = self._stage, False
-        answers = stage.schedule.run(
-            self._begun(channel, request),
-            request,
-            lambda: self._check_client(channel),
-            channel.writable,
-        )
+        answers = stage.schedule.run(self._begun(channel, request), request, lambda: self._check_client(channel))
         try:
             while True:
                 answer = next(answers)

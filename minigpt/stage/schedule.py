@@ -121,14 +121,12 @@ class Schedule:
         sequence: Sequence,
         request: Generate,
         check: Callable[[], None] = lambda: None,
-        quick: Callable[[], bool] = lambda: False,
     ) -> Generator[Answer, None, Reason]:
         """Yields answers of one token, or of several that were drafted, and returns why the request ended.
 
         Args:
             sequence: no other request may be under way on it.
             check: called before each pass, and each `LOOK` seconds; what it raises ends the request there.
-            quick: whether what is yielded will be dealt with at once: then it may be yielded while others wait.
 
         Raises:
             RequestRefused: by this stage before anything is computed, or by a later one.
@@ -146,9 +144,7 @@ class Schedule:
         try:
             while True:
                 check()
-                yield from self._wait(run, quick)
-                if self._later(run, quick):
-                    continue
+                self._wait(run)
                 while run.told:
                     yield run.told.popleft()
                 if run.outcome is not None:
@@ -173,15 +169,7 @@ class Schedule:
     def _alone(self) -> bool:
         return len(self._runs) == 1 or self._most == 1
 
-    def _later(self, run: Run, quick: Callable[[], bool]) -> bool:
-        """Whether the client may be told after the next stage has been asked for more: that hides the telling.
-
-        Not of a first or last token, and not if that makes others wait.
-        """
-        one = self._link is not None and run.outcome is None and run.produced > 1 and len(self._runs) == 1
-        return one and bool(run.told) and quick()
-
-    def _wait(self, run: Run, quick: Callable[[], bool]) -> Generator[Answer, None, None]:
+    def _wait(self, run: Run) -> None:
         """Leads if nobody does. Otherwise returns when there is something to tell, after `LOOK` seconds at most."""
         with self._lock:
             lead = self._may_lead()
@@ -192,7 +180,7 @@ class Schedule:
             else:
                 self._asleep[run] = None
         if lead:
-            yield from self._lead(run, quick)
+            self._lead()
         elif not run.woken.acquire(timeout=LOOK):
             with self._lock:
                 missed = run not in self._asleep
@@ -232,13 +220,13 @@ class Schedule:
         self._pending = [run for run in self._pending if run not in taken]
         return chosen
 
-    def _lead(self, mine: Run, quick: Callable[[], bool]) -> Generator[Answer, None, None]:
+    def _lead(self) -> None:
         """Computes one pass, and hands its answers out."""
         with self._lock:
             runs = self._form()
             for run in runs:
                 run.flying += 1
-        sent = None
+        sent = False
         try:
             sent = self._compute(runs)
         except Exception as error:
@@ -247,20 +235,14 @@ class Schedule:
             with self._lock:
                 self._leading = False
                 self._wake()
-        if sent is None:
-            return
-        try:
-            if mine.told and quick():
-                while mine.told:
-                    yield mine.told.popleft()
-        finally:
+        if sent:
             self._collect()
 
-    def _compute(self, runs: list[Run]) -> _Sent | None:
-        """Computes a pass, and hands its answers out; or sends it to the next stage, whose answers will follow."""
+    def _compute(self, runs: list[Run]) -> bool:
+        """Computes a pass, and hands its answers out; or sends it to the next stage, and returns that it did."""
         link = None if self._connect is None else self._linked(runs)
         if not runs:
-            return None
+            return False
         parts = [run.sequence.part(*run.step) for run in runs]
         hidden, results, seconds = self.layers.compute(parts)
         if link is None:
@@ -272,7 +254,7 @@ class Schedule:
                     self._advance(run, result)
                 self._wake()
             self.layers.count(results)
-            return None
+            return False
         began, traffic = time.perf_counter(), link.traffic
         send_on(link, [run.sequence for run in runs], parts, hidden)
         ahead = [part.ask.wanted is Wanted.NOTHING for part in parts]
@@ -282,7 +264,7 @@ class Schedule:
             for run, early in zip(runs, ahead, strict=True):
                 if early:
                     self._advance(run, None)
-        return sent
+        return True
 
     def _linked(self, runs: list[Run]) -> Following:
         """The link to the next stage. Takes out the runs whose own link has failed. Raises StageError."""

@@ -3,7 +3,6 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -219,31 +218,10 @@ def test_requests_that_are_left_at_any_time_harm_no_other(bounds: tuple[int, ...
 
 def test_a_client_that_takes_nothing_holds_up_nobody() -> None:
     chain = Chain(cut(SMALL, TENSORS, 2))
-    slow = chain.schedule.run(chain.new(), request(4, 40), quick=lambda: False)
+    slow = chain.schedule.run(chain.new(), request(4, 40))
     next(slow)  # and no more
     others = [request(5, 20) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda one: told(chain.schedule.run(chain.new(), one)), others))
     assert [ids(list(answers)) for answers, _ in found] == [alone(one)[0] for one in others]
     slow.close()
-
-
-def test_the_client_is_told_while_the_next_stage_computes_but_not_of_the_first_token_or_the_last() -> None:
-    chain = Chain(cut(SMALL, TENSORS, 2))
-    rest = chain.rest
-    assert isinstance(rest, Rest)
-    events: list[str] = []
-
-    def noting(name: str, work: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(*arguments: object) -> object:
-            events.append(name)
-            return work(*arguments)
-
-        return wrapper
-
-    rest.send_batch = noting("asked", rest.send_batch)  # type: ignore[method-assign, assignment]
-    rest.receive_answers = noting("answered", rest.receive_answers)  # type: ignore[method-assign, assignment]
-    for _ in chain.run(Generate(0, (1, 2, 3), 4), quick=lambda: True):
-        events.append("told")
-    first, second = ["asked", "answered", "told"], ["asked", "answered"]
-    assert events == [*first, *second, "asked", "told", "answered", "asked", "told", "answered", "told"]
