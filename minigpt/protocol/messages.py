@@ -29,7 +29,7 @@ MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 pos
 MAX_STAGES = 256
 # Rows of a prompt computed at once. The next stage starts after the first. But BLAS repacks every matrix for each
 # chunk: in chunks of 128, 1000 tokens took a quarter longer. The smaller one is for while others wait for tokens.
-CHUNK, SHARED_CHUNK = 256, 128
+CHUNK, SHARED_CHUNK = 256, 96
 MAX_DRAFT = 64  # ids guessed for one step; the logits of 65 rows are 13 MB for GPT-2
 
 
