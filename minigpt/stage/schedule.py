@@ -28,6 +28,7 @@ from transport.fork import own
 log = logging.getLogger("minigpt.stage")
 
 LOOK = 0.25  # seconds between two looks at a client whose sequence waits
+SHORT = 2 * SHARED_CHUNK  # rows of short prompts in one pass
 HALF = 8  # rows that make a batch of their own worth while: two batches of four rows cost more than one of eight
 
 
@@ -208,7 +209,7 @@ class Schedule:
         rows = 0
         for run in [] if self._chunked and tokens else chunks[: self._most]:
             rows += len(run.step.ids)
-            if chosen and rows > SHARED_CHUNK:
+            if chosen and (rows > SHORT or run.step.wanted is Wanted.NOTHING):
                 break
             chosen.append(run)
         self._chunked = bool(chosen)

@@ -12,9 +12,9 @@ from made import SMALL, cut, random_tensors
 
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import RequestRefused, StageError
-from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Generate, Reason, Tokens
+from minigpt.protocol.messages import CHUNK, Generate, Reason, Tokens
 from minigpt.stage.layers import Layers
-from minigpt.stage.schedule import HALF
+from minigpt.stage.schedule import HALF, SHORT
 
 TENSORS = random_tensors(SMALL)
 RNG = np.random.default_rng(3)
@@ -78,7 +78,7 @@ def test_a_pass_has_one_long_chunk_at_most_and_the_next_has_none_while_others_wa
         gate.set()
         for one in found:
             one.result(60)
-    assert all(sum(count for count in rows if count > 1) <= SHARED_CHUNK for rows in passes if len(rows) > 1)
+    assert all(sum(count for count in rows if count > 1) <= SHORT for rows in passes if len(rows) > 1)
     for rows, after in itertools.pairwise(passes):
         if rows[-1] > 1 and len(rows) > 1 and rows[0] == 1:  # with a chunk, and tokens beside it: those wait again
             assert after[0] == 1
