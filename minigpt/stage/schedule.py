@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
+from minigpt.errors import StageError
 from minigpt.protocol import messages
 from minigpt.protocol.batches import Result, Terms
 from minigpt.protocol.messages import SHARED_CHUNK, Answer, Generate, Reason, Refusal, Span, Tokens, Wanted
@@ -173,15 +174,17 @@ class Schedule:
     def _wait(self, run: Run) -> None:
         """Leads if nobody does. Otherwise returns when there is something to tell, after `LOOK` seconds at most."""
         with self._lock:
-            lead = self._may_lead()
-            if lead:
+            runs = self._form() if self._may_lead() else []
+            if runs:
                 self._leading = True
+                for one in runs:
+                    one.flying += 1
             elif run.told or run.outcome is not None:
                 return
             else:
                 self._asleep[run] = None
-        if lead:
-            self._lead()
+        if runs:
+            self._lead(runs)
         elif not run.woken.acquire(timeout=LOOK):
             with self._lock:
                 missed = run not in self._asleep
@@ -221,17 +224,16 @@ class Schedule:
         self._pending = [run for run in self._pending if run not in taken]
         return chosen
 
-    def _lead(self) -> None:
+    def _lead(self, runs: list[Run]) -> None:
         """Computes one pass, and hands its answers out."""
-        with self._lock:
-            runs = self._form()
-            for run in runs:
-                run.flying += 1
         sent = False
         try:
             sent = self._compute(runs)
         except Exception as error:
             self._failed(runs, error)
+        except BaseException:  # Ctrl-C: it is meant for this thread, and the others of the pass must hear of it
+            self._failed(runs, StageError("the thread that computed for this request was interrupted: try again"))
+            raise
         finally:
             with self._lock:
                 self._leading = False

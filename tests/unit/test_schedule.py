@@ -177,6 +177,37 @@ def test_when_the_next_stage_fails_all_that_share_the_link_fail_and_a_new_link_s
     assert (ids(list(answers)), reason) == alone(requests[0])
 
 
+def test_an_interrupt_in_a_pass_is_raised_where_it_came_and_told_to_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    compute = chain.schedule.layers.compute
+    entered = threading.Event()
+
+    def interrupted(parts):  # type: ignore[no-untyped-def]
+        if len(parts) > 1:
+            entered.set()
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+        return compute(parts)
+
+    monkeypatch.setattr(chain.schedule.layers, "compute", interrupted)
+    requests = [request(4, 300) for _ in range(3)]
+    kinds = []
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(lambda one=one: told(chain.schedule.run(chain.new(), one))) for one in requests]
+        for made in found:
+            error = made.exception(60)
+            kinds.append(type(error))
+    assert entered.is_set()
+    assert KeyboardInterrupt in kinds
+    assert StageError in kinds
+    assert chain.schedule.running == 0
+    monkeypatch.undo()
+    answers, reason = told(chain.schedule.run(chain.new(), REQUESTS[0]))
+    assert (ids(list(answers)), reason) == alone(REQUESTS[0])
+
+
 @pytest.mark.parametrize("bounds", [(), (2,)])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_requests_that_are_left_at_any_time_harm_no_other(bounds: tuple[int, ...], overlap: bool) -> None:
