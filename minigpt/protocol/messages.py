@@ -75,7 +75,6 @@ Sentence = Annotated[str, schema.text(4096)]
 Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
 Drawn = Annotated[tuple[int, ...], schema.numbers("I", 1 + MAX_DRAFT)]
 Floats = Annotated[tuple[float, ...], schema.numbers("d", 1 + MAX_DRAFT)]
-Hidden = NDArray[np.float32]  # (T, C), the hidden states of T positions
 Spans = Annotated[tuple[Span, ...], schema.tuples(Span, MAX_STAGES)]
 GREEDY = Sampling()
 SamplingField = Annotated[

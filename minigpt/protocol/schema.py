@@ -120,25 +120,6 @@ def vector(limit: int) -> Field:
     return Field(lambda array: np.asarray(array, "<f4").tobytes(), lambda value: _packed(value, limit))
 
 
-def matrix(limit: int) -> Field:
-    """A float32 array (T, C) that is not empty: [T, C, packed bytes], where the three agree."""
-    size = integer(1, limit)
-
-    def encode(array: NDArray[np.float32]) -> object:
-        return [*array.shape, np.ascontiguousarray(array, "<f4").data.cast("B")]
-
-    def decode(value: object) -> NDArray[np.float32]:
-        if type(value) is not list or len(value) != 3:
-            raise _wrong(value, "[rows, columns, bytes]")
-        rows, columns = size.decode(value[0]), size.decode(value[1])
-        array = _packed(value[2], rows * columns)
-        if array.size != rows * columns:
-            raise MessageError(f"got {array.size} numbers, wanted {rows} × {columns}")
-        return array.reshape(rows, columns)
-
-    return Field(encode, decode)
-
-
 def tuples(kind: type, limit: int) -> Field:
     """A tuple of at most `limit` named tuples of floats that are not negative, as packed bytes."""
     width = len(kind.__annotations__)
