@@ -187,10 +187,10 @@ class Clients:
     def _stall(self, chance: random.Random) -> str:
         link, replies = self._asking(chance)
         try:
-            self._some(link, replies, chance)
+            ended = self._some(link, replies, chance)
             time.sleep(STALL * chance.random())
-            while not self._next(link, replies):
-                pass
+            while not ended:
+                ended = self._next(link, replies)
             return "text after a stall"
         finally:
             link.channel.close()
@@ -218,10 +218,9 @@ class Clients:
             raise
         return link, Replies(request, config, len(manifest.stages))
 
-    def _some(self, link: StageLink, replies: Replies, chance: random.Random) -> None:
-        for _ in range(chance.randint(0, 10)):
-            if self._next(link, replies):
-                return
+    def _some(self, link: StageLink, replies: Replies, chance: random.Random) -> bool:
+        """Reads a few messages; whether the text has come to its end."""
+        return any(self._next(link, replies) for _ in range(chance.randint(0, 10)))
 
     def _next(self, link: StageLink, replies: Replies) -> bool:
         """Reads one message, and checks it; whether it was the last."""
