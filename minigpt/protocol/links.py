@@ -306,6 +306,9 @@ class BatchLink(StageLink):
             self._send(parts, whole)
         except StageError as error:
             raise self._died(error) from None
+        except BaseException:  # no memory, for example: answers would be taken for those of this batch
+            self._died(StageError(f"a batch for stage {self.stage} could not be sent", stage=self.stage))
+            raise
 
     def receive_answers(self, timeout: float | None = None) -> tuple[Result, ...]:
         """The answers to the first batch that has none yet, one for each segment. Raises StageError."""

@@ -43,6 +43,9 @@ class Talking:
     def __init__(self, said: object) -> None:
         self.said, self.aborted = said, False
 
+    def send(self, *_arguments: object) -> None:
+        raise MemoryError
+
     def receive(self, *_arguments: object, **_more: object) -> object:
         return self.said
 
@@ -55,5 +58,15 @@ def test_answers_that_nobody_asked_for_end_the_link() -> None:
     link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
     with pytest.raises(StageError, match="stage 2 sent answers that nobody asked for"):
         link.receive_answers()
+    assert channel.aborted
+    assert link.dead is not None
+
+
+def test_a_batch_that_there_is_no_memory_to_send_ends_the_link() -> None:
+    """The answer to the next batch would be read as an answer to this one: tokens at wrong positions."""
+    channel, manifest = Talking(batches.encode_answers([])), SimpleNamespace(config=SMALL, stages=[None] * 3)
+    link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError):
+        link.send_batch(batches.Batch((), batches.NO_ROWS), ())
     assert channel.aborted
     assert link.dead is not None
