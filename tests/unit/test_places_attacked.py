@@ -1,6 +1,7 @@
 """Places under attack: whoever leaves, comes back or asks for too much takes nothing from others."""
 
 import threading
+import time
 
 import pytest
 
@@ -85,3 +86,26 @@ def test_those_behind_a_request_that_leaves_the_queue_are_admitted_at_once() -> 
     for thread in threads:
         thread.join(60)
     assert (places.sequences, places.waiting) == (2, 0)
+
+
+@pytest.mark.parametrize("way", ["give_back", "rest"])
+def test_whoever_is_admitted_begins_after_the_sequence_that_made_room_has_ended_in_later_stages(way: str) -> None:
+    """Otherwise a later stage, which is as full, refuses it as busy."""
+    places = Places(0, 1, 10, 4)
+    place, first = taken(places)
+    begun = threading.Event()
+    early: list[bool] = []
+
+    def slow_end() -> None:
+        early.append(begun.wait(0.3))
+
+    first.end = slow_end  # type: ignore[method-assign]
+    other = threading.Thread(target=lambda: (taken(places, who="b"), begun.set()))
+    other.start()
+    until = time.monotonic() + 60
+    while not places.waiting and time.monotonic() < until:
+        time.sleep(0.005)
+    getattr(place, way)()
+    other.join(60)
+    assert begun.is_set()
+    assert early == [False]
