@@ -197,13 +197,17 @@ class Places:
     def _give_back(self, place: Place) -> None:
         with self._lock:
             sequence, place.sequence = place.sequence, None
-            if place in self._held:
-                self._held.discard(place)
-                self._resting.pop(place, None)
-                self._note(place)
-            dropped, admitted = self._admit()
-            self._changed.notify_all()
-        _end([*dropped, *([sequence] if sequence is not None else [])], admitted)
+            self._resting.pop(place, None)
+        try:
+            _end([] if sequence is None else [sequence], [])
+        finally:
+            with self._lock:
+                if place in self._held:
+                    self._held.discard(place)
+                    self._note(place)
+                dropped, admitted = self._admit()
+                self._changed.notify_all()
+            _end(dropped, admitted)
 
     def _rest(self, place: Place) -> None:
         with self._lock:

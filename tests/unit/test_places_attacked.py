@@ -109,3 +109,19 @@ def test_whoever_is_admitted_begins_after_the_sequence_that_made_room_has_ended_
     other.join(60)
     assert begun.is_set()
     assert early == [False]
+
+
+def test_a_place_is_free_once_its_sequence_has_ended_in_later_stages() -> None:
+    places = Places(0, 1, 10, 0)
+    place, first = taken(places)
+    refused: list[str] = []
+
+    def end() -> None:
+        with pytest.raises(RequestRefused) as error:
+            places.take("b", 1, lambda: None)
+        refused.append(error.value.reason)
+
+    first.end = end  # type: ignore[method-assign]
+    place.give_back()
+    assert refused == ["busy"]
+    taken(places, who="b")
