@@ -62,7 +62,7 @@ class Places:
         self._held: set[Place] = set()  # the resting ones included
         self._resting: OrderedDict[Place, None] = OrderedDict()  # the oldest first
         self._waiting: list[_Waiting] = []
-        self._seconds = 1.0  # that a place is held, on average
+        self._seconds = 1.0  # that a request has a place, on average
         self._changed = threading.Condition(self._lock)
 
     @property
@@ -100,10 +100,10 @@ class Places:
             if mine.place is None and len(self._waiting) > self._queue:
                 self._waiting.remove(mine)
                 refused = self._busy()
-        _end(dropped, admitted)
-        if refused is not None:
-            raise refused
         try:
+            _end(dropped, admitted)
+            if refused is not None:
+                raise refused
             while not mine.admitted.wait(LOOK):
                 check()
         except BaseException:
@@ -197,21 +197,22 @@ class Places:
     def _give_back(self, place: Place) -> None:
         with self._lock:
             sequence, place.sequence = place.sequence, None
-            self._resting.pop(place, None)
+            if place in self._resting:
+                del self._resting[place]
+            elif place in self._held:
+                self._note(place)
         try:
             _end([] if sequence is None else [sequence], [])
         finally:
             with self._lock:
-                if place in self._held:
-                    self._held.discard(place)
-                    self._note(place)
+                self._held.discard(place)
                 dropped, admitted = self._admit()
                 self._changed.notify_all()
             _end(dropped, admitted)
 
     def _rest(self, place: Place) -> None:
         with self._lock:
-            if place not in self._held:  # it was needed meanwhile
+            if place not in self._held or place in self._resting:  # it was needed meanwhile, or no request began
                 return
             self._note(place)
             self._resting[place] = None

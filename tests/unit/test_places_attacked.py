@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,3 +126,33 @@ def test_a_place_is_free_once_its_sequence_has_ended_in_later_stages() -> None:
     place.give_back()
     assert refused == ["busy"]
     taken(places, who="b")
+
+
+def test_a_request_that_fails_while_room_is_made_for_it_leaves_no_place_behind() -> None:
+    places = Places(0, 1, 10, 4)
+    resting, sequence = taken(places)
+    resting.rest()
+
+    def end() -> None:
+        raise MemoryError
+
+    sequence.end = end  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        places.take("b", 1, lambda: None)
+    assert (places.sequences, places.waiting) == (0, 0)
+
+
+def test_how_long_a_place_rested_does_not_count_in_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("minigpt.stage.places.time", SimpleNamespace(monotonic=lambda: now[0]))
+    places = Places(0, 1, 10, 0)
+    for _ in range(20):
+        place, _ = taken(places)
+        now[0] += 1.0  # the request takes a second
+        place.rest()
+        now[0] += 3600.0
+        place.rest()  # a request was refused before it began
+        place.give_back()
+    taken(places)
+    with pytest.raises(RequestRefused, match="try again in 1 s"):
+        places.take("b", 1, lambda: None)
