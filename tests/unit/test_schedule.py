@@ -256,3 +256,31 @@ def test_a_client_that_takes_nothing_holds_up_nobody() -> None:
         found = list(pool.map(lambda one: told(chain.schedule.run(chain.new(), one)), others))
     assert [ids(list(answers)) for answers, _ in found] == [alone(one)[0] for one in others]
     slow.close()
+
+
+def test_a_sequence_that_a_later_stage_has_no_memory_for_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = cut(SMALL, TENSORS, 2)
+    chain = Chain(models)
+    rest = chain.rest
+    assert isinstance(rest, Rest)
+    first = chain.schedule.run(chain.new(), REQUESTS[4])
+    begun = next(first)
+    new_cache = models[1].new_cache
+
+    def without_memory():  # type: ignore[no-untyped-def]
+        cache = new_cache()
+
+        def reserve(positions: int) -> None:
+            raise MemoryError
+
+        cache.reserve = reserve  # type: ignore[method-assign]
+        return cache
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models[1], "new_cache", without_memory)
+        with pytest.raises(RequestRefused) as error:
+            told(chain.schedule.run(chain.new(), REQUESTS[5]))
+    assert (error.value.reason, error.value.stage) == ("busy", 1)
+    assert rest.lanes._places.sequences == 1
+    answers, reason = told(first)
+    assert (ids([begun, *answers]), reason) == alone(REQUESTS[4])
