@@ -1,5 +1,6 @@
 """The schedule: many requests together give what each gives alone, and none harms another."""
 
+import gc
 import itertools
 import threading
 import time
@@ -284,3 +285,31 @@ def test_a_sequence_that_a_later_stage_has_no_memory_for_is_refused_alone(monkey
     assert rest.lanes._places.sequences == 1
     answers, reason = told(first)
     assert (ids([begun, *answers]), reason) == alone(REQUESTS[4])
+
+
+@pytest.mark.parametrize("where", ["compute", "_form", "_advance"])
+def test_a_generation_that_python_collects_in_the_middle_of_a_pass_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    lost = chain.schedule.run(chain.new(), request(4, 300))
+    next(lost)
+    cycle: list[object] = [lost]
+    cycle.append(cycle)
+    owner = chain.schedule.layers if where == "compute" else chain.schedule
+    work = getattr(owner, where)
+
+    def collecting(*arguments):  # type: ignore[no-untyped-def]
+        gc.collect()
+        return work(*arguments)
+
+    found: list[list[int]] = []
+    other = threading.Thread(
+        target=lambda: found.append(ids(list(told(chain.schedule.run(chain.new(), REQUESTS[0]))[0]))), daemon=True
+    )
+    monkeypatch.setattr(owner, where, collecting)
+    del lost, cycle
+    other.start()
+    other.join(60)
+    assert found == [alone(REQUESTS[0])[0]]
+    assert chain.schedule.running == 0
