@@ -380,6 +380,8 @@ class Schedule:
             while self._lost:
                 self._drop(self._lost.popleft())
             self._drop(run)
+            self._asleep.pop(run, None)  # after an interrupt it may be asleep, or woken
+            run.woken.acquire(blocking=False)
             self._wake()
         while True:
             with self._lock:

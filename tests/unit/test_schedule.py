@@ -313,3 +313,54 @@ def test_a_generation_that_python_collects_in_the_middle_of_a_pass_holds_up_nobo
     other.join(60)
     assert found == [alone(REQUESTS[0])[0]]
     assert chain.schedule.running == 0
+
+
+def test_an_interrupt_while_another_leads_leaves_no_wake_up_behind_that_breaks_its_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    schedule = chain.schedule
+    compute = schedule.layers.compute
+    gate, shared = threading.Event(), threading.Event()
+
+    class Woken:
+        """In the place of the lock that the interrupted thread sleeps on."""
+
+        def __init__(self) -> None:
+            self.lock, self.calls = threading.Lock(), 0
+            self.lock.acquire()
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            self.calls += blocking
+            if self.calls == 1 and blocking:
+                assert shared.wait(60)
+                raise KeyboardInterrupt
+            if self.calls == 2 and blocking:  # the pass ends just before the thread sleeps again
+                gate.set()
+                time.sleep(0.2)
+            return self.lock.acquire(blocking, timeout)
+
+        def release(self) -> None:
+            self.lock.release()
+
+    def gated(parts):  # type: ignore[no-untyped-def]
+        if len(parts) > 1:
+            shared.set()
+            gate.wait(60)
+        else:
+            time.sleep(0.001)
+        return compute(parts)
+
+    first = schedule.run(chain.new(), request(4, 300))
+    next(first)
+    (run,) = schedule._runs
+    run.woken = Woken()  # type: ignore[assignment]
+    monkeypatch.setattr(schedule.layers, "compute", gated)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(lambda: told(schedule.run(chain.new(), REQUESTS[0])))
+        assert shared.wait(60)
+        interrupted = pool.submit(lambda: list(first))
+        assert isinstance(interrupted.exception(60), KeyboardInterrupt)
+        answers, reason = other.result(60)
+    assert (ids(list(answers)), reason) == alone(REQUESTS[0])
+    assert schedule.running == 0
