@@ -6,6 +6,7 @@ at either end; no flag weakens it.
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ from transport.session import SILENCE
 
 PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
 PROBE = 2.0  # seconds that it may take to answer
+HALF_A_RECORD = 0.02  # seconds until the rest of one is looked for: what has come of it would end each wait at once
 
 
 class OneAtATime:
@@ -306,6 +308,9 @@ class BatchLink(StageLink):
             self._send(parts, whole)
         except StageError as error:
             raise self._died(error) from None
+        except BaseException:  # no memory, for example: answers would be taken for those of this batch
+            self._died(StageError(f"a batch for stage {self.stage} could not be sent", stage=self.stage))
+            raise
 
     def receive_answers(self, timeout: float | None = None) -> tuple[Result, ...]:
         """The answers to the first batch that has none yet, one for each segment. Raises StageError."""
@@ -334,8 +339,12 @@ class BatchLink(StageLink):
             if self._awaited:
                 return True
             try:
-                if self.channel.wait(look) and not self._awaited and (news := self._unasked()) is not None:
+                if not self.channel.wait(look) or self._awaited:
+                    continue
+                if (news := self._unasked()) is not None:
                     raise self._illegal(f"sent {messages.name(news)} out of turn")
+                if self.channel.poll():
+                    time.sleep(HALF_A_RECORD)
             except StageError as error:
                 raise self._died(error) from None
         return False

@@ -87,7 +87,11 @@ class Lanes:
                 return messages.refusal(error)
             place.sequence = sequence = Sequence(model.new_cache(), terms)
             self._open[lane] = sequence, place
-        sequence.cache.reserve(terms.positions)
+        try:
+            sequence.cache.reserve(terms.positions)
+        except MemoryError:  # the system has less than the places say: of this sequence, not of all on the link
+            self.end((lane,))
+            return self._refusal("busy", "the system has no memory for this sequence")
         return None
 
     def _flaw(self, segment: Segment, rows: NDArray[np.float32] | None) -> Refusal | None:

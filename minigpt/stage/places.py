@@ -62,7 +62,7 @@ class Places:
         self._held: set[Place] = set()  # the resting ones included
         self._resting: OrderedDict[Place, None] = OrderedDict()  # the oldest first
         self._waiting: list[_Waiting] = []
-        self._seconds = 1.0  # that a place is held, on average
+        self._seconds = 1.0  # that a request has a place, on average
         self._changed = threading.Condition(self._lock)
 
     @property
@@ -95,23 +95,23 @@ class Places:
         mine = _Waiting(who, size)
         with self._lock:
             self._waiting.append(mine)
-            dropped = self._admit()
+            dropped, admitted = self._admit()
             refused = None
             if mine.place is None and len(self._waiting) > self._queue:
                 self._waiting.remove(mine)
                 refused = self._busy()
-        _end(dropped)
-        if refused is not None:
-            raise refused
         try:
+            _end(dropped, admitted)
+            if refused is not None:
+                raise refused
             while not mine.admitted.wait(LOOK):
                 check()
         except BaseException:
             with self._lock:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
-                dropped = self._admit()  # those that it stood before
-            _end(dropped)
+                dropped, admitted = self._admit()  # those that it stood before
+            _end(dropped, admitted)
             if mine.place is not None:
                 mine.place.give_back()
             raise
@@ -137,7 +137,7 @@ class Places:
                 if not dropped and held <= self._held and time.monotonic() < until:
                     self._changed.wait(LOOK)
                     dropped = self._drop_all()
-            _end(dropped)
+            _end(dropped, [])
             if dropped or not held <= self._held or time.monotonic() >= until:
                 return
             check()
@@ -160,9 +160,11 @@ class Places:
         self._held.add(place)
         return place
 
-    def _admit(self) -> list[Sequence]:
-        """Gives places to those who wait. Returns the sequences that were dropped for them. The lock is held."""
+    def _admit(self) -> tuple[list[Sequence], list[_Waiting]]:
+        """Gives places to those who wait. Returns the sequences that were dropped for them, and who is to be told. The
+        lock is held."""
         dropped: list[Sequence] = []
+        admitted: list[_Waiting] = []
         for mine in list(self._waiting):
             others = any(other.who != mine.who for other in self._waiting)
             if others and self._greedy(mine):
@@ -173,8 +175,8 @@ class Places:
                 break  # those behind it do not overtake it, even if they are smaller
             self._waiting.remove(mine)
             mine.place = self._new(mine.who, mine.size)
-            mine.admitted.set()
-        return dropped
+            admitted.append(mine)
+        return dropped, admitted
 
     def _greedy(self, mine: _Waiting) -> bool:
         own = [place.size for place in self._held if place.who == mine.who and place not in self._resting]
@@ -195,23 +197,28 @@ class Places:
     def _give_back(self, place: Place) -> None:
         with self._lock:
             sequence, place.sequence = place.sequence, None
-            if place in self._held:
-                self._held.discard(place)
-                self._resting.pop(place, None)
+            if place in self._resting:
+                del self._resting[place]
+            elif place in self._held:
                 self._note(place)
-            dropped = self._admit()
-            self._changed.notify_all()
-        _end([*dropped, *([sequence] if sequence is not None else [])])
+        try:
+            _end([] if sequence is None else [sequence], [])
+        finally:
+            with self._lock:
+                self._held.discard(place)
+                dropped, admitted = self._admit()
+                self._changed.notify_all()
+            _end(dropped, admitted)
 
     def _rest(self, place: Place) -> None:
         with self._lock:
-            if place not in self._held:  # it was needed meanwhile
+            if place not in self._held or place in self._resting:  # it was needed meanwhile, or no request began
                 return
             self._note(place)
             self._resting[place] = None
-            dropped = self._admit()
+            dropped, admitted = self._admit()
             self._changed.notify_all()
-        _end(dropped)
+        _end(dropped, admitted)
 
     def _note(self, place: Place) -> None:
         self._seconds += (time.monotonic() - place.taken - self._seconds) / 16
@@ -229,6 +236,11 @@ class Places:
             return True
 
 
-def _end(sequences: list[Sequence]) -> None:
-    for sequence in sequences:
-        sequence.end()
+def _end(sequences: list[Sequence], admitted: list[_Waiting]) -> None:
+    """Ends sequences, and then lets those begin that have their room: a later stage must hear of it in this order."""
+    try:
+        for sequence in sequences:
+            sequence.end()
+    finally:
+        for mine in admitted:
+            mine.admitted.set()

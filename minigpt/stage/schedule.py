@@ -71,6 +71,19 @@ class _Sent(NamedTuple):
     traffic: Traffic  # before it
 
 
+class _Inside:
+    """The threads that are in the schedule's own code: they may have its lock, or lead."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+
+    def __enter__(self) -> None:
+        self.threads.add(threading.get_ident())
+
+    def __exit__(self, *error: object) -> None:
+        self.threads.discard(threading.get_ident())
+
+
 class Schedule:
     """Runs requests. Any number of threads may.
 
@@ -110,6 +123,8 @@ class Schedule:
         self._pending: list[Run] = [run for run in self._runs if run.outcome is None]
         self._asleep: dict[Run, None] = {}  # whose threads wait to be woken, in order
         self._leading = False  # whether a thread computes a pass
+        self._inside = _Inside()
+        self._lost: deque[Run] = deque()  # left by a thread that was inside
         self._sent: deque[_Sent] = deque()
         self.layers.disown()
 
@@ -140,13 +155,14 @@ class Schedule:
         sequence.cache.reserve(positions)  # at once: piece by piece it would be copied each time
         sequence.terms = Terms(positions, request.sampling, request.logprobs, request.spans)
         run = Run(sequence, request, lambda run: generation.generation(request, config, run.tell, self._alone))
-        with self._lock:
+        with self._inside, self._lock:
             self._runs.add(run)
             self._advance(run, None)
         try:
             while True:
                 check()
-                self._wait(run)
+                with self._inside:
+                    self._wait(run)
                 while run.told:
                     yield run.told.popleft()
                 if run.outcome is not None:
@@ -158,12 +174,18 @@ class Schedule:
                 return run.outcome
             raise run.outcome
         finally:
-            self._leave(run)
+            if threading.get_ident() in self._inside.threads:
+                # Nobody refers to this generator, and Python collects it in the middle of our own code, where this
+                # thread would wait for itself.
+                self._lost.append(run)
+            else:
+                with self._inside:
+                    self._leave(run)
 
     def look_at_link(self) -> None:
         """Gives up a link to the next stage that was lost, or on which something unasked came, while nobody used it:
         then its sequences are lost too, and the next request begins on a new one."""
-        with self._lock:
+        with self._inside, self._lock:
             idle = not self._runs and not self._sent
             if idle and self._link is not None and not self._link.usable():
                 self._link.close()
@@ -174,6 +196,8 @@ class Schedule:
     def _wait(self, run: Run) -> None:
         """Leads if nobody does. Otherwise returns when there is something to tell, after `LOOK` seconds at most."""
         with self._lock:
+            while self._lost:
+                self._drop(self._lost.popleft())
             runs = self._form() if self._may_lead() else []
             if runs:
                 self._leading = True
@@ -342,14 +366,22 @@ class Schedule:
         del self._asleep[run]
         run.woken.release()
 
+    def _drop(self, run: Run) -> None:
+        """Computes nothing more for a run. The lock is held."""
+        self._runs.discard(run)
+        if run in self._pending:
+            self._pending.remove(run)
+        if run.outcome is None:
+            run.outcome = Reason.CANCELLED
+
     def _leave(self, run: Run) -> None:
         """Ends a run for good: nothing of it is under way afterwards."""
         with self._lock:
-            self._runs.discard(run)
-            if run in self._pending:
-                self._pending.remove(run)
-            if run.outcome is None:
-                run.outcome = Reason.CANCELLED
+            while self._lost:
+                self._drop(self._lost.popleft())
+            self._drop(run)
+            self._asleep.pop(run, None)  # after an interrupt it may be asleep, or woken
+            run.woken.acquire(blocking=False)
             self._wake()
         while True:
             with self._lock:

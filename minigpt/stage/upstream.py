@@ -7,6 +7,7 @@ batch can be computed here while the next stage computes another.
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -123,6 +124,11 @@ class UpstreamConversation(Conversation):
                 self._fail(channel, error)
         except TransportError:
             pass  # the channel's own thread says why
+        except Exception as error:  # its text may hold what the peer sent
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s: ended by %s\n%s", self._name, type(error).__name__, where)
+            with suppress(TransportError):
+                self._fail(channel, StageError(f"{self._here} failed inside: its log says where"))
         finally:
             channel.deafen()  # nothing can be answered any more
 

@@ -1,5 +1,7 @@
 """A link to the next stage that is lost while nobody uses it costs no request, and one that is misused ends."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from minigpt.errors import StageError
 from minigpt.protocol import batches
 from minigpt.protocol.links import BatchLink
 from minigpt.protocol.messages import Generate
+from transport.errors import TimedOut
 
 
 @pytest.fixture
@@ -43,6 +46,9 @@ class Talking:
     def __init__(self, said: object) -> None:
         self.said, self.aborted = said, False
 
+    def send(self, *_arguments: object) -> None:
+        raise MemoryError
+
     def receive(self, *_arguments: object, **_more: object) -> object:
         return self.said
 
@@ -57,3 +63,44 @@ def test_answers_that_nobody_asked_for_end_the_link() -> None:
         link.receive_answers()
     assert channel.aborted
     assert link.dead is not None
+
+
+def test_a_batch_that_there_is_no_memory_to_send_ends_the_link() -> None:
+    """The answer to the next batch would be read as an answer to this one: tokens at wrong positions."""
+    channel, manifest = Talking(batches.encode_answers([])), SimpleNamespace(config=SMALL, stages=[None] * 3)
+    link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError):
+        link.send_batch(batches.Batch((), batches.NO_ROWS), ())
+    assert channel.aborted
+    assert link.dead is not None
+
+
+class Halting(Talking):
+    """The peer, or the network, has stopped in the middle of a record."""
+
+    looks = 0
+
+    def wait(self, timeout: float) -> bool:
+        self.looks += 1
+        return True
+
+    def poll(self) -> bool:
+        return True
+
+    def receive(self, *_arguments: object, **_more: object) -> object:
+        raise TimedOut("no message")
+
+    def close(self) -> None:
+        pass
+
+
+def test_half_a_record_on_an_idle_link_costs_no_core() -> None:
+    channel, manifest = Halting(None), SimpleNamespace(config=SMALL, stages=[None] * 3)
+    link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+    thread = threading.Thread(target=link.await_answers, args=(1.0,))
+    thread.start()
+    time.sleep(0.5)
+    link.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert channel.looks < 60

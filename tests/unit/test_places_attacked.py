@@ -1,6 +1,8 @@
 """Places under attack: whoever leaves, comes back or asks for too much takes nothing from others."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,3 +87,72 @@ def test_those_behind_a_request_that_leaves_the_queue_are_admitted_at_once() -> 
     for thread in threads:
         thread.join(60)
     assert (places.sequences, places.waiting) == (2, 0)
+
+
+@pytest.mark.parametrize("way", ["give_back", "rest"])
+def test_whoever_is_admitted_begins_after_the_sequence_that_made_room_has_ended_in_later_stages(way: str) -> None:
+    """Otherwise a later stage, which is as full, refuses it as busy."""
+    places = Places(0, 1, 10, 4)
+    place, first = taken(places)
+    begun = threading.Event()
+    early: list[bool] = []
+
+    def slow_end() -> None:
+        early.append(begun.wait(0.3))
+
+    first.end = slow_end  # type: ignore[method-assign]
+    other = threading.Thread(target=lambda: (taken(places, who="b"), begun.set()))
+    other.start()
+    until = time.monotonic() + 60
+    while not places.waiting and time.monotonic() < until:
+        time.sleep(0.005)
+    getattr(place, way)()
+    other.join(60)
+    assert begun.is_set()
+    assert early == [False]
+
+
+def test_a_place_is_free_once_its_sequence_has_ended_in_later_stages() -> None:
+    places = Places(0, 1, 10, 0)
+    place, first = taken(places)
+    refused: list[str] = []
+
+    def end() -> None:
+        with pytest.raises(RequestRefused) as error:
+            places.take("b", 1, lambda: None)
+        refused.append(error.value.reason)
+
+    first.end = end  # type: ignore[method-assign]
+    place.give_back()
+    assert refused == ["busy"]
+    taken(places, who="b")
+
+
+def test_a_request_that_fails_while_room_is_made_for_it_leaves_no_place_behind() -> None:
+    places = Places(0, 1, 10, 4)
+    resting, sequence = taken(places)
+    resting.rest()
+
+    def end() -> None:
+        raise MemoryError
+
+    sequence.end = end  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        places.take("b", 1, lambda: None)
+    assert (places.sequences, places.waiting) == (0, 0)
+
+
+def test_how_long_a_place_rested_does_not_count_in_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("minigpt.stage.places.time", SimpleNamespace(monotonic=lambda: now[0]))
+    places = Places(0, 1, 10, 0)
+    for _ in range(20):
+        place, _ = taken(places)
+        now[0] += 1.0  # the request takes a second
+        place.rest()
+        now[0] += 3600.0
+        place.rest()  # a request was refused before it began
+        place.give_back()
+    taken(places)
+    with pytest.raises(RequestRefused, match="try again in 1 s"):
+        places.take("b", 1, lambda: None)

@@ -1,5 +1,6 @@
 """The schedule: many requests together give what each gives alone, and none harms another."""
 
+import gc
 import itertools
 import threading
 import time
@@ -256,3 +257,110 @@ def test_a_client_that_takes_nothing_holds_up_nobody() -> None:
         found = list(pool.map(lambda one: told(chain.schedule.run(chain.new(), one)), others))
     assert [ids(list(answers)) for answers, _ in found] == [alone(one)[0] for one in others]
     slow.close()
+
+
+def test_a_sequence_that_a_later_stage_has_no_memory_for_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = cut(SMALL, TENSORS, 2)
+    chain = Chain(models)
+    rest = chain.rest
+    assert isinstance(rest, Rest)
+    first = chain.schedule.run(chain.new(), REQUESTS[4])
+    begun = next(first)
+    new_cache = models[1].new_cache
+
+    def without_memory():  # type: ignore[no-untyped-def]
+        cache = new_cache()
+
+        def reserve(positions: int) -> None:
+            raise MemoryError
+
+        cache.reserve = reserve  # type: ignore[method-assign]
+        return cache
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models[1], "new_cache", without_memory)
+        with pytest.raises(RequestRefused) as error:
+            told(chain.schedule.run(chain.new(), REQUESTS[5]))
+    assert (error.value.reason, error.value.stage) == ("busy", 1)
+    assert rest.lanes._places.sequences == 1
+    answers, reason = told(first)
+    assert (ids([begun, *answers]), reason) == alone(REQUESTS[4])
+
+
+@pytest.mark.parametrize("where", ["compute", "_form", "_advance"])
+def test_a_generation_that_python_collects_in_the_middle_of_a_pass_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    lost = chain.schedule.run(chain.new(), request(4, 300))
+    next(lost)
+    cycle: list[object] = [lost]
+    cycle.append(cycle)
+    owner = chain.schedule.layers if where == "compute" else chain.schedule
+    work = getattr(owner, where)
+
+    def collecting(*arguments):  # type: ignore[no-untyped-def]
+        gc.collect()
+        return work(*arguments)
+
+    found: list[list[int]] = []
+    other = threading.Thread(
+        target=lambda: found.append(ids(list(told(chain.schedule.run(chain.new(), REQUESTS[0]))[0]))), daemon=True
+    )
+    monkeypatch.setattr(owner, where, collecting)
+    del lost, cycle
+    other.start()
+    other.join(60)
+    assert found == [alone(REQUESTS[0])[0]]
+    assert chain.schedule.running == 0
+
+
+def test_an_interrupt_while_another_leads_leaves_no_wake_up_behind_that_breaks_its_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    schedule = chain.schedule
+    compute = schedule.layers.compute
+    gate, shared = threading.Event(), threading.Event()
+
+    class Woken:
+        """In the place of the lock that the interrupted thread sleeps on."""
+
+        def __init__(self) -> None:
+            self.lock, self.calls = threading.Lock(), 0
+            self.lock.acquire()
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            self.calls += blocking
+            if self.calls == 1 and blocking:
+                assert shared.wait(60)
+                raise KeyboardInterrupt
+            if self.calls == 2 and blocking:  # the pass ends just before the thread sleeps again
+                gate.set()
+                time.sleep(0.2)
+            return self.lock.acquire(blocking, timeout)
+
+        def release(self) -> None:
+            self.lock.release()
+
+    def gated(parts):  # type: ignore[no-untyped-def]
+        if len(parts) > 1:
+            shared.set()
+            gate.wait(60)
+        else:
+            time.sleep(0.001)
+        return compute(parts)
+
+    first = schedule.run(chain.new(), request(4, 300))
+    next(first)
+    (run,) = schedule._runs
+    run.woken = Woken()  # type: ignore[assignment]
+    monkeypatch.setattr(schedule.layers, "compute", gated)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(lambda: told(schedule.run(chain.new(), REQUESTS[0])))
+        assert shared.wait(60)
+        interrupted = pool.submit(lambda: list(first))
+        assert isinstance(interrupted.exception(60), KeyboardInterrupt)
+        answers, reason = other.result(60)
+    assert (ids(list(answers)), reason) == alone(REQUESTS[0])
+    assert schedule.running == 0
