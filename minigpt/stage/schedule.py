@@ -386,6 +386,7 @@ class Schedule:
         while True:
             with self._lock:
                 if not run.flying:
+                    run.steps.close()  # or it and the run, and so the cache, would wait for Python to look for cycles
                     return
                 self._asleep[run] = None
             if not run.woken.acquire(timeout=LOOK):

@@ -4,6 +4,7 @@ import gc
 import itertools
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -364,3 +365,18 @@ def test_an_interrupt_while_another_leads_leaves_no_wake_up_behind_that_breaks_i
         answers, reason = other.result(60)
     assert (ids(list(answers)), reason) == alone(REQUESTS[0])
     assert schedule.running == 0
+
+
+def test_the_cache_of_a_request_that_was_left_is_free_at_once() -> None:
+    chain = Chain(cut(SMALL, TENSORS))
+    gc.disable()
+    try:
+        sequence = chain.new()
+        cache = weakref.ref(sequence.cache)
+        answers = chain.schedule.run(sequence, request(4, 20))
+        next(answers)
+        answers.close()
+        del answers, sequence
+        assert cache() is None
+    finally:
+        gc.enable()
