@@ -76,7 +76,8 @@ class Newcomers:
             delay, choice = min(delay, self._ahead.delay()), rested
         if not choice:
             return LOOK if self._waiting else math.inf, None
-        return min(delay, LOOK), min(choice, key=lambda one: self.spent(source_of(one[1])))
+        cost = {source: self.spent(source) for source in {source_of(peer) for _, peer in choice}}  # it falls: ask once
+        return min(delay, LOOK), min(choice, key=lambda one: cost[source_of(one[1])])
 
     def take(self, newcomer: Newcomer) -> None:
         """Its handshake begins."""

@@ -142,3 +142,15 @@ def test_who_waits_at_the_end_is_hung_up_on() -> None:
     door.close()
     with other:
         assert other.recv(1) == b""
+
+
+def test_newcomers_of_one_source_begin_in_order_though_what_it_has_cost_falls_meanwhile(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Newcomers()
+    door.spend("tcp://a", 0.001)
+    clock.now += 60.0
+    monkeypatch.setattr(clock, "monotonic", lambda: setattr(clock, "now", clock.now + 1e-6) or clock.now)
+    peers = [f"tcp://a:{port}" for port in range(20)]
+    come(door, *peers)
+    assert [begin(door) for _ in peers] == peers
