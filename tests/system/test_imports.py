@@ -73,6 +73,6 @@ def test_a_running_stage_has_imported_only_what_it_needs(tmp_path: Path) -> None
             outside -= set(sys.stdlib_module_names)
             known = {"attest", "minigpt", "transport", "numpy", "safetensors", "msgpack", "Crypto"}
             known |= {"sitecustomize"} & set(sys.modules)  # Debian's Python has one, and this stage is started by hand
-    known |= {"cryptography"} if aead.BACKEND == "cryptography" else set()  # the extra fast
+            known |= {"cryptography"} if aead.BACKEND == "cryptography" else set()  # the extra fast
             uses_cffi = {"cffi", "_cffi_backend", "pycparser", "cython_runtime"}  # pycryptodome does, where it is there
             assert outside - known <= uses_cffi
