@@ -259,6 +259,6 @@ def test_a_stage_that_hung_while_its_link_was_idle_costs_a_new_link_and_no_reque
             before = stages.log(0).count(sign)
             process = stages.processes[victim]
             process.send_signal(signal.SIGSTOP)
-            threading.Timer(links.PROBE + 2.0, process.send_signal, [signal.SIGCONT]).start()
+            threading.Timer(links.PROBE + 5.0, process.send_signal, [signal.SIGCONT]).start()
             assert ids(pipeline) == wanted
             assert eventually(lambda: stages.log(0).count(sign) > before)  # noqa: B023
