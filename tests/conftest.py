@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+for _name in [name for name in os.environ if name.startswith("MINIGPT_") and name != "MINIGPT_UML"]:
+    del os.environ[_name]  # options that somebody has set for the stages of their own
 os.environ["MINIGPT_THREADS"] = "1"  # as the stages that tests start: bits are the same only with the same threads
 
 # Whoever runs the tests may ignore or block signals (nohup does), and children inherit that.
@@ -24,6 +26,16 @@ signal.pthread_sigmask(signal.SIG_SETMASK, [])
 import minigpt  # noqa: E402, F401 — before NumPy, whose threads it sets
 
 VECTORS = Path(__file__).resolve().parents[1].parent / "shared" / "vectors"
+
+
+_ENVIRONMENT = dict(os.environ)
+
+
+def pytest_collection_finish() -> None:
+    """No module that tests import may set options of the stages that all tests start."""
+    changed = {name for name, _ in os.environ.items() ^ _ENVIRONMENT.items() if name.startswith("MINIGPT_")}
+    if changed:
+        raise pytest.UsageError(f"an imported module has changed {changed}")
 
 
 @pytest.fixture(scope="session")

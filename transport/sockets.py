@@ -281,6 +281,11 @@ def hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
+def has_left(sock: socket.socket) -> bool:
+    """Whether the peer has closed the connection, perhaps with bytes left to read. False where no poll tells."""
+    return bool(_poller(sock, _RDHUP).poll(0))
+
+
 def connect(address: Address, timeout: float) -> socket.socket:
     """A connected socket. Raises Unreachable, TimedOut; the deadline does not cover the resolution of host names.
 

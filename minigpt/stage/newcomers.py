@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from transport.sockets import has_left
+
 SHARE = 0.1  # of one core, spent on handshakes; at 5 ms each, 20 a second
 WORST = 0.025  # seconds of the processor that one handshake costs at worst
 MEMORY = 60.0  # seconds, after which a third of what a source has cost still counts
@@ -66,8 +68,9 @@ class Newcomers:
 
         Nobody waits for what only others have cost: while the pace makes all wait, those of a source that has no
         handshake under way, and so is not `busy`, go ahead one at a time. Those of the `crowded` source would end a
-        handshake of their own, so they wait while there is room.
+        handshake of their own, so they wait while there is room. Those that have left are forgotten.
         """
+        self._forget_left()
         choice = self._waiting
         if len(choice) <= WAITING // 2:
             choice = [one for one in choice if source_of(one[1]) != crowded]
@@ -78,6 +81,11 @@ class Newcomers:
             return LOOK if self._waiting else math.inf, None
         cost = {source: self.spent(source) for source in {source_of(peer) for _, peer in choice}}  # it falls: ask once
         return min(delay, LOOK), min(choice, key=lambda one: cost[source_of(one[1])])
+
+    def _forget_left(self) -> None:
+        for newcomer in [one for one in self._waiting if has_left(one[0])]:
+            self._waiting.remove(newcomer)
+            newcomer[0].close()
 
     def take(self, newcomer: Newcomer) -> None:
         """Its handshake begins."""

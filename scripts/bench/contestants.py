@@ -22,7 +22,6 @@ import minigpt  # noqa: E402 — before NumPy, whose threads it sets
 from minigpt.cli.clients import run_together  # noqa: E402
 
 MOST = 16  # sequences at once
-os.environ.setdefault("MINIGPT_MAX_SEQUENCES", str(MOST))  # of our stages
 SMALL, TINY = "small", "tiny"  # GPT-2 small's shape with random weights; the embedded model
 CORES = os.cpu_count() or 1
 

@@ -109,7 +109,10 @@ class Contestant:
     """A child process that runs cases when it is asked to."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        environment = os.environ | {"MINIGPT_AEAD": "cryptography" if name.endswith("fast") else "pycryptodome"}
+        environment = os.environ | {
+            "MINIGPT_AEAD": "cryptography" if name.endswith("fast") else "pycryptodome",
+            "MINIGPT_MAX_SEQUENCES": str(MOST),
+        }
         self._log = folder / f"{name}.log"
         script = Path(__file__).with_name("contestants.py")
         with self._log.open("wb") as errors:

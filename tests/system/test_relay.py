@@ -477,8 +477,12 @@ class Recording(Wire):
 
 
 @pytest.fixture(params=[WAYS[:1] * 2, WAYS[1:]][: len(VSOCK) + 1], ids=["tcp", "vsock"][: len(VSOCK) + 1])
-def relayed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stages]:
-    """A pipeline of two stages, each of which is reached through a relay of its own."""
+def relayed(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Stages, bytearray]]:
+    """A pipeline of two stages, each of which is reached through a relay of its own; and all that these read."""
+    monkeypatch.setattr(relay, "Wire", Recording)
+    monkeypatch.setattr(Recording, "seen", seen := bytearray())
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     with ExitStack() as stack:
         relays = [Relay(anywhere(way[0]), anywhere(way[1])) for way in request.param]
@@ -494,17 +498,16 @@ def relayed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stages]:
                 stages.start(index, "--listen", str(made._target))
             stack.callback(made.stop)
             threading.Thread(target=made.serve, daemon=True).start()
-        yield stages
+        yield stages, seen
 
 
 IDS = tuple(np.random.default_rng(5).integers(0, SMALL.vocab_size - 1, 40).tolist())
 
 
 def test_a_pipeline_does_not_notice_and_the_relay_sees_ciphertext_only(
-    relayed: Stages, monkeypatch: pytest.MonkeyPatch
+    relayed: tuple[Stages, bytearray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "Wire", Recording)
-    monkeypatch.setattr(Recording, "seen", seen := bytearray())
+    stages, seen = relayed
     plain = bytearray()
     encode = codec.encode
 
@@ -514,13 +517,13 @@ def test_a_pipeline_does_not_notice_and_the_relay_sees_ciphertext_only(
         return data
 
     monkeypatch.setattr(codec, "encode", keep)
-    model = minigpt.load(str(relayed.folder))
-    with Pipeline.connect(relayed.bytes, allow_mock=True) as pipeline:
+    model = minigpt.load(str(stages.folder))
+    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
         found = [token.id for token in pipeline.generate(IDS, max_tokens=12)]
         assert [not report.error for report in pipeline.status()] == [True, True]
     assert found == [token.id for token in model.generate(IDS, max_tokens=12)]
 
-    assert seen.count(b"mGPT") >= 2  # links of the client and of `status` at least; that of batches may be older
+    assert seen.count(b"mGPT") == 3  # links of the client, of batches and of `status`: what is in clear is seen
     ids = messages.encode(messages.Generate(0, IDS, 12))["ids"]
     assert isinstance(ids, bytes)
     for secret in (ids, ids[:16], b"generate", b"sampling"):

@@ -23,6 +23,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(newcomers, "time", made)
+    monkeypatch.setattr(newcomers, "has_left", lambda _sock: False)  # there are no sockets
     return made
 
 
@@ -154,3 +155,20 @@ def test_newcomers_of_one_source_begin_in_order_though_what_it_has_cost_falls_me
     peers = [f"tcp://a:{port}" for port in range(20)]
     come(door, *peers)
     assert [begin(door) for _ in peers] == peers
+
+
+def test_those_that_have_left_make_nobody_wait_and_are_hung_up_on() -> None:
+    door = Newcomers()
+    left = [socket.socketpair() for _ in range(WAITING)]
+    for number, (own, theirs) in enumerate(left):
+        assert door.add((own, f"tcp://a:{number}")) is None
+        theirs.sendall(b"hello")
+        theirs.close()
+    for _ in range(50):
+        door.spend("tcp://a", WORST)  # its next handshake would have to wait
+    here, there = socket.socketpair()
+    with here, there:
+        assert door.following((), None) == (math.inf, None)
+        assert door.add((here, "tcp://a:999")) is None
+        assert door.following((), None)[1] == (here, "tcp://a:999")
+    assert [own.fileno() for own, _ in left] == [-1] * WAITING
