@@ -184,7 +184,7 @@ def test_an_interrupt_at_any_moment_takes_no_connection_away(stages: Stages) -> 
 
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
-            for number in range(300):
+            for number in range(1000):
                 with suppress(KeyboardInterrupt):
                     signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 30 * 1e-4)
                     ids(made.generate(IDS[:3], max_tokens=2))
