@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import fields
 from functools import partial
@@ -139,8 +139,9 @@ def _ask() -> str | None:
         return ""
 
 
-def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
-    """The pipeline that the options name: a running one, or child processes of our own."""
+def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **more: Any) -> Pipeline:
+    """The pipeline that the options name: a running one, or child processes of our own. Of those that end, and are
+    started again, `told` is told."""
     local = [flag for flag in ("stages", "split") if getattr(options, flag) is not None]
     if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
         if local:
@@ -152,7 +153,7 @@ def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
     shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout")}
-    with progress() as tell:
+    with progress(told) as tell:
         return Pipeline.local(model, **shape, progress=tell)
 
 
@@ -350,6 +351,7 @@ def bench(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`minigpt serve`: OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
     try:
+        from minigpt.serve.guard import lines
         from minigpt.serve.server import read_key, run
     except ImportError as error:
         raise UsageError(
@@ -357,8 +359,9 @@ def serve(options: argparse.Namespace) -> int:
         ) from None
     api_key = read_key(options)
     client_key = None if options.client_key is None else _read_key(options.client_key)
+    log = lines(options.log_format, say)
     with (
-        _pipeline(options, connections=options.connections) as pipeline,
+        _pipeline(options, lambda line: log({"message": line}), connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
         Pipeline(pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1) as watcher,
     ):

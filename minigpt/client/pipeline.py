@@ -144,7 +144,8 @@ class Pipeline(TextModel):
             revision: of a hub id.
             threads: BLAS threads of each stage.
             timeout, connect_timeout, connections: as in `connect`.
-            progress: is told what is waited for, in a line for people.
+            progress: is told what is waited for, in a line for people; later, from another thread, of each stage that
+                ended and is started again.
         """
         from minigpt.launch.local import LocalStages
 
@@ -177,6 +178,7 @@ class Pipeline(TextModel):
 
     def status(self) -> tuple[StageReport, ...]:
         """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
+        self._check_stages()
         link, whole = self._pool.take(), False
         try:
             reports = link.status()
@@ -190,8 +192,24 @@ class Pipeline(TextModel):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of a local pipeline's stages, in order."""
+        """Process ids of a local pipeline's stages, in order. One that has ended keeps its place until it is started
+        again."""
         return [] if self._stages is None else self._stages.pids
+
+    @property
+    def restarts(self) -> list[int]:
+        """How often each stage of a local pipeline was started again."""
+        return [] if self._stages is None else self._stages.restarts
+
+    @property
+    def failure(self) -> StageError | None:
+        """Why a stage of a local pipeline is not started again, if that is so: every request then raises this."""
+        return None if self._stages is None else self._stages.failure
+
+    def _check_stages(self) -> None:
+        """Raises StageError if a stage was given up: no link can help then."""
+        if (failure := self.failure) is not None:
+            raise failure
 
     def close(self) -> None:
         """Ends the connections; and the stages, if they are ours."""
@@ -213,6 +231,7 @@ class Pipeline(TextModel):
 
     def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
         """Yields the answers of stage 0, and returns why they ended. Closing the generator cancels the request."""
+        self._check_stages()
         link = self._pool.take()
         replies = Replies(request, self.config, len(self.manifest.stages))
         whole = False
