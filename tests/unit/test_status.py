@@ -10,7 +10,7 @@ def state(stage: int, **figures: Any) -> dict[str, Any]:
         "stage": stage, "layers": [6 * stage, 6 * stage + 6], "address": f"tcp://127.0.0.1:{5001 + stage}",
         "provider": "mock", "evidence": "accepted", "error": None, "exposed": None, "uptime_s": 12.4,
         "weights_bytes": 5_413_440, "channels": 2, "sequences": 1, "cache_bytes": 368_640, "steps": 15, "tokens": 25,
-        "rate": 2.55, "batch": 1.0, "queue": 0, "cache_limit": 0, **figures,
+        "rate": 2.55, "batch": 1.0, "queue": 0, "cache_limit": 0, "resumed": 0, **figures,
     }  # fmt: skip
 
 
