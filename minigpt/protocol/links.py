@@ -107,7 +107,7 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
     except Unauthentic as error:
         text = (
             f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
-            f"or something between altered the {error}"
+            f"or another stage answers at {manifest.stages[index].address}, or something between altered the handshake"
         )
         raise UntrustedStage(text, stage=index) from error
     except TransportError as error:
