@@ -101,7 +101,7 @@ def seconds(text: str) -> float:
 
 def patience(text: str) -> float:
     """A number of seconds; 0 for none."""
-    return 0.0 if text.strip() in ("0", "0.0") else seconds(text)
+    return 0.0 if text == "0" else seconds(text)
 
 
 def days(text: str) -> float:

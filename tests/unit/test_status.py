@@ -30,6 +30,7 @@ def test_a_stage_that_failed_says_why_and_has_no_load() -> None:
     dead = state(1, error="stage 1 cannot be reached", evidence="unknown")
     lines = status.shown([state(0, exposed="core dumps are on"), dead]).splitlines()
     assert lines[0].endswith("accepted  not locked down: core dumps are on")
+    assert status.shown([state(0, resumed=3)]).splitlines()[0].endswith("accepted  requests resumed: 3")
     assert lines[1].endswith("mock evidence unknown  stage 1 cannot be reached")
     assert [line.split()[:1] for line in lines[2:]] == [[], ["stage"], ["0"]]
     assert status.shown([dead]).count("\n") == 1
