@@ -25,6 +25,7 @@ _GAUGES = {  # by the field of a report
 _COUNTERS = {
     "steps": ("steps", "passes asked for since the stage started."),
     "tokens": ("tokens", "tokens drawn since then, for passes through this stage."),
+    "resumed": ("resumed", "requests since then that went on after a link was lost."),
 }
 
 
@@ -73,6 +74,9 @@ class Metrics:
         )
         self.prompt_tokens = Counter("minigpt_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.tokens = Counter("minigpt_generated_tokens", "Tokens generated for requests.", registry=registry)
+        self.resumed = Counter(
+            "minigpt_resumed", "Times that an answer went on after a link or a stage had died.", registry=registry
+        )
         self.first = Histogram(
             "minigpt_time_to_first_token_seconds", "From request to first token, with the wait in the queue.",
             buckets=_SECONDS, registry=registry,

@@ -45,9 +45,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why an answer ended; always what comes last."""
+    """Why an answer ended, and how often it was resumed; always what comes last."""
 
     reason: Reason
+    resumed: int
 
 
 class Service:
@@ -181,9 +182,10 @@ class Service:
                         return
                     put(Piece(token, generation.spans[-1]))
                 assert generation.reason is not None
-                put(End(generation.reason))
+                put(End(generation.reason, len(generation.interruptions)))
             finally:
                 generation.close()
+                self.metrics.resumed.inc(len(generation.interruptions))
 
         def ended(_: object) -> None:
             self.running -= 1

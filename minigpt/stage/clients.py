@@ -65,6 +65,8 @@ class ClientConversation(Conversation):
         """Runs a request to its end. One that a later stage has no place for waits once more. Raises _Cancelled."""
         stage, told = self._stage, False
         answers = stage.schedule.run(self._begun(channel, request), request, lambda: self._check_client(channel))
+        if request.delivered and not again:
+            stage.layers.meter.note_resumed()
         try:
             while True:
                 answer = next(answers)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from attest import AttestationError
 from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
-from minigpt.protocol import messages
-from minigpt.protocol.messages import Failure, Message, StageReport
+from minigpt.protocol import links, messages
+from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
@@ -152,9 +152,7 @@ class Conversation:
 
     def _fail(self, channel: Channel, error: StageError) -> None:
         """Tells the peer what failed, and in which stage; the channel ends with it."""
-        reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
-        stage = self._stage.index if error.stage is None else error.stage
-        self._send(channel, Failure(stage, reason, str(error)))
+        self._send(channel, links.failure(error, self._stage.index))
 
     def _send(self, channel: Channel, message: Message) -> None:
         channel.send(messages.encode(message))

@@ -163,6 +163,7 @@ class Server:
             rate=meter.rate(now),
             batch=meter.batch(now),
             queue=self.stage.places.waiting,
+            resumed=meter.resumed,
             cache_limit=self.stage.places.total,
             exposed=self._exposed,
         )

@@ -18,8 +18,8 @@ is compared with that in the second. It exits with code 1, and says why, if
     - a request ended in any other way, or did not end within --patience;
     - more than --differ of the compared texts differ. Sequences that are computed together differ in their last bits
       from one that is computed alone, which decides a near tie;
-    - a stage died, or its memory, threads or descriptors grew more than --memory, --threads or --descriptors allow; with
-      --kill, those of this process, the client.
+    - a stage died, or its memory, threads or descriptors grew more than --memory, --threads or --descriptors allow; or,
+      with --kill, those of this process, the client.
 """
 
 from __future__ import annotations
