@@ -53,7 +53,7 @@ class RequestRefused(MiniGPTError):
     """A stage refused the request and says why; the channel lives on.
 
     Attributes:
-        reason: a short machine-readable word: "busy", "too-long", "bad-token", "gap", "bad-request".
+        reason: a short machine-readable word: "busy", "draining", "too-long", "bad-token", "gap", "bad-request".
         stage: index of the stage that refused.
     """
 
