@@ -1,6 +1,11 @@
 """A stage that is told to end: it lets answers finish and refuses what is new; or it ends at once, whatever it does."""
 
+import contextlib
+import http.client
+import json
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +15,9 @@ from typing import Any
 import pytest
 from made import SMALL, random_tensors, write
 from processes import Stages, eventually
+from serving import Serving
 
+from minigpt.checkpoint import sources
 from minigpt.engine.config import Config
 from minigpt.errors import StageError
 from minigpt.protocol import links, messages
@@ -243,6 +250,63 @@ def test_a_client_whose_answer_takes_longer_than_the_drain_is_told(folder: Path,
         link.channel.close()
 
 
+# `minigpt serve`, which is where the answers come from: it drains too.
+
+
+def streamed(server: Serving, count: int) -> http.client.HTTPConnection:
+    """A connection on which an answer is asked for."""
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"prompt": "The capital of France is", "max_tokens": count, "temperature": 0, "stream": True}
+    link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return link
+
+
+def closed(server: Serving) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", server.port), 60).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_at_once(tmp_path: Path, how: signal.Signals) -> None:
+    with (
+        Held(sources.find("tiny").folder, "12", tmp_path, 0) as stages,
+        Serving("--manifest", str(stages.path), "--model", "tiny", "--allow-mock") as server,
+        contextlib.closing(streamed(server, 20)) as link,
+        link.getresponse() as answer,
+    ):
+        assert answer.readline()
+        server.process.send_signal(how)
+        assert eventually(lambda: closed(server))
+        assert server.process.poll() is None  # the answer is held
+        server.process.send_signal(how)
+        assert server.process.wait(25) == (0 if how is signal.SIGTERM else 130)  # it would wait for 30 s
+        assert "Traceback" not in server.log
+
+
+def test_an_answer_is_whole_though_a_servers_local_stages_are_told_to_end_with_it() -> None:
+    """As a supervisor does that sends SIGTERM to every process of a service."""
+    with Serving() as server:
+        link = streamed(server, 200)
+        answer = link.getresponse()
+        first = answer.readline()
+        tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+        children = [int(word) for task in tasks for word in task.read_text().split()]
+        stages = [pid for pid in children if b"minigpt.stage" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert stages
+        for pid in (*stages, server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        told = (first + answer.read()).decode()
+        assert told.rstrip().endswith("data: [DONE]"), told[-500:]
+        assert "error" not in told
+        answer.close()
+        link.close()
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log
+
+
 # Inside one stage.
 
 
@@ -282,7 +346,7 @@ def test_a_link_with_lanes_rests_once_no_step_has_come_for_a_while(monkeypatch: 
 
 # Stopping means stopping.
 
-LIMIT = 15.0  # seconds; 4 on a machine with time
+LIMIT = 15.0  # seconds; 2 on a machine with time
 
 
 @pytest.fixture(scope="module")
