@@ -8,7 +8,7 @@ Python runs a signal's handler in the main thread, between two of its instructio
 library or waits for a disk. So here a thread of its own hears of signals, by `signal.set_wakeup_fd`, and keeps time.
 
 The process is left by `os._exit`. An end in order runs the BLAS library's destructor, which waits for the computation
-that is under way; the thread that has it waits for Python, which is gone: such a process never ended.
+under way: at times for ever, if the thread that has it waits for Python, which is gone.
 """
 
 import logging
