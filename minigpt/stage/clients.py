@@ -51,6 +51,8 @@ class ClientConversation(Conversation):
         except RequestRefused as error:
             if error.stage != self._stage.index:
                 self._forget()  # this stage has computed what a later one refused
+                if error.reason == "draining":  # nothing can go on from what that stage has
+                    self._stage.places.clear(0.0, lambda: None)
             self._send(channel, messages.refusal(error))
             return
         except StageError:
@@ -89,6 +91,7 @@ class ClientConversation(Conversation):
         Raises RequestRefused if it fits nowhere or asks for what cannot be had, _Cancelled if the client leaves the
         queue.
         """
+        self._stage.places.refuse_if_draining()
         self._stage.schedule.look_at_link()
         model = self._stage.model
         known = self._place.sequence if self._place is not None else None

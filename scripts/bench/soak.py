@@ -172,7 +172,7 @@ class Clients:
             return ""
         if kind in ("stall", "disconnect"):  # by a bare link, which nobody makes again
             return "link lost"
-        return "died twice" if "twice" in str(error) else ""
+        return "died twice" if "has died 2 times" in str(error) else ""
 
     def _count(self, tokens: int) -> None:
         with self._lock:

@@ -845,7 +845,7 @@ def test_sigterm_at_any_moment_ends_a_stage_without_a_word(folder: Path, tmp_pat
 
 def test_a_stage_ends_cleanly_on_sigterm_and_its_client_is_told(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "2+2", tmp_path) as stages:
-        stages.start_all()
+        stages.start_all("--drain", "0.001")  # test_drain.py has the other ends
         with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
             running = made.generate(IDS[:5], max_tokens=150, draft=0)
             next(running)
