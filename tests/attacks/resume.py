@@ -42,7 +42,7 @@ def cut(at: int, times: int = 1) -> Rule:
 def every_time(arena: Arena) -> Seen:
     seen = []
     for link in range(2):
-        for at in arena.some(range(1, TOKENS + 1), 2):
+        for at in (1, 2):  # with no token in between, and with one
             began = time.monotonic()
             answer = arena.run({link: cut(at, 1000)}, retry_for=RETRY)
             seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), f"link {link} was cut"))
