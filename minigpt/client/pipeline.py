@@ -5,6 +5,7 @@ whole before anything is sent: every stage's evidence must be pinned, because th
 other stages are met by measured code that enforces the same manifest.
 """
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -184,7 +185,8 @@ class Pipeline(TextModel):
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
         request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
-        (values,) = [answer.values for answer in self._answers(request, []) if isinstance(answer, Logits)]
+        answers = self._answers(request, [], threading.Event())
+        (values,) = [answer.values for answer in answers if isinstance(answer, Logits)]
         return values
 
     def status(self) -> tuple[StageReport, ...]:
@@ -240,13 +242,16 @@ class Pipeline(TextModel):
         """Makes the first link, and so verifies stage 0."""
         self._pool.give(self._pool.take(), whole=True)
 
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
         resumption = Resumption(request, self.config.n_positions, self._retry_for, interruptions)
         link: StageLink | None = None
         replies: Replies | None = None
         try:
-            while True:
-                self._check_stages()
+            while not cancelled.is_set():
+                if (failure := self.failure) is not None:
+                    raise resumption.end(failure)
                 try:
                     link = self._pool.take(link)
                     rest = resumption.rest()
@@ -261,6 +266,7 @@ class Pipeline(TextModel):
                         link.channel.abort()  # but its place is kept
                     if not self._pool.rest(wait or 0.0):
                         raise resumption.end(error, "the pipeline was closed meanwhile") from error
+            return Reason.CANCELLED
         finally:
             if link is not None:
                 self._pool.give(link, whole=replies is not None and replies.over)

@@ -150,7 +150,7 @@ def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Sta
         elif ended == "refused":
             for _ in range(3):
                 with pytest.raises(RequestRefused):
-                    list(made._answers(Generate(0, (10**6,), 3), []))
+                    list(made._answers(Generate(0, (10**6,), 3), [], threading.Event()))
         else:
             next(generation)
         if ended == "closed":
