@@ -30,7 +30,17 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
 from minigpt.protocol.request import Ask, Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unauthentic, Unreachable
+from transport.errors import (
+    Abandoned,
+    Alert,
+    Closed,
+    PeerAlert,
+    Silent,
+    TimedOut,
+    TransportError,
+    Unauthentic,
+    Unreachable,
+)
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
 from transport.session import SILENCE
@@ -126,7 +136,8 @@ def broken(error: TransportError, index: int) -> StageError:
         return StageError(f"stage {index} {error}", stage=index)
     if isinstance(error, TimedOut):
         return LateStage(f"stage {index} did not answer in time: {error}", stage=index)
-    return StageError(f"stage {index} is gone: {error}", stage=index)
+    kind = UnreachableStage if isinstance(error, Closed) else StageError  # whoever says CLOSE has not died
+    return kind(f"stage {index} is gone: {error}", stage=index)
 
 
 def failed(failure: Failure) -> StageError:
