@@ -30,7 +30,8 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.protocol import batches, links
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
-from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.batchlink import BatchLink
+from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
 from minigpt.protocol.request import Ask, Keywords, Options

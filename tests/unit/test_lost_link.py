@@ -10,7 +10,7 @@ from made import SMALL, cut, random_tensors
 
 from minigpt.errors import StageError
 from minigpt.protocol import batches
-from minigpt.protocol.links import BatchLink
+from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.messages import Generate
 from transport.errors import TimedOut
 
