@@ -103,9 +103,10 @@ class Pipeline(TextModel):
             connect_timeout: seconds for the connection, and as many for its handshake.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
             connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
-            retry_for: seconds to try to go on with a request for, when a link or a stage has died or cannot be reached:
-                over a new link, from the token after those that have arrived. Counted until answers come again; 0 to
-                fail at once. Evidence that is refused is never tried again, nor is the first connection.
+            retry_for: seconds to go on trying for, when a link or a stage has died or cannot be reached: over a new
+                link, from the token after those that have arrived. Counted until answers come again; an attempt under
+                way then is brought to its end, which takes up to twice `connect_timeout`. 0 fails at once. Evidence
+                that is refused is never tried again, nor is the first connection.
 
         Raises:
             UsageError: an argument is of a wrong type or out of its range.
@@ -258,7 +259,7 @@ class Pipeline(TextModel):
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
                 except (StageError, RequestRefused) as error:
-                    wait = resumption.fault(error, again=self._pool.renews(link))
+                    wait = resumption.fault(error, again=self._pool.may_replace(link))
                     replies = None
                     if wait is None and resumption.reason is not None:
                         return resumption.reason

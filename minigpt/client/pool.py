@@ -100,7 +100,7 @@ class Pool:
                 link.channel.abort()
             self._changed.notify_all()
 
-    def renews(self, link: StageLink | None) -> bool:
+    def may_replace(self, link: StageLink | None) -> bool:
         """Whether another link may take the place of one that was lost: not before there ever was one, not once the
         pool is closed, and not in the child of a fork, as the parent goes on."""
         return self.proven and not self._closed and (link is None or link in self._used)

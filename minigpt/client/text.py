@@ -51,7 +51,7 @@ class Generation(Iterator[Token]):
         times: seconds from the request to each token; the same for tokens that arrived together.
         spans: for each token, where its time went: in a pipeline the client's span, then stage by stage. Tokens that
             arrived together share their step's equally. Empty unless requested.
-        interruptions: what interrupted it and was got over, in order: each time it went on over another link.
+        interruptions: the faults that it survived, in order: after each it went on over another link.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class TextModel(ABC):
         """Answers to a request, and why it ended.
 
         Args:
-            interruptions: what interrupted it, and was got over, is added to these.
+            interruptions: each fault that the request survives is added to these.
             cancelled: once it is set, nothing is asked again.
         """
 
