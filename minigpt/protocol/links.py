@@ -284,6 +284,8 @@ class StageLink:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""
         try:
             message = self._read(self.channel.receive(1.0))
+        except Closed as closed:
+            return broken(closed, self.stage)
         except (TransportError, MessageError):
             return broken(error, self.stage)
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)
