@@ -260,11 +260,11 @@ class Pipeline(TextModel):
                     return (yield from self._ask(link, rest, replies, resumption))
                 except (StageError, RequestRefused) as error:
                     wait = resumption.fault(error, again=self._pool.may_replace(link))
-                    replies = None
                     if wait is None and resumption.reason is not None:
                         return resumption.reason
-                    if link is not None:
+                    if link is not None and (replies is None or not replies.over):
                         link.channel.abort()  # but its place is kept
+                    replies = None
                     if not self._pool.rest(wait or 0.0):
                         raise resumption.end(error, "the pipeline was closed meanwhile") from error
             return Reason.CANCELLED

@@ -44,7 +44,8 @@ class Pool:
         self._changed = threading.Condition(threading.RLock())
 
     def take(self, lost: StageLink | None = None) -> StageLink:
-        """A link that works, to be given back; in the place of one that was `lost`, which is kept if there is no other.
+        """A link that works, to be given back; `lost` itself if it works still, or one in its place, which is kept if
+        there is none.
 
         Raises StageError, UsageError if the pool is closed, and RequestRefused if all links are in use for too long.
         """
@@ -63,7 +64,7 @@ class Pool:
                     )
             if self._closed:
                 raise UsageError("this pipeline is closed: connect again")
-            link = self._idle.pop() if self._idle else None
+            link = lost or (self._idle.pop() if self._idle else None)
             place = _Place()
             self._places.add(place)
         try:

@@ -36,7 +36,7 @@ from minigpt.launch.plan import write
 from minigpt.protocol import messages
 from minigpt.protocol.batches import Terms
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Answer, Cancel, Done, Generate, Logits, Message, Reason, Tokens, Wanted
+from minigpt.protocol.messages import Answer, Cancel, Done, Generate, Logits, Message, Reason, Refusal, Tokens, Wanted
 from minigpt.serve.service import Service
 from minigpt.stage.layers import Layers
 from minigpt.stage.schedule import Schedule
@@ -602,3 +602,37 @@ def test_a_stage_that_is_given_up_meanwhile_ends_the_request_and_says_how_far_it
     stages.failure = given_up
     with pytest.raises(StageError, match=f"^{given_up}; 2 tokens had arrived$"):
         next(generation)
+
+
+class Refusing(Dying):
+    """A link whose stage refuses so many requests, because a later stage drains, and then answers."""
+
+    def __init__(self, model: GPT2, times: int) -> None:
+        super().__init__(model, ENDLESS)
+        self._times = times
+
+    def receive(self) -> Message:
+        if len(self.asked) <= self._times:
+            return Refusal(1, "draining", "stage 1 is shutting down")
+        return super().receive()
+
+
+def test_a_link_on_which_a_request_was_refused_is_used_again(tiny: GPT2, manifest: Manifest) -> None:
+    link = Refusing(tiny, 5)  # handshakes cost a stage more than requests that it refuses
+    made = pipeline(manifest, [link], connections=1)
+    assert len(list(made.generate([1, 2], max_tokens=3))) == 3
+    assert len(link.asked) == 6
+    assert not link.ended
+
+
+def test_a_link_that_ended_after_a_refusal_is_replaced(tiny: GPT2, manifest: Manifest) -> None:
+    first, second = Refusing(tiny, 1), Dying(tiny, ENDLESS)
+    made = pipeline(manifest, [first, second], connections=1)
+
+    def rest(seconds: float) -> bool:
+        first.abort()
+        return True
+
+    made._pool.rest = rest  # type: ignore[method-assign]
+    assert len(list(made.generate([1, 2], max_tokens=3))) == 3
+    assert (len(first.asked), len(second.asked)) == (1, 1)
