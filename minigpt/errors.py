@@ -10,7 +10,7 @@
     └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
         ├── MessageError    4    what it sent is not a message of this protocol
         ├── LateStage       4    its answer did not come within the caller's timeout: allow more, or look at that stage
-        ├── UnreachableStage 4   no link to it can be made: nothing was asked of it, so it can be asked again
+        ├── UnreachableStage 4   it is not there, or was told to end: ask again, the request is not to blame
         └── UntrustedStage  3    its evidence was refused, or it has another manifest: compare what runs there with ours
 
 Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
@@ -88,7 +88,7 @@ class LateStage(StageError):
 
 
 class UnreachableStage(StageError):
-    """No link to a stage can be made, by us or by the stage before it: it has computed nothing."""
+    """A stage is not there, for us or for the stage before it, or was told to end: the request is not to blame."""
 
 
 class UntrustedStage(StageError):

@@ -152,8 +152,8 @@ def _stages(to: argparse.ArgumentParser) -> None:
 
 
 def _retry(to: argparse.ArgumentParser) -> None:
-    option(to, "--retry-for", "30", "S", patience, "seconds to try to go on with an answer for, when a stage has died; "
-           "0 to fail at once")  # fmt: skip
+    text = "seconds to go on trying for when a stage has died; 0 to fail at once"
+    option(to, "--retry-for", "30", "S", patience, text)
 
 
 def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:

@@ -5,6 +5,7 @@ whole before anything is sent: every stage's evidence must be pinned, because th
 other stages are met by measured code that enforces the same manifest.
 """
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -102,9 +103,10 @@ class Pipeline(TextModel):
             connect_timeout: seconds for the connection, and as many for its handshake.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
             connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
-            retry_for: seconds to try to go on with a request for, when a link or a stage has died or cannot be reached:
-                over a new link, from the token after those that have arrived. Counted until answers come again; 0 to
-                fail at once. Evidence that is refused is never tried again, nor is the first connection.
+            retry_for: seconds to go on trying for, when a link or a stage has died or cannot be reached: over a new
+                link, from the token after those that have arrived. Counted until answers come again; an attempt under
+                way then is brought to its end, which takes up to twice `connect_timeout`. 0 fails at once. Evidence
+                that is refused is never tried again, nor is the first connection.
 
         Raises:
             UsageError: an argument is of a wrong type or out of its range.
@@ -184,7 +186,8 @@ class Pipeline(TextModel):
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
         request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
-        (values,) = [answer.values for answer in self._answers(request, []) if isinstance(answer, Logits)]
+        answers = self._answers(request, [], threading.Event())
+        (values,) = [answer.values for answer in answers if isinstance(answer, Logits)]
         return values
 
     def status(self) -> tuple[StageReport, ...]:
@@ -240,27 +243,31 @@ class Pipeline(TextModel):
         """Makes the first link, and so verifies stage 0."""
         self._pool.give(self._pool.take(), whole=True)
 
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
         resumption = Resumption(request, self.config.n_positions, self._retry_for, interruptions)
         link: StageLink | None = None
         replies: Replies | None = None
         try:
-            while True:
-                self._check_stages()
+            while not cancelled.is_set():
+                if (failure := self.failure) is not None:
+                    raise resumption.end(failure)
                 try:
                     link = self._pool.take(link)
                     rest = resumption.rest()
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
                 except (StageError, RequestRefused) as error:
-                    wait = resumption.fault(error, again=self._pool.renews(link))
-                    replies = None
+                    wait = resumption.fault(error, again=self._pool.may_replace(link))
                     if wait is None and resumption.reason is not None:
                         return resumption.reason
-                    if link is not None:
+                    if link is not None and (replies is None or not replies.over):
                         link.channel.abort()  # but its place is kept
+                    replies = None
                     if not self._pool.rest(wait or 0.0):
                         raise resumption.end(error, "the pipeline was closed meanwhile") from error
+            return Reason.CANCELLED
         finally:
             if link is not None:
                 self._pool.give(link, whole=replies is not None and replies.over)

@@ -4,6 +4,7 @@ Stages know ids only. Stop strings and incomplete characters are handled here, b
 anyway.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -50,7 +51,7 @@ class Generation(Iterator[Token]):
         times: seconds from the request to each token; the same for tokens that arrived together.
         spans: for each token, where its time went: in a pipeline the client's span, then stage by stage. Tokens that
             arrived together share their step's equally. Empty unless requested.
-        interruptions: what interrupted it and was got over, in order: each time it went on over another link.
+        interruptions: the faults that it survived, in order: after each it went on over another link.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Generation(Iterator[Token]):
         tokenizer: Tokenizer | None = None,
         stop: Sequence[str] = (),
         interruptions: Sequence[str] = (),
+        cancelled: threading.Event | None = None,
     ) -> None:
         self.interruptions = interruptions
         self.reason: Reason | None = None
@@ -69,6 +71,7 @@ class Generation(Iterator[Token]):
         self.times: list[float] = []
         self.spans: list[tuple[Span, ...]] = []
         self._answers = answers
+        self._cancelled = cancelled or threading.Event()
         self._request = request
         self._n_positions = config.n_positions
         self._decoder = tokenizer.stream() if tokenizer is not None else None
@@ -77,6 +80,8 @@ class Generation(Iterator[Token]):
         self._arrived: deque[tuple[int, float | None, float, tuple[Span, ...]]] = deque()
 
     def __next__(self) -> Token:
+        if self._cancelled.is_set():
+            self.close()
         if self.reason is not None:
             raise StopIteration
         if not self._arrived:
@@ -110,8 +115,13 @@ class Generation(Iterator[Token]):
         for token, logprob in zip(answer.ids, answer.logprobs or [None] * count, strict=True):
             self._arrived.append((token, logprob, arrived, spans))
 
+    def cancel(self) -> None:
+        """Makes it end at the next token, or before the next attempt to go on after a death. Any thread may call this,
+        also while another waits for a token."""
+        self._cancelled.set()
+
     def close(self) -> None:
-        """Ends the generation, in every stage."""
+        """Ends the generation, in every stage. Only while no thread waits for a token."""
         self._answers.close()
         if self.reason is None:
             self.reason = Reason.CANCELLED
@@ -221,8 +231,15 @@ class TextModel(ABC):
     tokenizer: Tokenizer | None
 
     @abstractmethod
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
-        """Answers to a request, and why it ended; adds what interrupted it, and was got over, to the list."""
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
+        """Answers to a request, and why it ended.
+
+        Args:
+            interruptions: each fault that the request survives is added to these.
+            cancelled: once it is set, nothing is asked again.
+        """
 
     def generate(
         self,
@@ -251,8 +268,9 @@ class TextModel(ABC):
         options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
         request = make_request(prompt, self.tokenizer, self.config, options)
         interruptions: list[str] = []
-        answers = self._answers(request, interruptions)
-        return Generation(answers, request, self.config, self.tokenizer, stop, interruptions)
+        cancelled = threading.Event()
+        answers = self._answers(request, interruptions, cancelled)
+        return Generation(answers, request, self.config, self.tokenizer, stop, interruptions, cancelled)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
         """As `generate`, for `async for`: each wait for a token is in a thread of its own, and blocks no event loop."""
@@ -262,6 +280,7 @@ class TextModel(ABC):
         waiting: asyncio.Future[Token | None] | None = None
 
         async def close() -> None:
+            generation.cancel()
             if waiting is not None:  # a thread may still wait for a token, and only it may touch the generation then
                 await asyncio.wait([waiting])
                 waiting.exception()  # noticed: whoever waited for it was told, or has gone

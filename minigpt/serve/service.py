@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from attest import AttestationError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Token, encode_prompt
+from minigpt.client.text import Generation, Token, encode_prompt
 from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import Reason, Span, StageReport
@@ -142,7 +141,9 @@ class Service:
     async def generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
         """An answer, when its turn comes. Closing this cancels it within one token."""
         until = time.monotonic() + BUSY
+        watched: Keywords = {**options, "spans": True}  # for the bytes on each link
         while True:
+            generation = self.pipeline.generate(ids, **watched)
             self.waiting += 1
             try:
                 await self._turns.acquire()
@@ -150,7 +151,7 @@ class Service:
                 self.waiting -= 1
             begun = False
             try:
-                async with aclosing(self._generate(ids, options)) as pieces:
+                async with aclosing(self._generate(generation)) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -163,23 +164,18 @@ class Service:
                     raise
             await asyncio.sleep(AGAIN)
 
-    async def _generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
+    async def _generate(self, generation: Generation) -> AsyncGenerator[Piece | End]:
         """One try, with a turn that is given back when its thread has ended."""
         loop = asyncio.get_running_loop()
         # Not bounded: a reader that is slow must not keep a link, and there are no more tokens than positions.
         arrived: asyncio.Queue[Piece | End | None] = asyncio.Queue()
-        cancelled = threading.Event()
-        watched: Keywords = {**options, "spans": True}  # for the bytes on each link
 
         def put(item: Piece | End) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         def work() -> None:
-            generation = self.pipeline.generate(ids, **watched)
             try:
                 for token in generation:
-                    if cancelled.is_set():
-                        return
                     put(Piece(token, generation.spans[-1]))
                 assert generation.reason is not None
                 put(End(generation.reason, len(generation.interruptions)))
@@ -203,7 +199,7 @@ class Service:
                 yield item
             await future
         finally:
-            cancelled.set()
+            generation.cancel()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever wanted it has gone
 
     async def reports(self) -> tuple[StageReport, ...]:

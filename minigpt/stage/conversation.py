@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from attest import AttestationError
-from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
+from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UnreachableStage, UntrustedStage
 from minigpt.protocol import links, messages
 from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.newcomers import source_of
@@ -165,7 +165,7 @@ class Conversation:
         hang_up(self._sock)
 
     def _stopped(self) -> StageError:
-        return StageError(f"{self._here} is stopping", stage=self._stage.index)
+        return UnreachableStage(f"{self._here} is stopping", stage=self._stage.index)
 
     def _fail(self, channel: Channel, error: StageError) -> None:
         """Tells the peer what failed, and in which stage; the channel ends with it."""

@@ -10,7 +10,8 @@ from attest import Attester
 from minigpt.engine.model import GPT2
 from minigpt.errors import MiniGPTError
 from minigpt.protocol import links
-from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.batchlink import BatchLink
+from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.stage.layers import Layers
 from minigpt.stage.places import Places

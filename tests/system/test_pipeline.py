@@ -30,7 +30,8 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.protocol import batches, links
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
-from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.batchlink import BatchLink
+from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
 from minigpt.protocol.request import Ask, Keywords, Options
@@ -150,7 +151,7 @@ def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Sta
         elif ended == "refused":
             for _ in range(3):
                 with pytest.raises(RequestRefused):
-                    list(made._answers(Generate(0, (10**6,), 3), []))
+                    list(made._answers(Generate(0, (10**6,), 3), [], threading.Event()))
         else:
             next(generation)
         if ended == "closed":

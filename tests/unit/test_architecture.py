@@ -82,8 +82,10 @@ LAZY = {
     "minigpt.checkpoint.tokenizer": "tokenizers",
     "minigpt.checkpoint.tokenizer_files": "tokenizers",
 }
-KNOW_SOCKETS = {"minigpt.stage", "minigpt.protocol.links", "minigpt.client.pipeline", "minigpt.launch.local",
-                "minigpt.cli.commands"}  # fmt: skip
+KNOW_SOCKETS = {
+    "minigpt.stage", "minigpt.protocol.links", "minigpt.protocol.batchlink", "minigpt.client.pipeline",
+    "minigpt.launch.local", "minigpt.cli.commands",
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
