@@ -907,9 +907,11 @@ def test_a_local_pipeline_leaves_no_process_behind(folder: Path, model: minigpt.
 
 def test_a_local_stage_that_dies_is_named(folder: Path) -> None:
     with minigpt.Pipeline.local(str(folder), stages=2, retry_for=0) as made:
+        running = made.generate(IDS[:5], max_tokens=150, draft=0)
+        next(running)
         os.kill(made.pids[1], signal.SIGKILL)
         with pytest.raises(StageError, match="stage 1"):
-            ids(made.generate(IDS[:5], max_tokens=4))
+            ids(running)
 
 
 def test_a_stage_keeps_idle_links_and_never_one_with_an_answer_due(stages: Stages, model: minigpt.Model) -> None:
