@@ -1,11 +1,21 @@
 """One file for each kind of evidence. Each makes a `Platform`; `attest.registry` lists them."""
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from attest import Attester, Evidence, Provider, Verifier
 from attest.document import Place
+
+
+class AnyCode(enum.Enum):
+    """The type of ANY_CODE."""
+
+    ANY_CODE = "any code"
+
+
+ANY_CODE = AnyCode.ANY_CODE  # in place of pins: no register is compared. For tests; no manifest can say it
 
 
 class Pins(Protocol):
