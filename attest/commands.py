@@ -184,7 +184,7 @@ def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[st
     warnings = []
     if evidence.provider == Provider.NONE:
         warnings.append("there is no evidence in this file: nothing vouches for that end")
-    elif platform is None or platform.verifier is None:
+    elif platform is None:
         warnings.append(f"evidence of provider {provider} is not supported yet")
     elif platform.simulated:
         warnings.append(
@@ -192,7 +192,7 @@ def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[st
         )
 
     fields: dict[str, Any] = {"provider": provider, "role": "initiator" if binding.role == "I" else "responder"}
-    if platform is not None and platform.describe is not None:
+    if platform is not None:
         fields |= platform.describe(evidence)
     elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
         fields |= {"evidence": evidence.evidence, "endorsed": [item.hex() for item in evidence.endorsements]}

@@ -13,6 +13,7 @@ from attest import EvidenceError
 BOOLEAN, INTEGER, BITS, OCTETS, OID, UTF8, PRINTABLE, IA5 = 1, 2, 3, 4, 6, 12, 19, 22
 UTC_TIME, GENERALIZED_TIME, SEQUENCE, SET = 23, 24, 0x30, 0x31
 _STRINGS = {UTF8: "utf-8", PRINTABLE: "ascii", IA5: "ascii"}
+_PRINTABLE = set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 '()+,-./:=?")
 
 
 class Reader:
@@ -119,10 +120,14 @@ class Reader:
         tag = self.data[self.at] if self.more else 0
         if tag not in _STRINGS:
             raise EvidenceError(f"DER: got the tag {tag:02x}, wanted a string")
+        content = self.content(tag)
         try:
-            return self.content(tag).decode(_STRINGS[tag])
+            text = content.decode(_STRINGS[tag])
         except UnicodeDecodeError:
             raise EvidenceError(f"DER: got a string that is not {_STRINGS[tag]}") from None
+        if tag == PRINTABLE and set(content) - _PRINTABLE:
+            raise EvidenceError("DER: got a PrintableString with other characters than it may have")
+        return text
 
     def time(self) -> datetime.datetime:
         """A time in UTC: with two digits of the year to 2049, with four from 2050 on (RFC 5280, section 4.1.2.5)."""

@@ -25,15 +25,19 @@ def public_key(curve: str, point: bytes) -> EccKey:
         raise EvidenceError(f"{curve} key: got {len(point)} bytes, wanted {2 * size}")
     x, y = int.from_bytes(point[:size], "big"), int.from_bytes(point[size:], "big")
     try:
-        return ECC.construct(curve=curve, point_x=x, point_y=y)
+        key = ECC.construct(curve=curve, point_x=x, point_y=y)
     except ValueError:
         raise EvidenceError(f"{curve} key: got a point that is not on the curve") from None
+    # The library takes (0, 0) for the point at infinity, under which anybody can sign, and coordinates above the prime.
+    if key.pointQ.is_point_at_infinity() or tuple(map(int, key.pointQ.xy)) != (x, y):
+        raise EvidenceError(f"{curve} key: got a point at infinity, or in another form than its own")
+    return key
 
 
 def is_signed(key: EccKey, hasher: ModuleType, message: bytes, r: int, s: int) -> bool:
     """Whether (r, s) is the signature of `message` by `key`; `hasher` is a module of Crypto.Hash.
 
-    A hash that is weaker than the curve signs nothing. s may be in the upper half: genuine Nitro documents have it so.
+    s may be in the upper half of its range: that of a genuine Nitro document is.
     """
     order = _ORDER[key.curve]
     if not (0 < r < order and 0 < s < order):

@@ -240,6 +240,8 @@ def _extensions(fields: Reader) -> dict[str, tuple[bool, bytes]]:
     fields.end()
     entries = outer.inside(SEQUENCE)
     outer.end()
+    if not entries.more:
+        raise EvidenceError("certificate: got a place for extensions and none in it")
     found: dict[str, tuple[bool, bytes]] = {}
     for _ in _turns(entries):
         entry = entries.inside(SEQUENCE)

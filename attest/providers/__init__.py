@@ -32,10 +32,10 @@ class Platform:
     provider: Provider  # its code on the wire; the name in lower case is the manifest's
     read_pins: Callable[[Place], Any]  # those of a manifest's `evidence` object. Raises DocumentError
     # Judges evidence by (pins, claims, index of the stage, clock in seconds since the epoch).
-    verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier] | None = None
+    verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier]
+    describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
     # Makes evidence with (the bytes of a key's file, claims).
     attester: Callable[[bytes, bytes], Attester] | None = None
-    describe: Callable[[Evidence], dict[str, Any]] | None = None  # what it says, unverified. Raises EvidenceError
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 
     @property

@@ -339,4 +339,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-PLATFORM = Platform(Provider.MOCK, MockPins.read, MockPins.verifier, _attester, _describe, simulated=True)
+PLATFORM = Platform(Provider.MOCK, MockPins.read, MockPins.verifier, _describe, _attester, simulated=True)

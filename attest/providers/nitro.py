@@ -293,4 +293,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     } | {name: getattr(statement, name) for name in _BOUND if getattr(statement, name) is not None}
 
 
-PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, None, _describe)
+PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe)

@@ -29,7 +29,7 @@ from attest.document import (
 from attest.measure import measure
 from attest.providers import Pins
 from attest.providers.mock import MockPins
-from attest.providers.nitro import NitroPins
+from attest.providers.nitro import CODE, REGISTERS, NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients
@@ -249,27 +249,28 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _pins(options: argparse.Namespace) -> list[Pins]:
-    """The pins of `minigpt plan`: a Nitro image for each stage, or the mock for all of them."""
-    if options.pcrs:
+    """The pins of `minigpt plan`: for each stage a Nitro image, or the mock; or the mock for all of them."""
+    if options.pcrs and "mock" not in options.pcrs:
         if options.root_key is not None or options.measurement:
             raise UsageError("--pcrs pins images instead of the mock: leave out --root-key and --measurement")
-        return [NitroPins(_pcrs(path)) for path in options.pcrs]
+        return [_image(path) for path in options.pcrs]
     if options.root_key is None:
         raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
-    return [MockPins(_public("--root-key", options.root_key), frozenset(measurements))]
+    mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
+    return [mock if path == "mock" else _image(path) for path in options.pcrs or ["mock"]]
 
 
-def _pcrs(path: str) -> tuple[bytes, ...]:
-    """PCR0, PCR1 and PCR2 of an image's description."""
+def _image(path: str) -> NitroPins:
+    """All registers that an image's description has: PCR0, PCR1 and PCR2, and if it is signed, PCR8."""
     try:
         found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]
-        texts = [found[f"PCR{i}"] for i in range(3)]
-        if not all(isinstance(text, str) for text in texts):
+        texts = {index: found[f"PCR{index}"] for index in range(REGISTERS) if index in CODE or f"PCR{index}" in found}
+        if not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
-    return tuple(_hex(f"--pcrs {path}", text, 48) for text in texts)
+    return NitroPins({index: _hex(f"--pcrs {path}", text, 48) for index, text in texts.items()})
 
 
 def _public(flag: str, text: str) -> bytes:

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
               "(default: tcp://127.0.0.1:5001 and the ports after it)")  # fmt: skip
     option(plan, "--root-key", None, "HEX", str, "the mock's root, as `python -m attest keygen` prints it")
     _repeated(plan, "--measurement", "HEX", "an acceptable measurement; repeatable (default: this code's own)")
-    _repeated(plan, "--pcrs", "FILE", "pin a Nitro image instead of the mock: its description, as "
+    _repeated(plan, "--pcrs", "FILE|mock", "pin a Nitro image instead of the mock: its description, as "
               "scripts/image/build.py or nitro-cli prints it; repeat for each stage")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
     plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",

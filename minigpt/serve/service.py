@@ -298,8 +298,6 @@ class Service:
         platform, claims = entry.platform, self.pipeline.manifest.claims(entry.index)
         try:
             evidence, binding = load_evidence(text)
-            assert platform.verifier is not None, "or the manifest would not have been accepted"
-            assert platform.describe is not None, "as above"
             made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()  # ValueError after 9999
             result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
         except PolicyError as error:
