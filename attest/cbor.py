@@ -107,6 +107,6 @@ class _Reader:
             if type(key) not in (int, str):
                 raise EvidenceError(f"CBOR: got a key of type {type(key).__name__}, wanted an integer or text")
             if key in pairs:
-                raise EvidenceError(f"CBOR: got the key {key!r:.40} twice")
+                raise EvidenceError(f"CBOR: got the key {key!a:.40} twice")
             pairs[key] = self.value(depth)
         return pairs

@@ -81,6 +81,11 @@ def decode_claims(claims: bytes) -> dict[str, Scalar] | None:
     return fields if canonical and plain else None
 
 
+def encode_claims(fields: dict[str, Scalar]) -> bytes:
+    """Claims as canonical msgpack, in the order of the fields."""
+    return bytes(msgpack.packb(fields))
+
+
 def show_scalar(value: Scalar) -> str:
     """A field for a message or a terminal: bytes in hex, a string quoted, with its control characters escaped."""
     return value.hex() if isinstance(value, bytes) else ascii(value)

@@ -165,11 +165,13 @@ def path(chain: Sequence[Certificate], roots: Collection[bytes], now: datetime) 
         wrong.append(f"{_called(leaf)} is not for signing evidence")
     failures = [("chain", f"chain: {sentence}") for sentence in wrong]
     for certificate in chain:
-        valid = f"{_called(certificate)}, valid from {certificate.not_before} to {certificate.not_after}"
-        if now < certificate.not_before:
-            failures.append(("not-yet-valid", f"not-yet-valid: got the time {now}, wanted that of {valid}"))
-        if now > certificate.not_after:
-            failures.append(("expired", f"expired: got the time {now}, wanted that of {valid}"))
+        name, begins, ends = _called(certificate), certificate.not_before, certificate.not_after
+        if now < begins:
+            failures.append(
+                ("not-yet-valid", f"not-yet-valid: got the time {now}, wanted {begins} or later for {name}")
+            )
+        if now > ends:
+            failures.append(("expired", f"expired: got the time {now}, wanted {ends} or earlier for {name}"))
     return failures
 
 

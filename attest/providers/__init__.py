@@ -34,6 +34,7 @@ class Platform:
     # Judges evidence by (pins, claims, index of the stage, clock in seconds since the epoch).
     verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier]
     describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
+    checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
     # Makes evidence with (the bytes of a key's file, claims).
     attester: Callable[[bytes, bytes], Attester] | None = None
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only

@@ -51,10 +51,10 @@ ROOTS = frozenset([bytes.fromhex("641a0321a3e244efe456463195d606317ed7cdcc3c1756
 _PROTECTED = bytes.fromhex("a1013822")  # {1: -35}: the algorithm is ES384
 _FIELDS = {"module_id": str, "digest": str, "timestamp": int, "pcrs": dict, "certificate": bytes, "cabundle": list}
 _BOUND = ("public_key", "user_data", "nonce")
-_MEANING = {0: "the image", 1: "its kernel or boot", 2: "its application", 3: "the parent instance's role",
+_MEANING = {0: "the image", 1: "the kernel or boot", 2: "the application", 3: "the parent instance's role",
             4: "the parent instance", 8: "the image's signer"}  # fmt: skip
 
-# What holds where a check of `authenticate` passes, in their order.
+# The checks in their order, pins aside, and what holds where one passes. The first two end the rest.
 CHECKS = {
     "malformed": "a Nitro document, as specified",
     "alg": "ES384",
@@ -63,6 +63,9 @@ CHECKS = {
     "expired": "no certificate had ended",
     "signature": "the document is signed by its certificate",
     "stale": f"made within {MAX_AGE} s of the time judged by",
+    "binding": "made for this handshake, by this end, with these claims",
+    "claims": "as pinned",
+    "debug": "off",
 }
 
 
@@ -149,16 +152,16 @@ def authenticate(
 
     Raises EvidenceError. Whether it is acceptable is another question: `appraise`.
     """
-    statement, wrong = _examine(evidence, endorsements, ROOTS if roots is None else roots, now or datetime.now(UTC))
+    statement, wrong = examine(evidence, endorsements, ROOTS if roots is None else roots, now or datetime.now(UTC))
     if wrong:
         raise EvidenceError.of(wrong)
     return statement
 
 
-def _examine(
+def examine(
     evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes], now: datetime
 ) -> tuple[Statement, list[Failure]]:
-    """What a document says, and why it is not to be believed. Raises EvidenceError for malformed and alg."""
+    """What a document says, and all reasons not to believe it. Raises EvidenceError for malformed and alg."""
     if endorsements:
         raise EvidenceError(f"Nitro document: got {len(endorsements)} endorsements beside it, wanted none")
     document = parse(evidence)
@@ -252,10 +255,10 @@ class NitroVerifier:
         if evidence.provider != Provider.NITRO:
             raise EvidenceError(f"provider: got {provider_name(evidence.provider)}, wanted nitro (2)", "provider")
         now = datetime.fromtimestamp(self.clock(), UTC)
-        statement, wrong = _examine(evidence.evidence, evidence.endorsements, self.roots, now)
+        statement, wrong = examine(evidence.evidence, evidence.endorsements, self.roots, now)
         wrong += _unbound(statement, evidence, binding)
-        sentences = [sentence for _, sentence in failures(statement, self.pins.to_json())]
-        refused = PolicyError(*sentences, *differences(evidence.claims, self.claims))
+        differing = failures(statement, self.pins.to_json())
+        refused = PolicyError(*(text for _, text in differing), *differences(evidence.claims, self.claims))
         if wrong:
             raise EvidenceError.of([*wrong, *refused.failures])
         if refused.failures:
@@ -293,4 +296,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     } | {name: getattr(statement, name) for name in _BOUND if getattr(statement, name) is not None}
 
 
-PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe)
+PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe, CHECKS)

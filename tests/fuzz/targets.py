@@ -344,6 +344,9 @@ def _manifest(data: bytes) -> None:
 def _manifest_seeds() -> list[bytes]:
     simulated = mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))
     image = nitro.NitroPins(dict.fromkeys((0, 1, 2, 31), b"\1" * 48))
+    made: list[tuple[tuple[int, ...], Any, list[Any]]] = [
+        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]),
+    ]  # fmt: skip
     two = Config.from_json(TINY.to_json() | {"n_layer": 2})
     return [
         plan.write(
@@ -351,7 +354,7 @@ def _manifest_seeds() -> list[bytes]:
             weights_sha256=[b"\1" * 32, b"\2" * 32], addresses=["tcp://127.0.0.1:5000", "vsock://16:5000"],
             pins=pins, suites=suites, clients=clients,
         )
-        for suites, clients, pins in (((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]))
+        for suites, clients, pins in made
     ]  # fmt: skip
 
 
