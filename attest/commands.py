@@ -239,8 +239,8 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
             statement, wrong = nitro.examine(data, (), nitro.ROOTS, _moment(at_ms))
             failures = [*wrong, *nitro.failures(statement, pins.to_json())]
         else:
-            clock = (at_ms or 0) / 1000
-            platform.verifier(pins, claims, options.stage, lambda: clock).verify(evidence, binding)
+            clock = _moment(at_ms or 0).timestamp
+            platform.verifier(pins, claims, options.stage, clock).verify(evidence, binding)
     except (EvidenceError, PolicyError) as error:
         failures = error.failures
     checks |= {name: f"{value}, as pinned" for name, value in pins.to_json().items() if name.startswith("pcr")}

@@ -4,7 +4,9 @@ The `cryptography` package signs, and DER and CBOR are written here: nothing is 
 Keys and signatures are the same in every process.
 """
 
+import ctypes
 import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -206,3 +208,26 @@ def amd() -> bytes:
     public = tlv(0x30, bytes.fromhex("300d06092a864886f70d0101010500"), key)
     change = {"algorithm": pss, "public": public, "signature": b"\1" * 512, "serial": integer(0), "extensions": ()}
     return chain({"leaf": change})[-1].der
+
+
+class Device:
+    """A Security Module, to be called in place of `fcntl.ioctl`. It signs with CHAIN's leaf; `answer` replaces that."""
+
+    def __init__(self, holders: list[Holder] = CHAIN, **changes: Any) -> None:
+        self.holders, self.changes = holders, changes
+        self.answer: bytes | None = None
+        self.requests: list[bytes] = []
+
+    def __call__(self, descriptor: int, code: int, message: bytearray) -> int:
+        assert (code, len(message)) == (0xC0200A00, 32)
+        request, size, response, room = struct.unpack("=4Q", message)
+        asked = ctypes.string_at(request, size)
+        self.requests.append(asked)
+        # {"Attestation": {"user_data": 64 bytes, "nonce": 32, "public_key": 32}}, whose layout is fixed
+        places = {"user_data": (26, 64), "nonce": (98, 32), "public_key": (143, 32)}
+        bound = {name: asked[at : at + length] for name, (at, length) in places.items()}
+        made = document(self.holders, **(bound | self.changes))
+        answer = cbor({"Attestation": {"document": made}}) if self.answer is None else self.answer
+        ctypes.memmove(response, answer, min(len(answer), room))
+        message[24:] = struct.pack("=Q", len(answer))
+        return 0

@@ -11,6 +11,8 @@ lies in the document, so there are no endorsements; it ends at AWS's root, valid
 Three layers, in this order: `parse` reads, `authenticate` checks who says so and when, `appraise` compares with pins.
 """
 
+import fcntl
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -21,6 +23,7 @@ from Crypto.Hash import SHA384
 from Crypto.PublicKey.ECC import EccKey
 
 from attest import (
+    AttestationError,
     AttestationResult,
     Binding,
     Evidence,
@@ -30,6 +33,7 @@ from attest import (
     Provider,
     cbor,
     ecdsa,
+    nsm,
     provider_name,
     x509,
 )
@@ -286,6 +290,39 @@ def _unbound(statement: Statement, evidence: Evidence, binding: Binding) -> list
     ]
 
 
+@dataclass(frozen=True)
+class NitroAttester:
+    """Asks the enclave's device for documents, one for each handshake."""
+
+    provider = Provider.NITRO
+    claims: bytes  # what the stage claims about itself; never a peer's choice
+    _: KW_ONLY
+    device: str = nsm.DEVICE
+    ioctl: nsm.Ioctl = fcntl.ioctl
+
+    def attest(self, binding: Binding) -> Evidence:
+        """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
+
+        Raises AttestationError if the device fails, or gives a document of anything else.
+        """
+        if (binding.provider, binding.claims) != (self.provider, self.claims):
+            raise ValueError("binding: its provider or claims are not this attester's own")
+        document = nsm.document(
+            binding.digest, binding.handshake_hash, binding.static_key, device=self.device, ioctl=self.ioctl
+        )
+        evidence = Evidence(self.provider, self.claims, document, ())
+        wrong = _unbound(parse(document).statement, evidence, binding)
+        if wrong:
+            raise EvidenceError.of(wrong)
+        return evidence
+
+
+def _attester(key: bytes, claims: bytes) -> NitroAttester:
+    if not os.path.exists(nsm.DEVICE):
+        raise AttestationError(f"{nsm.DEVICE} is missing, wanted the device of a Nitro enclave: this is none")
+    return NitroAttester(claims)
+
+
 def _describe(evidence: Evidence) -> dict[str, Any]:
     statement = parse(evidence.evidence).statement
     return {
@@ -296,4 +333,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     } | {name: getattr(statement, name) for name in _BOUND if getattr(statement, name) is not None}
 
 
-PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe, CHECKS)
+PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe, CHECKS, _attester)

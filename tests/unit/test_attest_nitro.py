@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import cbor_agrees
 
-from attest import Binding, Evidence, EvidenceError, PolicyError, Provider
+from attest import AttestationError, Binding, Evidence, EvidenceError, PolicyError, Provider, nsm
 from attest import cbor as our_cbor
 from attest.document import DocumentError, load
 from attest.providers import ANY_CODE, nitro
@@ -433,3 +433,56 @@ def test_the_pinned_root_is_the_published_one(vectors: Path) -> None:
     published = x509.load_pem_x509_certificate((vectors / "nitro" / "aws_nitro_root.pem").read_bytes())
     assert {published.fingerprint(hashes.SHA256())} == nitro.ROOTS
     assert hashlib.sha256(enclaves.CHAIN[0].der).digest() == ROOT
+
+
+# --- the device ---
+
+
+def attester(device: enclaves.Device) -> nitro.NitroAttester:
+    return nitro.NitroAttester(CLAIMS, device="/dev/null", ioctl=device)
+
+
+def test_what_the_device_signs_is_accepted() -> None:
+    device = enclaves.Device()
+    evidence = attester(device).attest(BINDING)
+    assert VERIFIER.verify(evidence, BINDING).measurement == PCRS[0]
+    other = replace(BINDING, handshake_hash=b"i" * 32)
+    assert VERIFIER.verify(attester(device).attest(other), other).debug is False
+    asked = {name: BOUND[name] for name in ("user_data", "nonce", "public_key")}
+    assert device.requests[0] == cbor({"Attestation": asked})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"\x00", cbor({}), cbor(None), cbor({"Attestation": {}}), cbor({"Attestation": {"document": "text"}}),
+     cbor({"Attestation": {"document": b""}}), cbor({"Error": "NotFound\x1b[2J"}), cbor({"Error": 1}),
+     cbor({"Other": {}}), bytes(0x3001), cbor({"Attestation": {"document": b"x" * 0x3000}})],
+    ids=lambda answer: ascii(answer)[:30],
+)  # fmt: skip
+def test_a_device_that_gives_no_document_is_an_error(answer: bytes) -> None:
+    device = enclaves.Device()
+    device.answer = answer
+    with pytest.raises(AttestationError) as caught:
+        attester(device).attest(BINDING)
+    assert str(caught.value).isprintable()
+
+
+def test_an_attester_gives_away_no_document_of_something_else() -> None:
+    for change in ({"nonce": b"x" * 32}, {"user_data": None}, {"public_key": ...}):
+        assert reasons(lambda c=change: attester(enclaves.Device(**c)).attest(BINDING)) == ["binding"]
+    for binding in (replace(BINDING, claims=b"\x80"), replace(BINDING, provider=1)):
+        with pytest.raises(ValueError, match="own"):
+            attester(enclaves.Device()).attest(binding)
+
+
+def test_a_missing_or_failing_device_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(110, "Connection timed out")
+
+    with pytest.raises(AttestationError, match="/dev/null: Connection timed out"):
+        nitro.NitroAttester(CLAIMS, device="/dev/null", ioctl=fails).attest(BINDING)
+    with pytest.raises(AttestationError, match="No such file"):
+        nitro.NitroAttester(CLAIMS, device=str(tmp_path / "nsm")).attest(BINDING)
+    monkeypatch.setattr(nsm, "DEVICE", str(tmp_path / "nsm"))
+    with pytest.raises(AttestationError, match="is missing"):
+        nitro.PLATFORM.attester(b"", CLAIMS)
