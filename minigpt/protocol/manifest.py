@@ -28,6 +28,7 @@ FORMAT = "minigpt-pipeline-2"
 MAX_MANIFEST = 2**20  # bytes; one of 256 stages is about 150 KB
 MAX_STAGES = 256
 MAX_PINS = 64  # measurements or clients in one list
+MAX_LIFE = datetime.timedelta(days=30)  # of one that pins a platform
 SUITES = (1, 2)  # of the link protocol; 2 is 1 with forward secrecy against quantum computers
 
 
@@ -106,6 +107,11 @@ class Manifest:
         if self.expires <= self.issued:
             raise ManifestError(
                 f"manifest: expires {format_time(self.expires)}, wanted later than issued {format_time(self.issued)}"
+            )
+        if not all(stage.platform.simulated for stage in self.stages) and self.expires - self.issued > MAX_LIFE:
+            raise ManifestError(
+                f"manifest: expires {format_time(self.expires)}, wanted at most {MAX_LIFE.days} days after it was "
+                "issued: it pins a platform, whose clock its host can set back so far"
             )
         unknown = set(self.suites) - set(SUITES)
         if unknown or len(set(self.suites)) != len(self.suites):

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from enclaves import NOW, PCRS, ROOT, cbor, chain, document, fields, sign
+from ends import Side, client, meet, stage
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import cbor_agrees
@@ -433,6 +434,52 @@ def test_the_pinned_root_is_the_published_one(vectors: Path) -> None:
     published = x509.load_pem_x509_certificate((vectors / "nitro" / "aws_nitro_root.pem").read_bytes())
     assert {published.fingerprint(hashes.SHA256())} == nitro.ROOTS
     assert hashlib.sha256(enclaves.CHAIN[0].der).digest() == ROOT
+
+
+# --- a link ---
+
+
+def meeting(device: enclaves.Device, **changes: Any) -> tuple[Side, Side]:
+    """A client, and a stage whose evidence the device makes."""
+    maker = nitro.NitroAttester(CLAIMS, device="/dev/null", ioctl=device)
+    return meet(client(verifier=replace(VERIFIER, **changes)), stage(attester=maker))
+
+
+def test_a_link_to_an_enclave_is_established_with_one_request() -> None:
+    device = enclaves.Device()
+    one, two = meeting(device)
+    assert one.session is not None
+    assert two.session is not None
+    assert len(device.requests) == 1
+
+
+FOREIGN = chain({"root": {"key": ec.derive_private_key(7, ec.SECP384R1())}})
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "word"),
+    [
+        (enclaves.Device(pcrs=PCRS | {0: b"x" * 48}), {}, "pcr0: got 7878"),
+        (enclaves.Device(pcrs=PCRS | dict.fromkeys(range(3), bytes(48))), {}, "debug"),
+        (enclaves.Device(), {"clock": lambda: NOW.timestamp() + 301}, "stale"),
+        (enclaves.Device(FOREIGN), {}, "chain: got the root"),
+        (enclaves.Device(), {"roots": nitro.ROOTS}, "chain: got the root"),
+        (enclaves.Device(), {"claims": b"\x80"}, "claim"),
+    ],
+)
+def test_a_link_to_anything_else_is_not(device: enclaves.Device, changes: dict, word: str) -> None:
+    one, two = meeting(device, **changes)
+    assert one.session is None
+    assert word in str(one.error) + str(one.error.__cause__)
+    assert two.session is None
+
+
+def test_a_stage_whose_device_fails_says_so_and_nothing_more() -> None:
+    device = enclaves.Device()
+    device.answer = cbor({"Error": "Internal"})
+    one, two = meeting(device)
+    assert one.session is two.session is None
+    assert "/dev" not in str(one.error)
 
 
 # --- the device ---

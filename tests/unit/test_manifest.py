@@ -83,6 +83,15 @@ def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
         check(mixed, allow_mock=False, now=ISSUED.timestamp())
 
 
+def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
+    written(pins=[NitroPins(PCRS[0])], days=30)
+    written(days=31)
+    simulated = MockPins(ROOT.public, frozenset([b"\x03" * 48]))
+    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])]):
+        with pytest.raises(ManifestError, match="at most 30 days"):
+            written(pins=pins, days=31)
+
+
 HEX = "ab" * 32
 BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "format": (("format",), "minigpt-pipeline-1"),
