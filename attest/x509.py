@@ -152,9 +152,9 @@ def path(chain: Sequence[Certificate], roots: Collection[bytes], now: datetime) 
             wrong.append(f"{_called(certificate)} names another issuer than {_called(signer)}")
         if not certificate.is_signed_by(signer.key):
             wrong.append(f"{_called(certificate)} is not signed by {_called(signer)}")
-        if certificate is not leaf:
+        if below:
             room = below if certificate.path_length is None else certificate.path_length
-            if not certificate.authority or room < below - 1:
+            if not certificate.authority or room < below - 1:  # of those below, one is the leaf
                 wrong.append(f"{_called(certificate)} may not sign for {_called(chain[below - 1])}")
             if certificate.usage is not None and KEY_CERT_SIGN not in certificate.usage:
                 wrong.append(f"{_called(certificate)} is not for signing certificates")

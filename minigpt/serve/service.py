@@ -304,9 +304,11 @@ class Service:
             return "FAIL", list(error.mismatches)
         except (AttestationError, ValueError) as error:
             return "FAIL", str(error).split("; ")
+        pinned = entry.pins.to_json()
+        code = [(name, value) for name, value in result.registers if name in pinned]
         return "PASS", [
             "authentic: signed by a key that the manifest trusts for this stage, for the handshake of its link",
-            f"measurement: {result.measurement.hex()}, as pinned",
+            *(f"{name}: {value.hex()}, as pinned" for name, value in code or [("measurement", result.measurement)]),
             "claims: the manifest, this stage's layers and its weights, as pinned",
             "debug: off",
         ]
