@@ -1,10 +1,13 @@
-"""X.509 certificates (RFC 5280), as far as the makers of platforms use them, and the check of a chain of them.
+"""X.509 certificates and revocation lists (RFC 5280), as far as the makers of platforms use them, and their checks.
 
     certificate = SEQUENCE { tbs, algorithm, BITS signature over tbs }
     tbs         = SEQUENCE { [0] version 3, serial, algorithm, issuer, SEQUENCE { not before, not after }, subject,
                              SEQUENCE { algorithm, BITS key }, [3] SEQUENCE { extension, ... } }
     extension   = SEQUENCE { OID, BOOLEAN critical (by default false), OCTETS value }
     name        = SEQUENCE { SET { SEQUENCE { OID, string } }, ... }
+    list        = SEQUENCE { tbs, algorithm, BITS signature over tbs }
+    its tbs     = SEQUENCE { version 2, algorithm, issuer, this update, next update,
+                             SEQUENCE { SEQUENCE { serial, date, extensions }, ... }, [0] extensions }
 
 Signatures are ECDSA with SHA-256 or SHA-384, or AMD's: RSA-4096 PSS with SHA-384. A chain travels whole, and is
 believed for the digest of its root alone.
@@ -25,11 +28,12 @@ from attest import EvidenceError, Failure, ecdsa
 from attest.der import OCTETS, SEQUENCE, SET, Reader
 
 MAX_SIZE = 4096  # bytes of a certificate; genuine ones have at most 1.7 KB
+MAX_LIST = 64 * 1024  # bytes of a revocation list
 MAX_PARTS = 16  # of a name, and extensions; genuine certificates have at most 11
 LENGTHS = range(2, 7)  # certificates of a chain; Nitro's have 5
 
 COMMON_NAME, BASIC_CONSTRAINTS, KEY_USAGE = "2.5.4.3", "2.5.29.19", "2.5.29.15"
-DIGITAL_SIGNATURE, KEY_CERT_SIGN = 0, 5  # bits of KEY_USAGE
+DIGITAL_SIGNATURE, KEY_CERT_SIGN, CRL_SIGN = 0, 5, 6  # bits of KEY_USAGE
 
 # Algorithms by their whole encoding: so none has parameters of its own.
 _ECDSA = {
@@ -54,13 +58,23 @@ _RSA_BITS, _RSA_EXPONENT = 4096, 65537
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """The fields of a certificate. Nobody has checked its signature."""
-
-    der: bytes
+class _Signed:
     tbs: bytes  # what is signed
     algorithm: bytes  # of the signature, encoded
     signature: bytes | tuple[int, int]  # RSA's; or (r, s)
+
+    def is_signed_by(self, key: Key) -> bool:
+        if isinstance(self.signature, tuple):
+            hasher = _ECDSA[self.algorithm]
+            return isinstance(key, EccKey) and ecdsa.is_signed(key, hasher, self.tbs, *self.signature)
+        return isinstance(key, RsaKey) and is_signed_pss(key, self.tbs, self.signature)
+
+
+@dataclass(frozen=True)
+class Certificate(_Signed):
+    """The fields of a certificate. Nobody has checked its signature."""
+
+    der: bytes
     issuer: bytes  # encoded names
     subject: bytes
     serial: int
@@ -77,12 +91,7 @@ class Certificate:
         """Raises EvidenceError for what is not such a certificate."""
         if len(data) > MAX_SIZE:
             raise EvidenceError(f"certificate: got {len(data)} bytes, wanted at most {MAX_SIZE}")
-        outer = Reader(data)
-        parts = outer.inside(SEQUENCE)
-        outer.end()
-        tbs, algorithm, signed = parts.whole(SEQUENCE), parts.whole(SEQUENCE), parts.bits()
-        parts.end()
-
+        tbs, algorithm, signature = _signed(data)
         fields = Reader(tbs).inside(SEQUENCE)
         version = fields.inside(0xA0)
         if version.integer() != 2:
@@ -99,11 +108,11 @@ class Certificate:
         dates.end()
         subject = _name(fields)
         key = _key(fields.inside(SEQUENCE))
-        extensions = _extensions(fields) if fields.more else {}
+        extensions = _extensions(fields, 0xA3) if fields.more else {}
         authority, path_length = _constraints(extensions)
         return cls(
-            data, tbs, algorithm, _signature(algorithm, signed), issuer, subject, serial, not_before, not_after, key,
-            extensions, authority, path_length, _usage(extensions),
+            tbs, algorithm, signature, data, issuer, subject, serial, not_before, not_after, key, extensions, authority,
+            path_length, _usage(extensions),
         )  # fmt: skip
 
     @property
@@ -116,11 +125,50 @@ class Certificate:
             found += [text] if kind == COMMON_NAME else []
         return found[0] if len(found) == 1 else ""
 
-    def is_signed_by(self, key: Key) -> bool:
-        if isinstance(self.signature, tuple):
-            hasher = _ECDSA[self.algorithm]
-            return isinstance(key, EccKey) and ecdsa.is_signed(key, hasher, self.tbs, *self.signature)
-        return isinstance(key, RsaKey) and is_signed_pss(key, self.tbs, self.signature)
+
+@dataclass(frozen=True)
+class Crl(_Signed):
+    """The fields of a revocation list. Nobody has checked its signature."""
+
+    issuer: bytes
+    this_update: datetime
+    next_update: datetime
+    serials: frozenset[int]  # of the certificates that are revoked
+    extensions: dict[str, tuple[bool, bytes]]  # critical, value; by OID
+
+    @classmethod
+    def read(cls, data: bytes) -> "Crl":
+        """Raises EvidenceError for what is not such a list."""
+        if len(data) > MAX_LIST:
+            raise EvidenceError(f"revocation list: got {len(data)} bytes, wanted at most {MAX_LIST}")
+        tbs, algorithm, signature = _signed(data)
+        fields = Reader(tbs).inside(SEQUENCE)
+        if fields.integer() != 1 or fields.whole(SEQUENCE) != algorithm:
+            raise EvidenceError("revocation list: got another version than 2, or two algorithms for one signature")
+        issuer, this_update, next_update = _name(fields), fields.time(), fields.time()
+        entries = fields.inside(SEQUENCE) if fields.next_is(SEQUENCE) else Reader(b"")
+        serials = set()
+        while entries.more:
+            entry = entries.inside(SEQUENCE)
+            serials.add(entry.integer())
+            entry.time()
+            if entry.more and any(critical for critical, _ in _extensions(entry).values()):
+                raise EvidenceError("revocation list: got an entry with a critical extension")
+        extensions = _extensions(fields, 0xA0) if fields.more else {}
+        return cls(tbs, algorithm, signature, issuer, this_update, next_update, frozenset(serials), extensions)
+
+    def failures(self, signer: Certificate, now: datetime) -> list[Failure]:
+        """What is wrong with it as a list of `signer`, whose own chain is another question, as is what it lists."""
+        wrong = []
+        named = self.issuer == signer.subject and CRL_SIGN in (signer.usage or ())
+        if not named or any(critical for critical, _ in self.extensions.values()):
+            wrong.append(("chain", f"chain: got a revocation list that is not one of {_called(signer)}"))
+        if not self.is_signed_by(signer.key):
+            wrong.append(("chain", f"chain: got a revocation list that is not signed by {_called(signer)}"))
+        if not self.this_update <= now <= self.next_update:
+            dates = f"{self.this_update} to {self.next_update}, wanted one of {now}"
+            wrong.append(("collateral-expired", f"collateral-expired: got a revocation list of {dates}"))
+        return wrong
 
 
 def is_signed_pss(key: RsaKey, message: bytes, signature: bytes) -> bool:
@@ -222,6 +270,16 @@ def _key(fields: Reader) -> Key:
         raise EvidenceError("certificate: got an RSA key that cannot be one") from None
 
 
+def _signed(data: bytes) -> tuple[bytes, bytes, bytes | tuple[int, int]]:
+    """What is signed, by which algorithm, and the signature."""
+    outer = Reader(data)
+    parts = outer.inside(SEQUENCE)
+    outer.end()
+    tbs, algorithm, signature = parts.whole(SEQUENCE), parts.whole(SEQUENCE), parts.bits()
+    parts.end()
+    return tbs, algorithm, _signature(algorithm, signature)
+
+
 def _signature(algorithm: bytes, signed: bytes) -> bytes | tuple[int, int]:
     if algorithm in _PSS:
         if 8 * len(signed) != _RSA_BITS:
@@ -237,11 +295,12 @@ def _signature(algorithm: bytes, signed: bytes) -> bytes | tuple[int, int]:
     return r, s
 
 
-def _extensions(fields: Reader) -> dict[str, tuple[bool, bytes]]:
-    outer = fields.inside(0xA3)
-    fields.end()
+def _extensions(fields: Reader, tag: int | None = None) -> dict[str, tuple[bool, bytes]]:
+    """The last element, extensions, within an explicit tag if one is given."""
+    outer = fields if tag is None else fields.inside(tag)
     entries = outer.inside(SEQUENCE)
     outer.end()
+    fields.end()
     if not entries.more:
         raise EvidenceError("certificate: got a place for extensions and none in it")
     found: dict[str, tuple[bool, bytes]] = {}

@@ -198,6 +198,17 @@ def document(holders: list[Holder] = CHAIN, **changes: Any) -> bytes:
     return sign(cbor(fields(holders, **changes)), holders[-1].key)
 
 
+def revocations(
+    *serials: int, signer: Holder = CHAIN[0], begins: datetime = NOW, ends: datetime = NOW, critical: bool = False
+) -> bytes:
+    """A revocation list."""
+    entries = tlv(0x30, *(tlv(0x30, integer(serial), time(NOW)) for serial in serials)) if serials else b""
+    dates, extensions = time(begins) + time(ends), tlv(0xA0, tlv(0x30, extension("551d14", integer(1), critical)))
+    tbs = tlv(0x30, integer(1), SHA384_ECDSA, signer.name, dates, entries, extensions)
+    signed = signer.key.sign(tbs, ec.ECDSA(hashes.SHA384(), deterministic_signing=True))
+    return tlv(0x30, tbs, SHA384_ECDSA, tlv(3, b"\0", signed))
+
+
 def amd() -> bytes:
     """A certificate of AMD's kind, RSA-4096 PSS inside and out. It is well formed, and nobody has signed it."""
     sha384 = bytes.fromhex("300d06096086480165030402020500")

@@ -7,7 +7,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from attest.x509 import BASIC_CONSTRAINTS, KEY_USAGE, Certificate
+from attest.x509 import BASIC_CONSTRAINTS, KEY_USAGE, Certificate, Crl
 
 try:
     import cbor2
@@ -59,6 +59,17 @@ def certificate_agrees(data: bytes, ours: Certificate) -> None:
             if extension.oid.dotted_string == KEY_USAGE:
                 bits = {i for i, usage in enumerate(_USAGES) if getattr(extension.value, f"_{usage}")}
                 assert bits == {bit for bit in ours.usage if bit < len(_USAGES)}
+
+
+def list_agrees(data: bytes, ours: Crl) -> None:
+    """`cryptography` reads the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about names of countries
+        theirs = x509.load_der_x509_crl(data)
+        assert theirs.issuer.public_bytes() == ours.issuer
+        assert theirs.tbs_certlist_bytes == ours.tbs
+        assert (theirs.last_update_utc, theirs.next_update_utc) == (ours.this_update, ours.next_update)
+        assert {entry.serial_number for entry in theirs} == ours.serials
 
 
 def _extensions(certificate: x509.Certificate) -> list[x509.Extension[Any]]:

@@ -6,7 +6,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
     link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
-    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, nitro
+    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro
     messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -159,6 +159,10 @@ def _x509(data: bytes) -> None:
 
 def _certificates() -> list[bytes]:
     return [*(holder.der for holder in enclaves.CHAIN), enclaves.amd()]
+
+
+def _crl(data: bytes) -> None:
+    oracles.list_agrees(data, x509.Crl.read(data))
 
 
 def _nitro(data: bytes) -> None:
@@ -541,6 +545,7 @@ TARGETS: dict[str, Target] = {
     "cbor": Target(_cbor, (EvidenceError,), _cbor_seeds),
     "der": Target(_der, (EvidenceError,), _certificates),
     "x509": Target(_x509, (EvidenceError,), _certificates),
+    "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)]),
     "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import enclaves
+import oracles
 import pytest
 from Crypto.Hash import SHA256, SHA384
 from Crypto.IO import PEM
@@ -369,3 +370,71 @@ def test_names_of_certificates_cannot_drive_a_terminal() -> None:
     failures = path({"leaf": {"subject": enclaves.name("\x1b[31m; chain: fine\n"), "damage": 1}})
     assert failures
     assert all(sentence.isprintable() for _, sentence in failures)
+
+
+# --- revocation lists ---
+
+
+def lists(vectors: Path) -> list[bytes]:
+    found = [(vectors / "snp" / "milan_crl.der").read_bytes()]
+    for path in sorted(vectors.glob("tdx/*_collateral.json")):
+        collateral = json.loads(path.read_text())
+        found += [bytes.fromhex(value) for name, value in collateral.items() if name.endswith("_crl")]
+    assert len(found) > 2
+    return found
+
+
+def list_agrees(data: bytes) -> bool:
+    try:
+        ours = x509.Crl.read(data)
+    except EvidenceError as error:
+        assert error.reason == "malformed"
+        return False
+    oracles.list_agrees(data, ours)
+    return True
+
+
+def test_genuine_revocation_lists_are_read_as_by_others(vectors: Path) -> None:
+    assert all(map(list_agrees, lists(vectors)))
+    chance, accepted = random.Random(0), 0
+    for data in lists(vectors):
+        for _ in range(100):
+            changed = bytearray(data)
+            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+            accepted += list_agrees(bytes(changed))
+    assert accepted > 50
+
+
+def test_a_revocation_list_is_its_signers_and_of_now(vectors: Path) -> None:
+    crl = x509.Crl.read(lists(vectors)[0])
+    pem = (vectors / "snp" / "milan_ask_ark.pem").read_text()
+    blocks = [block + "-----END CERTIFICATE-----" for block in pem.split("-----END CERTIFICATE-----")[:-1]]
+    below, signer = (Certificate.read(PEM.decode(block.strip())[0]) for block in blocks)
+    second = timedelta(seconds=1)
+    for now in (crl.this_update, crl.next_update):
+        assert crl.failures(signer, now) == []
+        assert [reason for reason, _ in crl.failures(below, now)] == ["chain", "chain"]
+    for now in (crl.this_update - second, crl.next_update + second):
+        assert [reason for reason, _ in crl.failures(signer, now)] == ["collateral-expired"]
+
+
+def test_a_revocation_list_of_another_form_is_refused() -> None:
+    signer = Certificate.read(enclaves.CHAIN[0].der)
+    good = x509.Crl.read(enclaves.revocations(7, 9))
+    assert good.serials == {7, 9}
+    assert good.failures(signer, NOW) == []
+    assert x509.Crl.read(enclaves.revocations()).serials == frozenset()
+    critical = x509.Crl.read(enclaves.revocations(critical=True))
+    assert [reason for reason, _ in critical.failures(signer, NOW)] == ["chain"]
+    instance = Certificate.read(enclaves.CHAIN[3].der)  # it may sign certificates, and no lists
+    theirs = x509.Crl.read(enclaves.revocations(signer=enclaves.CHAIN[3]))
+    assert [reason for reason, _ in theirs.failures(instance, NOW)] == ["chain"]
+    for data in (enclaves.CHAIN[0].der, enclaves.revocations(7) + b"\0", bytes(64 * 1024 + 1)):
+        with pytest.raises(EvidenceError):
+            x509.Crl.read(data)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_no_revocation_list(data: bytes) -> None:
+    with pytest.raises(EvidenceError):
+        x509.Crl.read(data)
