@@ -41,7 +41,7 @@ from attest.document import (
 )
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, Scalar, date, decode_claims, encode_claims, show_scalar
-from attest.providers import ANY_CODE, Platform, nitro
+from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
 from attest.registry import PLATFORMS
 
@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         reading.add_argument("--json", action="store_true", help="print one JSON object")
     show.add_argument("--pins", action="store_true", help="if the file is authentic, print what a manifest would pin")
     verify.add_argument("--manifest", metavar="FILE", help="compare with what this manifest pins for --stage")
+    verify.add_argument("--allow-test-root", action="store_true", help="judge by the root that the manifest names, if "
+                        "it is not the vendor's: that proves nothing about hardware")  # fmt: skip
     verify.add_argument("--root", type=_public_key, metavar="HEX", help="the mock root's public key, 64 digits")
     verify.add_argument("--measurement", type=partial(_hex, 48), action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
@@ -223,8 +225,13 @@ def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
 
 def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
     """Everything that a peer checks, a line for each check."""
-    platform, pins, claims = _pinned(options.manifest, options.stage)
-    data, checks = _read(options.file), dict(platform.checks)
+    platform, pins, claims, test_root = _pinned(options.manifest, options.stage)
+    if test_root is not None:
+        warning = TEST_ROOT_WARNING.format(stage=options.stage, root=test_root.hex())
+        if not options.allow_test_root:
+            raise AttestationError(f"{warning}: refused without --allow-test-root")
+        print(f"attest: {warning}", file=sys.stderr)
+    data = _read(options.file)
     failures: Sequence[Failure] = ()
     skipped = {}
     at_ms = options.at
@@ -236,38 +243,29 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
             skipped = dict.fromkeys(("binding", "claims"), "not checked: a document by itself belongs to no handshake")
             if platform.provider != Provider.NITRO:
                 raise EvidenceError(f"provider: got a Nitro document, wanted {platform.name} evidence", "provider")
-            statement, wrong = nitro.examine(data, (), nitro.ROOTS, _moment(at_ms))
+            roots = nitro.ROOTS if test_root is None else {test_root}
+            statement, wrong = nitro.examine(data, (), roots, _moment(at_ms))
             failures = [*wrong, *nitro.failures(statement, pins.to_json())]
         else:
             clock = _moment(at_ms or 0).timestamp
-            platform.verifier(pins, claims, options.stage, clock).verify(evidence, binding)
+            platform.judge(pins, test_root, claims, options.stage, clock).verify(evidence, binding)
     except (EvidenceError, PolicyError) as error:
         failures = error.failures
-    checks |= {name: f"{value}, as pinned" for name, value in pins.to_json().items() if name.startswith("pcr")}
-    lines = []
-    ended = any(name in ("malformed", "alg", "provider") for name, _ in failures)
-    known = [name for name, _ in failures if name in checks]
-    for name, holds in checks.items():
-        found = [text for failed, text in failures if failed == name or (name == "claims" and failed[:6] == "claim ")]
-        if found:
-            lines += [("FAIL", name, text.removeprefix(f"{name}: ")) for text in found]
-        elif not ended:
-            lines.append(("SKIP", name, skipped[name]) if name in skipped else ("PASS", name, holds))
-    lines += [("FAIL", name, text.removeprefix(f"{name}: ")) for name, text in failures
-              if name not in known and name[:6] != "claim "]  # fmt: skip
+    lines = platform.lines(pins, failures, skipped)
     verdict = "refused" if failures else "accepted"
     at = date(at_ms) if at_ms else None  # none if the evidence does not say
-    told = [f"{mark} {name}: {text}" for mark, name, text in lines] + [f"verdict: {verdict}, as of {at or 'no time'}"]
+    told = [*map(str, lines), f"verdict: {verdict}, as of {at or 'no time'}"]
     fields = {
         "verdict": verdict,
         "at": at,
-        "checks": [{"check": name, "result": mark, "text": text} for mark, name, text in lines],
+        "checks": [{"check": line.name, "result": line.result, "text": line.text} for line in lines],
     }
     return EvidenceError.exit_code if failures else 0, _report(options, fields, told)
 
 
-def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes]:
-    """The platform, pins and claims of a manifest's stage. Raises DocumentError; the rest of it is not looked at."""
+def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
+    """The platform, pins, claims and test root of a manifest's stage. Raises DocumentError; the rest of it is not
+    looked at."""
     data = read_file(path, MAX_MANIFEST)
     stages = load("manifest", data, MAX_MANIFEST).get("stages").items(1, 256)
     if index >= len(stages):
@@ -281,7 +279,8 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes]:
     platform, weights = PLATFORMS[provider.value], stage.get("weights_sha256").bytes(32)
     manifest = hashlib.sha256(data).digest()
     claims: dict[str, Scalar] = {"end": end, "first": first, "manifest": manifest, "stage": index, "weights": weights}
-    return platform, platform.read_pins(evidence), encode_claims(claims)
+    pins, test_root = platform.read(evidence)
+    return platform, pins, encode_claims(claims), test_root
 
 
 def _load(data: bytes) -> tuple[Evidence, Binding | None]:

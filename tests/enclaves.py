@@ -164,6 +164,13 @@ def chain(changes: Mapping[str, Mapping[str, Any]] = {}) -> list[Holder]:
     return holders
 
 
+def living(now: datetime, changes: Mapping[str, Mapping[str, Any]] = {}) -> list[Holder]:
+    """CHAIN as it is at any other time: the root is the same."""
+    half = {level: timedelta(days=_LIVES[level] / 2) for level in LEVELS[1:]}
+    dates = {level: {"begins": now - half[level], "ends": now + half[level]} for level in LEVELS[1:]}
+    return chain({level: {**dates.get(level, {}), **changes.get(level, {})} for level in LEVELS})
+
+
 CHAIN = chain()
 ROOT = hashlib.sha256(CHAIN[0].der).digest()
 
@@ -232,13 +239,16 @@ class Device:
     def __call__(self, descriptor: int, code: int, message: bytearray) -> int:
         assert (code, len(message)) == (0xC0200A00, 32)
         request, size, response, room = struct.unpack("=4Q", message)
-        asked = ctypes.string_at(request, size)
+        answer = self.reply(ctypes.string_at(request, size))
+        ctypes.memmove(response, answer, min(len(answer), room))
+        message[24:] = struct.pack("=Q", len(answer))
+        return 0
+
+    def reply(self, asked: bytes) -> bytes:
+        """The answer to a request."""
         self.requests.append(asked)
         # {"Attestation": {"user_data": 64 bytes, "nonce": 32, "public_key": 32}}, whose layout is fixed
         places = {"user_data": (26, 64), "nonce": (98, 32), "public_key": (143, 32)}
         bound = {name: asked[at : at + length] for name, (at, length) in places.items()}
         made = document(self.holders, **(bound | self.changes))
-        answer = cbor({"Attestation": {"document": made}}) if self.answer is None else self.answer
-        ctypes.memmove(response, answer, min(len(answer), room))
-        message[24:] = struct.pack("=Q", len(answer))
-        return 0
+        return cbor({"Attestation": {"document": made}}) if self.answer is None else self.answer

@@ -161,10 +161,8 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
 
 def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> Pipeline:
     key = None if options.client_key is None else _read_key(options.client_key)
-    sha256, mock = options.manifest_sha256, options.allow_mock
-    return Pipeline.connect(
-        manifest, manifest_sha256=sha256, allow_mock=mock, timeout=options.timeout, client_key=key, **more
-    )
+    same = {name: getattr(options, name) for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout")}
+    return Pipeline.connect(manifest, client_key=key, **same, **more)
 
 
 def _split(options: argparse.Namespace) -> str | int:
@@ -373,7 +371,9 @@ def serve(options: argparse.Namespace) -> int:
     with (
         _pipeline(options, lambda line: log({"message": line}), connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
-        Pipeline(pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1) as watcher,
+        Pipeline(
+            pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1, allow_test_root=True
+        ) as watcher,
     ):
         run(pipeline, watcher, options, api_key, say)
     return 0

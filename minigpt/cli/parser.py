@@ -162,3 +162,4 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")
+    _switch(to, "--allow-test-root", "accept roots that are not the vendor's, where the manifest names them: for tests")
