@@ -92,6 +92,33 @@ def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
             written(pins=pins, days=31)
 
 
+def test_a_root_in_place_of_the_vendors_is_believed_alone_and_only_if_allowed() -> None:
+    read = Manifest.parse(edited("stages", 1, "evidence", to=NITRO | {"test_root": "77" * 32}))
+    assert [stage.test_root for stage in read.stages] == [None, b"\x77" * 32]
+    verifier = read.verifier(1)
+    assert isinstance(verifier, NitroVerifier)
+    assert verifier.roots == {b"\x77" * 32}
+    now = ISSUED.timestamp()
+    check(read, allow_mock=True, allow_test_root=True, now=now)
+    with pytest.raises(ManifestError, match=r"stage 1 is believed under a test's root, 77.* without --allow-test-root"):
+        check(read, allow_mock=True, now=now)
+    assert read.warnings(now) == [
+        f"stage 1 is believed under a test's root, {'77' * 32}, which proves nothing about hardware"
+    ]
+    for wrong in ("00" * 32, "77" * 31, "77" * 48, None, ["77" * 32]):
+        with pytest.raises(ManifestError, match=r"evidence.test_root: got"):
+            Manifest.parse(edited("stages", 1, "evidence", to=NITRO | {"test_root": wrong}))
+    with pytest.raises(ManifestError, match="unknown field 'test_root'"):  # the mock's root is its root_key
+        Manifest.parse(edited("stages", 0, "evidence", "test_root", to="77" * 32))
+
+
+def test_whoever_starts_is_warned_below_three_days() -> None:
+    read = Manifest.parse(written())
+    expires = read.expires.timestamp()
+    assert read.warnings(expires - 3.1 * 86_400) == []
+    assert read.warnings(expires - 2.5 * 86_400) == ["the manifest expires in 2.5 days: put a new one in its place"]
+
+
 HEX = "ab" * 32
 BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "format": (("format",), "minigpt-pipeline-1"),
