@@ -302,7 +302,8 @@ def status(options: argparse.Namespace) -> int:
     """`minigpt status`: the state that every stage reports, and whether its evidence was accepted; with --watch again
     and again, until Ctrl-C."""
     data = manifest.read(options.manifest)
-    entries = manifest.Manifest.parse(data).stages
+    parsed = manifest.Manifest.parse(data)
+    entries = parsed.stages
     connect = partial(_connect, options, data, text=False, connections=1)
     redraw = options.watch is not None and sys.stdout.isatty()
     with reporting.Looker(connect, entries) as looker:
@@ -311,13 +312,16 @@ def status(options: argparse.Namespace) -> int:
             if options.save_evidence is not None:
                 _save_evidence(Path(options.save_evidence), reports)
             stages = [reporting.state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+            days = parsed.days_left(time.time())
             if options.json:
-                show(json.dumps({"stages": stages}) + "\n")
+                show(json.dumps({"stages": stages, "manifest_expires_days": days}) + "\n")
             else:
                 between = "" if number == 0 else "\n"
                 show((reporting.CLEAR if redraw else between) + reporting.shown(stages))
                 if number == 0 or redraw:
                     _say_if_mock(stages)
+                    if parsed.slow:
+                        say(f"the manifest expires in {days:.1f} days")
             if options.watch is None:
                 break
             time.sleep(options.watch)

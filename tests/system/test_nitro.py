@@ -13,6 +13,7 @@ import pytest
 from made import SMALL, random_tensors, write
 from nitro.pipeline import Enclaves, image
 from processes import ROOT, eventually
+from serving import Serving
 
 import minigpt
 from attest import Provider
@@ -94,6 +95,8 @@ def test_evidence_is_saved_shown_and_verified_line_by_line(shared: Enclaves, tmp
     status = minigpt_says("minigpt", "status", *allowed, "--save-evidence", tmp_path)
     assert status.returncode == 0, status.stderr
     assert "which proves nothing about hardware" in status.stderr
+    assert "the manifest expires in 30.0 days" in status.stderr
+    assert "nitro evidence accepted under a test's root" in status.stdout
     for index in (0, 1):
         file = tmp_path / f"stage-{index}.json"
         checked = minigpt_says("attest", "verify", file, "--stage", index, *allowed)
@@ -107,6 +110,20 @@ def test_evidence_is_saved_shown_and_verified_line_by_line(shared: Enclaves, tmp
         assert swapped.returncode == 3
         assert "FAIL pcr2: got" in swapped.stdout
         assert minigpt_says("attest", "verify", file, "--stage", index, *allowed[:2]).returncode == 3
+
+
+def test_every_check_is_shown_by_serve(shared: Enclaves) -> None:
+    with Serving("--manifest", str(shared.path), "--allow-test-root", "--connections", "2") as server:
+        told = server.get("/v1/attestation").json()
+        assert "believed under a test's root" in server.log
+        assert 29.9 < server.metric("minigpt_manifest_expires_days") <= 30
+    assert not told["simulated"]
+    assert len(told["warnings"]) == 2
+    for index, stage in enumerate(told["stages"]):
+        assert (stage["provider"], stage["verdict"], stage["test_root"]) == ("nitro", "PASS", enclaves.ROOT.hex())
+        assert all(line.startswith("PASS ") for line in stage["checks"])
+        assert f"PASS pcr2: {image(index).to_json()['pcr2']}, as pinned" in stage["checks"]
+        assert "PASS binding: made for this handshake, by this end, with these claims" in stage["checks"]
 
 
 # What must not
