@@ -136,13 +136,12 @@ class Stages:
         with self._socket(self.ports[index]) as listener:
             listener.listen()
             options: dict[str, Any] = {"--manifest": self.path, "--model": self.folder}
-            mock = self.manifest.stages[index].platform.simulated
-            if mock:
+            if self.manifest.stages[index].platform.simulated:
                 options["--mock-key"] = more.get("key") or self.key(index)
             options |= {"--listen": f"fd:{listener.fileno()}", "--threads": 1, "--index": index}
             command = [sys.executable, *python, *(str(word) for pair in options.items() for word in pair)]
             process = subprocess.Popen(
-                [*command, *(["--allow-mock"] if mock else []), "--until-eof", *flags],
+                [*command, *(["--allow-mock"] if self.manifest.simulated else []), "--until-eof", *flags],
                 cwd=more.get("cwd", ROOT),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

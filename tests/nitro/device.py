@@ -23,22 +23,46 @@ from cryptography.hazmat.primitives.asymmetric import ec
 LENGTH = struct.Struct("=I")
 
 
+def options() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    made.add_argument("socket")
+    made.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
+    made.add_argument("--pcr", action="append", default=[], help="a register of another value")
+    made.add_argument("--age", type=float, default=0.0, help="seconds by which its clock is behind")
+    made.add_argument("--foreign", action="store_true", help="another root, with the same names")
+    made.add_argument("--silent", action="store_true", help="answers nothing")
+    made.add_argument("--twice", action="store_true", help="every answer but the first is the one before it")
+    return made
+
+
+class Module:
+    """What answers, by the options."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self._chosen = chosen
+        self._pcrs = dict(enclaves.PCRS)
+        for text in chosen.pcr:
+            index, value = text.split("=")
+            self._pcrs[int(index)] = bytes([int(value)]) * 48
+        self._last = b""
+
+    def answer(self, request: bytes) -> bytes:
+        """The answer to a request, in its time."""
+        if self._chosen.silent:
+            signal.pause()
+        time.sleep(self._chosen.delay)
+        now = datetime.now(UTC)
+        stamp = int((now - timedelta(seconds=self._chosen.age)).timestamp() * 1000)
+        root = {"root": {"key": ec.derive_private_key(7, ec.SECP384R1())}} if self._chosen.foreign else {}
+        device = enclaves.Device(enclaves.living(now, root), pcrs=self._pcrs, timestamp=stamp)
+        if not (self._last and self._chosen.twice):
+            self._last = device.reply(request)
+        return self._last
+
+
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("socket")
-    options.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
-    options.add_argument("--pcr", action="append", default=[], help="a register of another value")
-    options.add_argument("--age", type=float, default=0.0, help="seconds by which its clock is behind")
-    options.add_argument("--foreign", action="store_true", help="another root, with the same names")
-    options.add_argument("--silent", action="store_true", help="answers nothing")
-    options.add_argument("--twice", action="store_true", help="every answer but the first is the one before it")
-    chosen = options.parse_args()
-    pcrs = dict(enclaves.PCRS)
-    for text in chosen.pcr:
-        index, value = text.split("=")
-        pcrs[int(index)] = bytes([int(value)]) * 48
-    root = {"root": {"key": ec.derive_private_key(7, ec.SECP384R1())}} if chosen.foreign else {}
-    answer = b""
+    chosen = options().parse_args()
+    module = Module(chosen)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(chosen.socket)
         listener.listen(64)
@@ -46,14 +70,7 @@ def main() -> None:
         while True:
             stage, _ = listener.accept()
             with stage:
-                request = receive(stage)
-                if chosen.silent:
-                    signal.pause()
-                time.sleep(chosen.delay)
-                now = datetime.now(UTC) - timedelta(seconds=chosen.age)
-                holders = enclaves.living(datetime.now(UTC), root)
-                module = enclaves.Device(holders, pcrs=pcrs, timestamp=int(now.timestamp() * 1000))
-                answer = answer if answer and chosen.twice else module.reply(request)
+                answer = module.answer(receive(stage))
                 stage.sendall(LENGTH.pack(len(answer)) + answer)
             print("answered", flush=True)
 
