@@ -161,7 +161,10 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
 
 def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> Pipeline:
     key = None if options.client_key is None else _read_key(options.client_key)
-    same = {name: getattr(options, name) for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout")}
+    same = {
+        name: getattr(options, name)
+        for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout", "handshake_timeout")
+    }
     return Pipeline.connect(manifest, client_key=key, **same, **more)
 
 

@@ -161,5 +161,7 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
+    option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "
+            "the manifest pins a platform)")  # fmt: skip
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")
     _switch(to, "--allow-test-root", "accept roots that are not the vendor's, where the manifest names them: for tests")

@@ -1,5 +1,5 @@
-"""Tests of vsock, and of a real `/dev/nsm`, in a kernel that has both: a user-mode Linux, because few kernels have vsock's
-loopback, and only root makes devices."""
+"""Tests of vsock, and of a real `/dev/nsm`, in a user-mode Linux: few kernels have vsock's loopback, and only root
+makes devices."""
 
 import re
 import sys
