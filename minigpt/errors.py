@@ -17,6 +17,7 @@ Errors of the link are `transport.TransportError` (exit code 4) and of evidence 
 """
 
 import resource
+from collections.abc import Sequence
 
 
 class MiniGPTError(Exception):
@@ -92,9 +93,27 @@ class UnreachableStage(StageError):
 
 
 class UntrustedStage(StageError):
-    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest."""
+    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest.
+
+    Attributes:
+        failures: the checks that failed here, each its name and a sentence: what was got and wanted, and what to do;
+            none if another end refused it.
+        checks: all checks made here, a line for each: "PASS chain: …", "FAIL pcr0: got …".
+    """
 
     exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stage: int | None = None,
+        failures: Sequence[tuple[str, str]] = (),
+        checks: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, stage=stage)
+        self.failures = tuple(failures)
+        self.checks = tuple(checks)
 
 
 def shortage(error: Exception) -> str:

@@ -5,6 +5,7 @@ whole before anything is sent: every stage's evidence must be pinned, because th
 other stages are met by measured code that enforces the same manifest.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -32,6 +33,8 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport, Tokens
 from minigpt.protocol.request import Replies, check_type, span, with_span
 from transport.channel import Deadlines
+
+log = logging.getLogger("minigpt")
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -62,8 +65,10 @@ class Pipeline(TextModel):
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
         retry_for: float = RETRY_FOR,
+        allow_test_root: bool = False,
+        handshake_timeout: float | None = None,
     ) -> None:
-        check(manifest, allow_mock=allow_mock, client_key=client_key)
+        check(manifest, allow_mock=allow_mock, allow_test_root=allow_test_root, client_key=client_key)
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
             raise ManifestError("the tokenizer is not the one that the manifest pins: use the model's own")
         self.manifest = manifest
@@ -71,7 +76,10 @@ class Pipeline(TextModel):
         self.tokenizer = tokenizer
         self._timeout = timeout
         self._retry_for = retry_for
-        deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
+        handshake = handshake_timeout or (
+            max(connect_timeout, manifests.SLOW_HANDSHAKE) if manifest.slow else connect_timeout
+        )
+        deadlines = Deadlines(connect=connect_timeout, handshake=handshake)
         self._pool = Pool(partial(_dial, manifest, client_key, deadlines, timeout), connections, timeout)
         self._stages: Launcher | None = None
 
@@ -84,8 +92,10 @@ class Pipeline(TextModel):
         model: str | Path | None = None,
         text: bool = True,
         allow_mock: bool = False,
+        allow_test_root: bool = False,
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
+        handshake_timeout: float | None = None,
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
         retry_for: float = RETRY_FOR,
@@ -99,8 +109,12 @@ class Pipeline(TextModel):
                 is on this machine. Its digest must be the manifest's.
             text: False for token ids only: no tokenizer is looked for.
             allow_mock: accept mock evidence, where the manifest says so. It proves nothing about hardware.
+            allow_test_root: accept roots that are not the vendor's, where the manifest names them. They prove nothing
+                about hardware either, and each is logged.
             timeout: seconds to wait for an answer.
-            connect_timeout: seconds for the connection, and as many for its handshake.
+            connect_timeout: seconds for the connection.
+            handshake_timeout: and for its handshake; by default as many, and 60 where the manifest pins a platform: it
+                makes evidence for each handshake, slowly.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
             connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
             retry_for: seconds to go on trying for, when a link or a stage has died or cannot be reached: over a new
@@ -119,15 +133,23 @@ class Pipeline(TextModel):
         check_type("model", model, str, Path, _NONE)
         check_type("text", text, bool)
         check_type("allow_mock", allow_mock, bool)
+        check_type("allow_test_root", allow_test_root, bool)
         check_type("client_key", client_key, bytes, _NONE)
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
+        if handshake_timeout is not None:
+            _check_seconds(handshake_timeout=handshake_timeout)
         _check_retry_for(retry_for)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
         tokenizer = _tokenizer(parsed, model) if text else None
-        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for)
+        pipeline = cls(
+            parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for,
+            allow_test_root, handshake_timeout,
+        )  # fmt: skip
+        for warning in parsed.warnings(time.time()):
+            log.warning("%s", warning)
         pipeline._verify()
         return pipeline
 
@@ -312,20 +334,22 @@ def _dial(manifest: Manifest, key: bytes | None, deadlines: Deadlines, timeout: 
     return StageLink(channel, manifest, 0, timeout)
 
 
-def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:
+def check(
+    manifest: Manifest,
+    *,
+    allow_mock: bool,
+    allow_test_root: bool = False,
+    client_key: bytes | None = None,
+    now: float | None = None,
+) -> None:
     """Checks that a manifest is acceptable to this client. One unacceptable stage rules out the whole pipeline.
 
     Raises:
-        ManifestError: it has expired, wants evidence that cannot be verified or mock evidence without `allow_mock`, or
-            does not admit this client.
+        ManifestError: it has expired, accepts mock evidence without `allow_mock`, or a root that is not the vendor's
+            without `allow_test_root`, or does not admit this client.
     """
     manifest.check_time(time.time() if now is None else now)
-    manifest.check_verifiable()
-    if manifest.simulated and not allow_mock:
-        raise ManifestError(
-            "the manifest accepts mock evidence, which proves nothing about hardware: "
-            "refused without --allow-mock (allow_mock=True)"
-        )
+    manifest.check_switches(allow_mock=allow_mock, allow_test_root=allow_test_root)
     if manifest.clients is not None and client_key is None:
         raise ManifestError("the manifest admits listed clients only: give the private key of one with --client-key")
 

@@ -132,4 +132,6 @@ class Resumption:
             if not (self._delivered or self._cause):  # it was refused at once: there is nothing to say
                 return error
             return type(error)(text, reason=error.reason, stage=error.stage)
-        return type(error)(text, stage=error.stage)
+        ended = type(error)(text, stage=error.stage)
+        vars(ended).update(vars(error))  # the checks of evidence
+        return ended

@@ -4,7 +4,6 @@ Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The m
 at either end; no flag weakens it.
 """
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,8 @@ from attest import (
     AcceptUnattested,
     AttestationError,
     Attester,
-    Binding,
-    Evidence,
-    Provider,
+    EvidenceError,
+    PolicyError,
     Unattested,
     dump_evidence,
 )
@@ -41,27 +39,10 @@ from transport.session import SILENCE
 
 PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
 PROBE = 2.0  # seconds that it may take to answer
-_FAILURES = {"attestation": UntrustedStage, "unreachable": UnreachableStage}  # other reasons are a StageError
-
-
-class OneAtATime:
-    """An attester that makes one piece of evidence at a time: platforms serve one request at once, and slowly."""
-
-    def __init__(self, attester: Attester) -> None:
-        self._attester = attester
-        self._lock = threading.Lock()
-
-    @property
-    def provider(self) -> Provider:
-        return self._attester.provider
-
-    @property
-    def claims(self) -> bytes:
-        return self._attester.claims
-
-    def attest(self, binding: Binding) -> Evidence:
-        with self._lock:
-            return self._attester.attest(binding)
+_FAILURES: dict[str, type[StageError]] = {
+    "attestation": UntrustedStage,
+    "unreachable": UnreachableStage,
+}  # other reasons are a StageError
 
 
 def calling_end(manifest: Manifest, index: int, attester: Attester | None, static_private: bytes | None = None) -> End:
@@ -106,7 +87,7 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
     try:
         return Channel.connect(manifest.stages[index].address, end, deadlines=deadlines, budget=budget)
     except AttestationError as error:
-        raise UntrustedStage(f"stage {index}: evidence refused: {error}", stage=index) from error
+        raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
             f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
@@ -118,10 +99,21 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
         raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error
 
 
+def _untrusted(error: AttestationError, manifest: Manifest, index: int) -> UntrustedStage:
+    if not isinstance(error, EvidenceError | PolicyError):
+        return UntrustedStage(f"stage {index}: evidence refused: {error}", stage=index)
+    failures = error.failures
+    rest = f" (and {len(failures) - 1} more of its checks failed)" if len(failures) > 1 else ""
+    text = f"stage {index}: evidence refused: {failures[0][1]}{rest}"
+    return UntrustedStage(
+        text, stage=index, failures=failures, checks=[str(check) for check in manifest.checks(index, failures)]
+    )
+
+
 def broken(error: TransportError, index: int) -> StageError:
     """What a failure of the link to stage `index` means to whoever waits for its answer."""
     if isinstance(error, PeerAlert):
-        kind = UntrustedStage if error.code == Alert.ATTESTATION else StageError
+        kind: type[StageError] = UntrustedStage if error.code == Alert.ATTESTATION else StageError
         return kind(f"stage {index} refuses the link: {error}", stage=index)
     if isinstance(error, Unreachable):
         return StageError(f"stage {index} cannot be reached: {error}", stage=index)

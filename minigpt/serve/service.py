@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from attest import AttestationError, PolicyError, load_evidence
+from attest import AttestationError, EvidenceError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, encode_prompt
 from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
@@ -79,6 +79,7 @@ class Service:
         self._canary: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[tuple[StageReport, ...]] | None = None
         self._reports: tuple[StageReport, ...] = ()
+        self._refused: Sequence[str] = ()  # all checks of the evidence that was refused last by ourselves
         self._reported_at = -REPORT
 
     async def encode(
@@ -215,6 +216,7 @@ class Service:
             reports = await asyncio.to_thread(self._watcher.status)
         except (MiniGPTError, AttestationError) as error:
             stage = getattr(error, "stage", None) or 0
+            self._refused = getattr(error, "checks", ())
             reason = "attestation" if isinstance(error, AttestationError) or error.exit_code == 3 else "failed"
             unknown = tuple(StageReport(i, NOT_ASKED, "failed") for i in range(stage))
             reports = (*unknown, StageReport(stage, str(error), reason))
@@ -278,13 +280,16 @@ class Service:
             "model": manifest.model,
             "expires": manifest.expires.isoformat(),
             "simulated": manifest.simulated,
+            "warnings": manifest.warnings(time.time()),
             "stages": stages,
         }
 
     def _attested(self, entry: StageEntry, report: StageReport) -> dict[str, Any]:
         """One stage's. Links were accepted when they were made: here anybody can see by what, and check it again."""
-        verdict, checks = ("FAIL" if report.reason == "attestation" else "UNKNOWN"), [report.error]
-        if not report.error:
+        verdict, checks = "UNKNOWN", [report.error]
+        if report.reason == "attestation":
+            verdict, checks = "FAIL", list((entry.index == 0 and self._refused) or checks)
+        elif not report.error:
             verdict, checks = self._verify(entry, report.evidence)
         return {
             "index": entry.index,
@@ -292,30 +297,27 @@ class Service:
             "address": str(entry.address),
             "provider": entry.platform.name,
             "simulated": entry.platform.simulated,
+            "test_root": None if entry.test_root is None else entry.test_root.hex(),
             "verdict": verdict,
             "checks": checks,
             "evidence": _object(report.evidence),
         }
 
     def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
-        """A verdict on an evidence file, as of the time when it was made, and the reasons: "got …, wanted …" each."""
-        platform, claims = entry.platform, self.pipeline.manifest.claims(entry.index)
+        """A verdict on an evidence file, as of the time when it was made, and a line for each check."""
+        manifest, failures = self.pipeline.manifest, []
         try:
             evidence, binding = load_evidence(text)
-            assert platform.verifier is not None, "or the manifest would not have been accepted"
-            assert platform.describe is not None, "as above"
-            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()  # ValueError after 9999
-            result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
-        except PolicyError as error:
-            return "FAIL", list(error.mismatches)
-        except (AttestationError, ValueError) as error:
-            return "FAIL", str(error).split("; ")
-        return "PASS", [
-            "authentic: signed by a key that the manifest trusts for this stage, for the handshake of its link",
-            f"measurement: {result.measurement.hex()}, as pinned",
-            "claims: the manifest, this stage's layers and its weights, as pinned",
-            "debug: off",
-        ]
+            made = datetime.fromisoformat(
+                entry.platform.describe(evidence)["made"]
+            ).timestamp()  # ValueError after 9999
+            manifest.verifier_at(entry.index, lambda: made).verify(evidence, binding)
+        except (EvidenceError, PolicyError) as error:
+            failures = list(error.failures)
+        except ValueError:
+            failures = [("stale", "stale: got a time after the year 9999, wanted one of this calendar")]
+        checks = [str(check) for check in manifest.checks(entry.index, failures)]
+        return "FAIL" if failures else "PASS", checks
 
 
 def _object(text: str) -> Any:
