@@ -100,7 +100,7 @@ def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
 def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace) -> Attester:
     """Makes this stage's evidence: the mock's with a key, a platform's with its device."""
     if not entry.platform.simulated:
-        return manifest.attester(entry.index, b"")
+        return manifest.attester(entry.index, b"", options.endorsements)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
     key = options.mock_key

@@ -199,7 +199,7 @@ def test_show_says_that_it_verifies_nothing(keys: Keys) -> None:
 def test_show_reads_every_provider(keys: Keys) -> None:
     binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
     assert "no evidence" in run("show", keys.save(Unattested().attest(binding), binding)).stdout
-    for provider in (3, 9):
+    for provider in (4, 9):
         binding = Binding("R", provider, b"h" * 32, b"s" * 32, b"\xc1")
         path = keys.save(Evidence(provider, b"\xc1", b"\1\2", (b"\3",)), binding)
         done = run("show", path)
