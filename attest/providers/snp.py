@@ -595,13 +595,11 @@ class SnpVerifier:
             raise EvidenceError.of([*wrong, *refused.failures])
         if refused.failures:
             raise refused
-        registers = tuple((name, getattr(statement, name)) for name in _REGISTERS)
+        digests = ((name, getattr(statement, name)) for name in ("host_data", "id_key_digest", "author_key_digest"))
+        registers = (("measurements", statement.measurement), *digests)  # by the names of their pins
         return AttestationResult(
             Provider.SNP, statement.measurement, statement.debug, evidence.claims, None, None, registers
         )
-
-
-_REGISTERS = ("measurement", "host_data", "id_key_digest", "author_key_digest")
 
 
 def _unbound(report: Report, evidence: Evidence, binding: Binding) -> list[Failure]:

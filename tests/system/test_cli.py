@@ -171,18 +171,22 @@ def test_plan_pins_platforms_in_the_order_of_the_stages(tmp_path: Path) -> None:
     (tmp_path / "nitro.json").write_text(json.dumps({"Measurements": registers}))
     snp, nitro, plan = (str(tmp_path / name) for name in ("snp.json", "nitro.json", "plan.json"))
     root = ("--root-key", MockRoot.generate().public.hex())
-    for words, kinds in (
+    planned: list[tuple[tuple[str, ...], list[str]]] = [
         (("--snp", snp, "--pcrs", nitro), ["snp", "nitro"]),
         (("--pcrs", nitro, "--snp", snp), ["nitro", "snp"]),
         (("--snp", snp, "--pcrs", "mock", *root), ["snp", "mock"]),
         (("--snp", "mock", "--snp", snp, *root), ["mock", "snp"]),
-    ):
+    ]
+    for words, kinds in planned:
         run("plan", "--stages", "2", "-o", plan, *words)
         stages = json.loads(Path(plan).read_text())["stages"]
         assert [stage["evidence"]["provider"] for stage in stages] == kinds
         assert stages[kinds.index("snp")]["evidence"] == pins
-    for words, told in ((("--snp", snp, *root), "leave out"), (("--snp", "mock"), "--root-key"),
-                        (("--snp", nitro), "min_tcb"), (("--snp", "/nowhere"), "No such file")):  # fmt: skip
+    refused: list[tuple[tuple[str, ...], str]] = [
+        (("--snp", snp, *root), "leave out"), (("--snp", "mock"), "--root-key"), (("--snp", nitro), "min_tcb"),
+        (("--snp", "/nowhere"), "No such file"),
+    ]  # fmt: skip
+    for words, told in refused:
         assert told in run("plan", "--stages", "1", "-o", plan, *words, code=2).stderr
     run("plan", "--stages", "2", "-o", plan, "--snp", snp)  # one for all
     stage = subprocess.run([sys.executable, "-m", "minigpt.stage", "--manifest", plan, "--index", "1"],
