@@ -9,6 +9,7 @@ import os
 import uuid
 
 from attest import AttestationError, EvidenceError
+from attest.der import SEQUENCE, Reader
 from attest.document import read_file
 
 MAX_TABLE = 16 * 1024  # bytes; what the kernel takes from a host
@@ -55,7 +56,7 @@ def in_table(table: bytes) -> list[bytes]:
 def in_folder(folder: str) -> list[bytes]:
     """All that the files of a folder hold, in DER: certificates and revocation lists, in DER or PEM.
 
-    Raises AttestationError, also if there are more than MAX_FILES. What is in a file is not looked at.
+    Raises AttestationError, also if there are more than MAX_FILES, and names the file that holds anything else.
     """
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -68,7 +69,14 @@ def in_folder(folder: str) -> list[bytes]:
     for name, data in files.items():
         if len(data) > MAX_FILE:
             raise AttestationError(f"{folder}/{name}: got more than {MAX_FILE} bytes, wanted endorsements")
-        found += decode(data)
+        try:
+            for item in decode(data):
+                whole = Reader(item)
+                whole.content(SEQUENCE)
+                whole.end()
+                found.append(item)
+        except EvidenceError as error:
+            raise AttestationError(f"{folder}/{name}: {error}: wanted endorsements in DER or PEM") from None
     return found
 
 

@@ -195,7 +195,7 @@ def _nitro_seeds() -> list[bytes]:
 def _snp(data: bytes) -> None:
     """u8 0: a report; 1: what is signed of one; 2: a VEK's certificate, signed or not; 3: a revocation list."""
     kind, data = data[:1], data[1:]
-    ends, shown = guests.chain(), guests.report()
+    ends, shown = guests.chain(), guests.plain()
     if kind == b"\1":
         shown = guests.report(edits={0: data[: snp.SIGNED]})
     elif kind == b"\2":

@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import guests
@@ -35,6 +36,7 @@ from attest import (
     PolicyError,
     Provider,
     certificates,
+    dump_evidence,
     sev_guest,
     tsm,
 )
@@ -515,9 +517,16 @@ def test_every_pin_is_compared_and_unknown_ones_refuse(name: str, value: object)
     assert differing(ALL | {name: value}) == [name]
 
 
-def test_without_a_measurement_nothing_is_accepted() -> None:
+def test_only_what_is_given_is_compared_and_that_is_something() -> None:
     assert differing({}) == ["pins"]
-    assert differing({name: value for name, value in ALL.items() if name != "measurements"}) == ["pins"]
+    assert differing({"provider": "snp", "covers": "image"}) == ["pins"]
+    assert differing({"measurement": "07" * 48}) == ["pins", "measurement"]
+    for name, value in ALL.items():
+        if name not in ("provider", "covers"):
+            assert differing({name: value}) == []
+
+
+def test_zeros_are_no_measurement() -> None:
     zero = replace(STATEMENT, measurement=bytes(48))
     assert differing(ANY_CODE, zero) == ["measurements"]
     assert differing({"measurements": ["00" * 48]}, zero) == ["measurements"]
@@ -658,6 +667,21 @@ def test_evidence_of_another_session_or_end_is_refused(change: dict[str, Any]) -
     assert reasons(lambda: VERIFIER.verify(shown(), replace(BINDING, **change)))[0] == "binding"
     for data in (bytes(64), BINDING.digest[:63] + b"\0", BINDING.digest[:32] + bytes(32)):
         assert reasons(lambda d=data: VERIFIER.verify(shown(report_data=d), BINDING)) == ["binding"]
+
+
+def test_the_page_of_attestations_judges_reports_which_have_no_date() -> None:
+    service_of = pytest.importorskip("minigpt.serve.service")
+    service: Any = object.__new__(service_of.Service)
+    service.pipeline = SimpleNamespace(manifest=SimpleNamespace(claims=lambda _: CLAIMS))
+    judge = replace(VERIFIER, pins=read(PINS | {"host_data": "00" * 32}))
+    platform = replace(snp.PLATFORM, verifier=lambda *_: judge)
+    entry: Any = SimpleNamespace(platform=platform, pins=judge.pins, index=0)
+    verdict, checks = service._verify(entry, dump_evidence(shown(), BINDING))
+    assert verdict == "PASS"
+    assert f"measurements: {'07' * 48}, as pinned" in checks
+    assert f"host_data: {'00' * 32}, as pinned" in checks
+    verdict, checks = service._verify(entry, dump_evidence(shown(policy=0xB0000), BINDING))
+    assert (verdict, [check.partition(":")[0] for check in checks]) == ("FAIL", ["debug", "policy"])
 
 
 def test_altered_claims_are_refused() -> None:
@@ -921,8 +945,12 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(AttestationError, match="more than 65536"):
         certificates.in_folder(str(tmp_path))
     (tmp_path / "file").write_text("-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n")
-    with pytest.raises(EvidenceError, match="base64"):
+    with pytest.raises(AttestationError, match="file: endorsements: got PEM that is not base64"):
         certificates.in_folder(str(tmp_path))
+    for data in (b"a note", b"", CHAIN[0] + b"\n"):
+        (tmp_path / "file").write_bytes(data)
+        with pytest.raises(AttestationError, match=r"file: DER: .* wanted endorsements in DER or PEM"):
+            certificates.in_folder(str(tmp_path))
     for number in range(40):
         (tmp_path / str(number)).touch()
     with pytest.raises(AttestationError, match="at most 32"):
