@@ -180,6 +180,11 @@ def is_signed_pss(key: RsaKey, message: bytes, signature: bytes) -> bool:
     return True
 
 
+def is_signed_by(data: bytes, key: Key) -> bool:
+    """Whether a certificate or a list is signed by `key`; no more of it is read. Raises EvidenceError."""
+    return _Signed(*_signed(data)).is_signed_by(key)
+
+
 def path(chain: Sequence[Certificate], roots: Collection[bytes], now: datetime) -> list[Failure]:
     """What is wrong with a chain, leaf first, its root included: "chain", "not-yet-valid", "expired"; or nothing.
 

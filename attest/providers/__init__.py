@@ -51,8 +51,8 @@ class Platform:
     verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier]
     describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
     checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
-    # Makes evidence with (the bytes of a key's file, claims).
-    attester: Callable[[bytes, bytes], Attester] | None = None
+    # Makes evidence with (the bytes of a key's file, claims, the folder of its endorsements or None).
+    attester: Callable[[bytes, bytes, str | None], Attester] | None = None
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 
     @property

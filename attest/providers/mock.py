@@ -334,7 +334,7 @@ _CHECKS = {
 }
 
 
-def _attester(key: bytes, claims: bytes) -> MockAttester:
+def _attester(key: bytes, claims: bytes, folder: str | None) -> MockAttester:
     return MockAttester(MockKey.from_json(key), claims)
 
 

@@ -6,7 +6,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
     link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
-    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro
+    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro, snp, table
     messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import enclaves
+import guests
 import msgpack
 import numpy as np
 import oracles
@@ -32,8 +33,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 import attest
-from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, cbor, der, policy, x509
-from attest.providers import mock, nitro
+from attest import (
+    AttestationError,
+    Binding,
+    Evidence,
+    EvidenceError,
+    Provider,
+    cbor,
+    certificates,
+    der,
+    policy,
+    x509,
+)
+from attest.providers import mock, nitro, snp
 from fuzz import handshake, records
 from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
 from minigpt.checkpoint import sources, tokenizer, weights
@@ -178,6 +190,43 @@ def _nitro(data: bytes) -> None:
 def _nitro_seeds() -> list[bytes]:
     payload = enclaves.cbor(enclaves.fields(nonce=b"n", user_data=b"", public_key=b"k" * 32))
     return [enclaves.document(nonce=b"n"), b"\1" + payload]
+
+
+def _snp(data: bytes) -> None:
+    """u8 0: a report; 1: what is signed of one; 2: a VEK's certificate, signed or not; 3: a revocation list."""
+    kind, data = data[:1], data[1:]
+    ends, shown = guests.chain(), guests.plain()
+    if kind == b"\1":
+        shown = guests.report(edits={0: data[: snp.SIGNED]})
+    elif kind == b"\2":
+        ends[0] = data
+    elif kind == b"\3":
+        ends.append(data)
+    else:
+        shown = data
+    statement, _ = snp.examine(shown, ends, [guests.root(ends)], enclaves.NOW)
+    snp.failures(statement, {"measurements": ["00" * 48], "min_tcb": {"snp": 1}})
+    json.dumps(snp.pinned(statement).to_json())
+    assert (statement.report_data, statement.measurement) == (shown[0x50:0x90], shown[0x90:0xC0])
+    assert statement.chip_id == shown[0x1A0:0x1E0]
+    assert len(shown) == 1184
+
+
+def _snp_seeds() -> list[bytes]:
+    shown = guests.report()
+    return [b"\0" + shown, b"\1" + shown[: snp.SIGNED], b"\2" + guests.chain()[0], b"\3" + guests.revocations(7)]
+
+
+def _table(data: bytes) -> None:
+    found = certificates.in_table(data)
+    assert sum(map(len, found)) <= len(data), "more than there is"
+
+
+def _table_seeds() -> list[bytes]:
+    return [
+        guests.full_table([b"one", b"two", b"three"]),
+        guests.table(vlek=b"-----BEGIN X-----\nAAAA\n-----END X-----\n"),
+    ]
 
 
 # Messages.
@@ -348,8 +397,9 @@ def _manifest(data: bytes) -> None:
 def _manifest_seeds() -> list[bytes]:
     simulated = mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))
     image = nitro.NitroPins(dict.fromkeys((0, 1, 2, 31), b"\1" * 48))
+    statement = snp.authenticate(guests.report(), guests.chain(), [guests.root(guests.chain())], enclaves.NOW)
     made: list[tuple[tuple[int, ...], Any, list[Any]]] = [
-        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]),
+        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]), ((2,), None, [snp.pinned(statement)]),
     ]  # fmt: skip
     two = Config.from_json(TINY.to_json() | {"n_layer": 2})
     return [
@@ -547,6 +597,8 @@ TARGETS: dict[str, Target] = {
     "x509": Target(_x509, (EvidenceError,), _certificates),
     "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)]),
     "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
+    "snp": Target(_snp, (EvidenceError,), _snp_seeds),
+    "table": Target(_table, (EvidenceError,), _table_seeds),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
     "parts": Target(_array, (DecodeError,), _array_seeds, "msgpack"),

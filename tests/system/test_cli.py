@@ -163,6 +163,38 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments: tuple[str, ...], code: i
     assert done.stdout == ""
 
 
+def test_plan_pins_platforms_in_the_order_of_the_stages(tmp_path: Path) -> None:
+    pins = {"provider": "snp", "covers": "image", "product": "Milan", "measurements": ["07" * 48], "policy": 0x30000,
+            "min_tcb": {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 217}, "vmpl": 0}  # fmt: skip
+    (tmp_path / "snp.json").write_text(json.dumps(pins))
+    registers = {f"PCR{index}": f"0{index + 1}" * 48 for index in range(3)}
+    (tmp_path / "nitro.json").write_text(json.dumps({"Measurements": registers}))
+    snp, nitro, plan = (str(tmp_path / name) for name in ("snp.json", "nitro.json", "plan.json"))
+    root = ("--root-key", MockRoot.generate().public.hex())
+    planned: list[tuple[tuple[str, ...], list[str]]] = [
+        (("--snp", snp, "--pcrs", nitro), ["snp", "nitro"]),
+        (("--pcrs", nitro, "--snp", snp), ["nitro", "snp"]),
+        (("--snp", snp, "--pcrs", "mock", *root), ["snp", "mock"]),
+        (("--snp", "mock", "--snp", snp, *root), ["mock", "snp"]),
+    ]
+    for words, kinds in planned:
+        run("plan", "--stages", "2", "-o", plan, *words)
+        stages = json.loads(Path(plan).read_text())["stages"]
+        assert [stage["evidence"]["provider"] for stage in stages] == kinds
+        assert stages[kinds.index("snp")]["evidence"] == pins
+    refused: list[tuple[tuple[str, ...], str]] = [
+        (("--snp", snp, *root), "leave out"), (("--snp", "mock"), "--root-key"), (("--snp", nitro), "min_tcb"),
+        (("--snp", "/nowhere"), "No such file"),
+    ]  # fmt: skip
+    for words, told in refused:
+        assert told in run("plan", "--stages", "1", "-o", plan, *words, code=2).stderr
+    run("plan", "--stages", "2", "-o", plan, "--snp", snp)  # one for all
+    stage = subprocess.run([sys.executable, "-m", "minigpt.stage", "--manifest", plan, "--index", "1"],
+                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert stage.returncode == 3
+    assert "is this an SNP guest?" in stage.stderr
+
+
 def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:
     root = MockRoot.generate()
     plan = tmp_path / "pipeline.json"

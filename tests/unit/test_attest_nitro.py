@@ -532,4 +532,4 @@ def test_a_missing_or_failing_device_is_told(monkeypatch: pytest.MonkeyPatch, tm
         nitro.NitroAttester(CLAIMS, device=str(tmp_path / "nsm")).attest(BINDING)
     monkeypatch.setattr(nsm, "DEVICE", str(tmp_path / "nsm"))
     with pytest.raises(AttestationError, match="is missing"):
-        nitro.PLATFORM.attester(b"", CLAIMS)
+        nitro.PLATFORM.attester(b"", CLAIMS, None)

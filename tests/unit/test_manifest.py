@@ -15,6 +15,7 @@ from made import SMALL
 
 from attest.providers.mock import MockPins, MockRoot, MockVerifier
 from attest.providers.nitro import NitroPins, NitroVerifier
+from attest.providers.snp import SnpPins, SnpVerifier
 from minigpt.client.pipeline import Pipeline, _tokenizer, check
 from minigpt.errors import CheckpointError, ManifestError, UsageError
 from minigpt.launch.plan import split_layers, write
@@ -83,11 +84,30 @@ def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
         check(mixed, allow_mock=False, now=ISSUED.timestamp())
 
 
+SNP: dict[str, Any] = {
+    "provider": "snp", "covers": "image", "product": "Milan", "measurements": ["07" * 48], "policy": 0x30000,
+    "min_tcb": {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 217},
+}  # fmt: skip
+
+
+def test_all_platforms_may_be_mixed() -> None:
+    read = Manifest.parse(written(pins=[SnpPins(SNP), NitroPins(PCRS[0])]))
+    assert [stage.platform.name for stage in read.stages] == ["snp", "nitro"]
+    assert [type(read.verifier(index)) for index in range(2)] == [SnpVerifier, NitroVerifier]
+    assert not read.simulated
+    check(read, allow_mock=False, now=ISSUED.timestamp())
+    mixed = Manifest.parse(edited("stages", 0, "evidence", to=SNP | {"vmpl": 0, "chip_ids": ["11" * 64]}))
+    assert [stage.platform.name for stage in mixed.stages] == ["snp", "mock"]
+    assert mixed.stages[0].pins.to_json() == SNP | {"vmpl": 0, "chip_ids": ["11" * 64]}
+    with pytest.raises(ManifestError, match="allow_mock"):
+        check(mixed, allow_mock=False, now=ISSUED.timestamp())
+
+
 def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
     written(pins=[NitroPins(PCRS[0])], days=30)
     written(days=31)
     simulated = MockPins(ROOT.public, frozenset([b"\x03" * 48]))
-    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])]):
+    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])], [SnpPins(SNP), simulated]):
         with pytest.raises(ManifestError, match="at most 30 days"):
             written(pins=pins, days=31)
 
@@ -158,6 +178,11 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "stages[0].evidence: covers": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "covers"}),
     "stages[0].evidence: both": (("stages", 0, "evidence"), NITRO | {"root_key": HEX}),
     "stages[0].evidence: pcr2": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "pcr2"}),
+    "stages[0].evidence: snp": (("stages", 0, "evidence", "provider"), "snp"),
+    "stages[0].evidence.min_tcb": (("stages", 0, "evidence"), SNP | {"min_tcb": {"snp": 24}}),
+    "stages[0].evidence.policy: debug": (("stages", 0, "evidence"), SNP | {"policy": 0xB0000}),
+    "stages[0].evidence.measurements: zero": (("stages", 0, "evidence"), SNP | {"measurements": ["00" * 48]}),
+    "stages[0].evidence: snp and nitro": (("stages", 0, "evidence"), SNP | {"pcr0": "01" * 48}),
     "stages[0].evidence.root_key": (("stages", 0, "evidence", "root_key"), "00" * 32),
     "stages[0].evidence: small order": (("stages", 0, "evidence", "root_key"), "01" + "00" * 31),
     "stages[0].evidence.measurements: none": (("stages", 0, "evidence", "measurements"), []),
