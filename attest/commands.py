@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from attest import (
@@ -41,11 +42,13 @@ from attest.document import (
 )
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, Scalar, date, decode_claims, encode_claims, show_scalar
-from attest.providers import ANY_CODE, Platform, nitro
+from attest.providers import ANY_CODE, Platform, nitro, tdx
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
 from attest.registry import PLATFORMS
 
 MAX_MANIFEST = 2**20  # bytes
+_VENDORS: dict[int, ModuleType] = {Provider.NITRO: nitro, Provider.TDX: tdx}
+_RAW: dict[int, str] = {Provider.NITRO: "a Nitro document", Provider.TDX: "a TDX quote"}  # as their platforms give it
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
 
 
@@ -118,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
                      "compared.")  # fmt: skip
     for reading in (show, verify):
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, or a Nitro document "
-                             "as its device gives it; - is standard input")  # fmt: skip
+                             "or TDX quote as the platform gives it; - is standard input")  # fmt: skip
+        reading.add_argument("--at", type=_time, metavar="TIME",
+                             help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's "
+                             "own time if it says one, because a kept file is always old)")  # fmt: skip
         reading.add_argument("--json", action="store_true", help="print one JSON object")
     show.add_argument("--pins", action="store_true", help="if the file is authentic, print what a manifest would pin")
     verify.add_argument("--manifest", metavar="FILE", help="compare with what this manifest pins for --stage")
@@ -127,9 +133,6 @@ def _parser() -> argparse.ArgumentParser:
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
     verify.add_argument("--stage", type=stage, metavar="I", help="which stage it is; without --manifest: refuse a key "
                         "endorsed for another")  # fmt: skip
-    verify.add_argument("--at", type=_time, metavar="TIME",
-                        help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
-                        "time, because a kept file is always old)")  # fmt: skip
     return parser
 
 
@@ -169,26 +172,30 @@ def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int,
     data = _read(options.file)
     evidence, binding = _load(data)
     if options.pins:
-        return 0, _pins(evidence)
+        return 0, _pins(evidence, options.at)
     fields, warnings = _said(evidence, binding)
     notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
     return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
 
 
-def _pins(evidence: Evidence) -> str:
-    """What a manifest would pin of authentic evidence, judged as of its own time.
+def _pins(evidence: Evidence, at_ms: int | None) -> str:
+    """What a manifest would pin of authentic evidence, judged as of a time, or its own.
 
     Raises EvidenceError, and PolicyError if it is of a debug environment.
     """
-    if evidence.provider != Provider.NITRO:
-        raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted nitro (2)", "provider")
-    made = _own_time(evidence)
-    statement = nitro.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
-    nitro.appraise(statement, ANY_CODE)  # nothing of a debug enclave can be pinned
-    registers = {index: value for index, value in statement.pcrs.items() if any(value) or index in nitro.CODE}
-    print(f"this is what ran there at {date(made)}: compare it with what you built; copied, it pins whatever the host "
-          "chose to run", file=sys.stderr)  # fmt: skip
-    return json.dumps(nitro.NitroPins(registers).to_json(), indent=2) + "\n"
+    module = _VENDORS.get(evidence.provider)
+    if module is None:
+        wanted = " or ".join(map(provider_name, _VENDORS))
+        raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted {wanted}", "provider")
+    made = at_ms or _own_time(evidence)
+    statement = module.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
+    wrong = [failure for failure in module.failures(statement, ANY_CODE) if failure[0] != "statuses"]  # to be named
+    if wrong:  # nothing of a debug environment can be pinned
+        raise PolicyError(*(sentence for _, sentence in wrong))
+    told = f"at {date(made)}" if evidence.provider == Provider.NITRO else "there"
+    print(f"this is what ran {told}: compare it with what you built; copied, it pins whatever the host chose to run",
+          file=sys.stderr)  # fmt: skip
+    return json.dumps(module.pinned(statement).to_json(), indent=2) + "\n"
 
 
 def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, str]:
@@ -233,17 +240,27 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
         if evidence.provider == platform.provider:
             at_ms = at_ms or _own_time(evidence)
         if binding is None:
-            skipped = dict.fromkeys(("binding", "claims"), "not checked: a document by itself belongs to no handshake")
-            if platform.provider != Provider.NITRO:
-                raise EvidenceError(f"provider: got a Nitro document, wanted {platform.name} evidence", "provider")
-            statement, wrong = nitro.examine(data, (), nitro.ROOTS, _moment(at_ms))
-            failures = [*wrong, *nitro.failures(statement, pins.to_json())]
+            skipped = dict.fromkeys(("binding", "claims"), f"not checked: {_RAW[evidence.provider]} by itself belongs "
+                                    "to no handshake")  # fmt: skip
+            if platform.provider != evidence.provider:
+                got = _RAW[evidence.provider]
+                raise EvidenceError(f"provider: got {got}, wanted {platform.name} evidence", "provider")
+            module = _VENDORS[evidence.provider]
+            statement, wrong = module.examine(data, evidence.endorsements, module.ROOTS, _moment(at_ms))
+            failures = [*wrong, *module.failures(statement, pins.to_json())]
         else:
             clock = _moment(at_ms or 0).timestamp
             platform.verifier(pins, claims, options.stage, clock).verify(evidence, binding)
     except (EvidenceError, PolicyError) as error:
         failures = error.failures
-    checks |= {name: f"{value}, as pinned" for name, value in pins.to_json().items() if name.startswith("pcr")}
+    if not platform.simulated:
+        compared = [(name, value) for name, value in pins.to_json().items() if name not in ("provider", "covers")]
+        checks |= {name: f"{_shown(value)}, as pinned" for name, value in compared}
+    failed = {name for name, _ in failures}
+    for name, needed in platform.needs.items():
+        if failed.intersection(needed):
+            first = next(each for each in needed if each in failed)
+            skipped[name] = f"not checked: it says nothing without {first}"
     lines = []
     ended = any(name in ("malformed", "alg", "provider") for name, _ in failures)
     known = [name for name, _ in failures if name in checks]
@@ -285,17 +302,22 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes]:
 
 
 def _load(data: bytes) -> tuple[Evidence, Binding | None]:
-    """An evidence file; or a Nitro document, which is bound to nothing that is known. Raises EvidenceError."""
+    """An evidence file; or what a platform made, bound to nothing that is known: a Nitro document, or a TDX quote
+    without collateral. Raises EvidenceError."""
     if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
         return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
+    if data.startswith(tdx.BEGINS):
+        return Evidence(Provider.TDX, NO_CLAIMS, data, ()), None
     return load_evidence(data)
 
 
 def _own_time(evidence: Evidence) -> int:
-    """When evidence was made, by itself, in ms since the epoch. Raises EvidenceError."""
+    """When evidence was made, by itself, in ms since the epoch; now if it does not say. Raises EvidenceError."""
     if evidence.provider == Provider.MOCK:
         return parse_evidence(evidence.evidence).timestamp_ms
-    return nitro.parse(evidence.evidence).statement.timestamp if evidence.provider == Provider.NITRO else 0
+    if evidence.provider == Provider.NITRO:
+        return nitro.parse(evidence.evidence).statement.timestamp
+    return int(time.time() * 1000)
 
 
 def _moment(milliseconds: int) -> datetime:

@@ -1,8 +1,8 @@
 """One file for each kind of evidence. Each makes a `Platform`; `attest.registry` lists them."""
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from attest import Attester, Evidence, Provider, Verifier
@@ -37,6 +37,9 @@ class Platform:
     checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
     # Makes evidence with (the bytes of a key's file, claims).
     attester: Callable[[bytes, bytes], Attester] | None = None
+    needs: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # of a check: those without which it says nothing
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 
     @property

@@ -244,6 +244,11 @@ class NitroPins:
         return NitroVerifier(self, claims, clock=clock)  # the stage's index is among the claims
 
 
+def pinned(statement: Statement) -> NitroPins:
+    """What a manifest would pin of this: all registers that say something."""
+    return NitroPins({index: value for index, value in statement.pcrs.items() if any(value) or index in CODE})
+
+
 @dataclass(frozen=True)
 class NitroVerifier:
     """Judges a document: authentic, made for this handshake by an end with these claims, and as pinned."""

@@ -302,12 +302,13 @@ class Service:
         }
 
     def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
-        """A verdict on an evidence file, as of the time when it was made, and the reasons: "got …, wanted …" each."""
+        """A verdict on an evidence file, as of when it was made if it says, and the reasons: "got …, wanted …" each."""
         platform, claims = entry.platform, self.pipeline.manifest.claims(entry.index)
         try:
             evidence, binding = load_evidence(text)
-            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()  # ValueError after 9999
-            result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
+            made = platform.describe(evidence).get("made")
+            at = datetime.fromisoformat(made).timestamp() if made else time.time()  # ValueError after 9999
+            result = platform.verifier(entry.pins, claims, entry.index, lambda: at).verify(evidence, binding)
         except PolicyError as error:
             return "FAIL", list(error.mismatches)
         except (AttestationError, ValueError) as error:
