@@ -255,7 +255,11 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
         failures = error.failures
     if not platform.simulated:
         compared = [(name, value) for name, value in pins.to_json().items() if name not in ("provider", "covers")]
-        checks |= {name: f"{_shown(value)}, as pinned" for name, value in compared}
+        checks |= {
+            name: f"at least {_shown(value)}" if name.startswith("min_") else f"{_shown(value)}, as pinned"
+            for name, value in compared
+            if name not in checks
+        }
     failed = {name for name, _ in failures}
     for name, needed in platform.needs.items():
         if failed.intersection(needed):

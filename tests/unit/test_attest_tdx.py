@@ -791,7 +791,8 @@ def test_a_pin_that_would_not_be_compared_refuses() -> None:
         assert differing(PINS | {"min_crl_numbers": numbers}) == ["min_crl_numbers"]
     for name in ("statuses", "advisories"):
         assert differing(PINS | {name: "OutOfDate"}) == [name]
-    assert differing({}) == differing({"covers": "image", "min_tcb_evaluation": 1}) == ["pins"]
+    assert differing({}) == differing({"covers": "image", "provider": "tdx"}) == ["pins"]
+    assert differing({"min_tcb_evaluation": 18}) == ["min_tcb_evaluation"]
     assert differing(PINS | {"covers": "nothing", "provider": "snp"}) == ["provider", "covers"]
 
 
