@@ -299,6 +299,8 @@ def _first(
             status.refuse(" or ".join(STATUSES))
         listed = item.get("advisoryIDs").items(0, MAX_ITEMS) if "advisoryIDs" in item.value else []
         advisories = tuple(advisory.text(64) for advisory in listed)
+        if not "".join(advisories).isascii() or not "".join(advisories).isprintable():
+            item.get("advisoryIDs").refuse("names such as INTEL-SA-00615")
         levels.append(_Level(read(item.get("tcb")), status.value, advisories))
     levels.sort(key=lambda level: level.key, reverse=True)
     return next((level for level in levels if fits(level.key)), None)

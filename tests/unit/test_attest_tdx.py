@@ -559,6 +559,7 @@ def test_texts_are_signed_by_intels_signer() -> None:
         {"tcbLevels": [firmware(sgx=(1,) * 15)]}, {"tcbLevels": [firmware(tdx=(1,) * 17)]},
         {"tcbLevels": [firmware(sgx=(256,) * 16)]}, {"tcbLevels": [firmware(pcesvn=-1)]},
         {"tcbLevels": [firmware() | {"advisoryIDs": "INTEL-SA-1"}]}, {"tcbLevels": [firmware()] * 65},
+        {"tcbLevels": [firmware("OutOfDate", "\x1b[2J")]}, {"tcbLevels": [firmware("OutOfDate", "\ud800")]},
         {"tcbLevels": [firmware() | {"tcbStatus": None}]}, {"tcbLevels": [{"tcbStatus": "UpToDate"}]},
         {"tdxModuleIdentities": [{"id": 1}]}, {"tdxModuleIdentities": [module(mrsigner="00")]},
         {"tdxModuleIdentities": [module(attributesMask=None)]}, {"tdxModuleIdentities": [module("01", level())]},

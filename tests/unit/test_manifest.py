@@ -95,6 +95,8 @@ def test_platforms_mix() -> None:
     assert [stage.platform.name for stage in mixed.stages] == ["nitro", "tdx"]
     assert [type(mixed.verifier(index)) for index in range(2)] == [NitroVerifier, TdxVerifier]
     assert mixed.stages[1].pins.to_json() == TDX
+    with pytest.raises(ManifestError, match="cannot make tdx evidence"):
+        mixed.attester(1, b"")
     assert not mixed.simulated
     beside = Manifest.parse(edited("stages", 0, "evidence", to=TDX | {"rtmr1": "00" * 48, "statuses": ["OutOfDate"]}))
     assert [type(beside.verifier(index)) for index in range(2)] == [TdxVerifier, MockVerifier]
