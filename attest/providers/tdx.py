@@ -291,8 +291,8 @@ def examine(
     evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes], now: datetime
 ) -> tuple[Statement, list[Failure]]:
     """What a quote says, and all reasons not to believe it. Raises EvidenceError for malformed and alg."""
+    collateral = Collateral.read(endorsements) if endorsements else None  # first: it is quicker to read
     quote = parse(evidence)
-    collateral = Collateral.read(endorsements) if endorsements else None
     statement, qe = replace(quote.statement, collateral=bool(endorsements)), QeReport.read(quote.qe_report)
     wrong: list[Failure] = []
     if quote.chain:
@@ -324,9 +324,8 @@ def examine(
     return statement, wrong
 
 
-Pinned = (
-    Mapping[str, Any] | AnyCode
-)  # the fields of a manifest's `evidence` object that are to be compared; or ANY_CODE
+# The fields of a manifest's `evidence` object that are to be compared; or ANY_CODE.
+Pinned = Mapping[str, Any] | AnyCode
 
 
 def appraise(statement: Statement, pins: Pinned, allow_debug: bool = False, allow_no_collateral: bool = False) -> None:
@@ -347,11 +346,11 @@ def failures(
     """
     given = {} if isinstance(pins, AnyCode) else pins
     wrong = _always(statement, allow_debug)
-    if statement.collateral:
-        wrong += _status(statement, given)
-    elif not allow_no_collateral:
+    if not statement.collateral and not allow_no_collateral:
         advice = "wanted the seven parts of Intel's: nothing says whether that platform is up to date"
         wrong.append(("collateral-required", f"collateral-required: got none, {advice}"))
+    if statement.collateral or "statuses" in given or "advisories" in given:
+        wrong += _status(statement, given)
     for name, pin in given.items():
         match name:
             case "statuses" | "advisories":
@@ -413,8 +412,10 @@ def _least(name: str, got: int | None, least: object, which: str = "") -> list[F
 def _equal(statement: Statement, name: str, wanted: object) -> list[Failure]:
     value = getattr(statement, name) if name in _HEX else None
     got = None if value is None else value.hex()
-    if name in ("provider", "covers"):
-        got = "tdx" if name == "provider" else wanted if wanted in COVERS else COVERS[0]
+    if name == "provider":
+        got = "tdx"
+    if name == "covers":  # the operator's word, which no quote has
+        got = next((each for each in COVERS if each == wanted), COVERS[0])
     if got is not None and got == wanted:
         return []
     meaning = _MEANING.get(name, "that")
@@ -454,11 +455,12 @@ class TdxPins:
         if covers.value not in COVERS:
             covers.refuse('"image": the registers include our code; or "initdata": mrconfigid does')
         found: dict[str, Any] = {"provider": "tdx", "covers": covers.value}
+        code = ("mrtd",) if covers.value == "image" else ("mrtd", "mrconfigid")  # others may be pinned to zero
         for name, size in _HEX.items():
-            if name in _REQUIRED or name in place.value or (name == "mrconfigid" and covers.value == "initdata"):
-                pinned = place.get(name)
-                zero = name != "mrtd" and not (name == "mrconfigid" and covers.value == "initdata")  # may it be?
-                found[name] = (pinned.bytes(size) if zero else pinned.pin(size)).hex()
+            if name in code:
+                found[name] = place.get(name).pin(size).hex()
+            elif name in _REQUIRED or name in place.value:
+                found[name] = place.get(name).bytes(size).hex()
         if int.from_bytes(bytes.fromhex(found["td_attributes"]), "little") & (_DEBUG | _MIGRATABLE):
             place.get("td_attributes").refuse("attributes without debug (bits 0 to 7) and migration (bit 29)")
         found["min_tcb_evaluation"] = place.get("min_tcb_evaluation").integer(1, 2**31)

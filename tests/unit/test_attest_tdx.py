@@ -44,6 +44,7 @@ from attest.providers import ANY_CODE, tdx
 from attest.providers.tdx import TdxPins, TdxVerifier
 from attest.providers.tdx_collateral import STATUSES
 
+LEAF, AUTHORITY, TOP = (HOLDERS[who].der for who in ("pck", "authority", "root"))
 SECOND = timedelta(seconds=1)
 SAMPLES = ("v4_prod_phala", "v4_prod_google", "v4_debug_coco", "v5_prod_phala")
 
@@ -277,6 +278,7 @@ def hostile_shapes() -> dict[str, tuple[bytes, list[bytes]]]:
         "too long": (bytes(2**20), parts),
         "zeros": (bytes(8000), parts),
         "8 KB of certificates": (quote(text=b"-----BEGIN CERTIFICATE-----\n" * 3 + b"A" * 3500), parts),
+        "a root that is none": (quote(text=pem(LEAF, AUTHORITY, TOP[:-1])), parts),
         "six parts": (good, parts[:6]),
         "a million parts": (good, parts * 150_000),
         "a long signature": (good, [parts[0], bytes(2**16), *parts[2:]]),
@@ -344,7 +346,6 @@ def test_another_frame_is_refused(change: dict, reason: str) -> None:
     assert refused(quote(**change))[0] == reason
 
 
-LEAF, AUTHORITY, TOP = (HOLDERS[who].der for who in ("pck", "authority", "root"))
 GOOD = pem(LEAF, AUTHORITY, TOP)
 
 
@@ -812,6 +813,8 @@ def test_missing_collateral_is_refused_unless_allowed() -> None:
     assert differing(ANY_CODE, bare, allow_no_collateral=True) == []
     assert differing(PINS, bare, allow_no_collateral=True) == ["min_tcb_evaluation"]
     assert differing({"mrtd": HEX["mrtd"]}, bare, allow_no_collateral=True) == []
+    for pins in ({"statuses": ["OutOfDate"]}, {"advisories": []}):
+        assert differing(pins, bare, allow_no_collateral=True) == ["statuses"]  # pinned, and not compared with anything
 
 
 def test_sentences_say_got_and_wanted() -> None:
