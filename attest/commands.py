@@ -43,13 +43,15 @@ from attest.document import (
 )
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, Scalar, date, decode_claims, encode_claims, show_scalar
-from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro, snp
+from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro, snp, tdx
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
 from attest.registry import PLATFORMS
 
 MAX_MANIFEST = 2**20  # bytes
-_VENDORS: dict[int, ModuleType] = {Provider.NITRO: nitro, Provider.SNP: snp}
-_RAW: dict[int, str] = {Provider.NITRO: "a Nitro document", Provider.SNP: "an SNP report"}  # as their platforms give it
+_VENDORS: dict[int, ModuleType] = {Provider.NITRO: nitro, Provider.SNP: snp, Provider.TDX: tdx}
+# What their platforms give, by itself.
+_RAW: dict[int, str] = {Provider.NITRO: "a Nitro document", Provider.SNP: "an SNP report", Provider.TDX: "a TDX quote"}
+_TO_BE_PINNED = ("vmpl", "statuses")  # what a manifest has to name to accept it, and no reason to show no pins
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
 
 
@@ -121,10 +123,10 @@ def _parser() -> argparse.ArgumentParser:
                      "each check. With --root and --measurement, check mock evidence; its claims are printed, not "
                      "compared.")  # fmt: skip
     for reading in (show, verify):
-        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, or a Nitro document "
-                             "or SNP report as the platform gives it; - is standard input")  # fmt: skip
-        reading.add_argument("--endorsements", metavar="DIR", help="AMD's certificates of a bare SNP report, perhaps "
-                             "with a revocation list")  # fmt: skip
+        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, a Nitro document, "
+                             "SNP report or TDX quote as the platform gives it; - is standard input")  # fmt: skip
+        reading.add_argument("--endorsements", metavar="DIR", help="what the maker says of the platform of a bare SNP "
+                             "report: AMD's certificates, perhaps with a revocation list")  # fmt: skip
         reading.add_argument("--at", type=_time, metavar="TIME",
                              help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's "
                              "own time if it says one, because a kept file is always old)")  # fmt: skip
@@ -194,7 +196,7 @@ def _pins(evidence: Evidence, at_ms: int | None) -> str:
         raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted {wanted}", "provider")
     made = at_ms or _own_time(evidence)
     statement = module.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
-    wrong = [failure for failure in module.failures(statement, ANY_CODE) if failure[0] != "vmpl"]  # which is pinned
+    wrong = [failure for failure in module.failures(statement, ANY_CODE) if failure[0] not in _TO_BE_PINNED]
     if wrong:  # nothing of a debug environment can be pinned
         raise PolicyError(*(sentence for _, sentence in wrong))
     told = f"at {date(made)}" if evidence.provider == Provider.NITRO else "there"
@@ -297,18 +299,20 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
 
 
 def _load(data: bytes, folder: str | None) -> tuple[Evidence, Binding | None]:
-    """An evidence file; or what a platform made, which is bound to nothing that is known: a Nitro document, or an SNP
-    report with the endorsements of a folder. Raises EvidenceError."""
+    """An evidence file; or what a platform made, bound to nothing that is known: a Nitro document, an SNP report with
+    the endorsements of a folder, or a TDX quote without collateral. Raises EvidenceError."""
     if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
         return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
     if len(data) == snp.SIZE and data[1:4] == b"\0\0\0":  # as its version has it, and no text
         found = snp.endorsements(snp.parse(data), certificates.in_folder(folder)) if folder else ()
         return Evidence(Provider.SNP, NO_CLAIMS, data, found), None
+    if data.startswith(tdx.BEGINS):
+        return Evidence(Provider.TDX, NO_CLAIMS, data, ()), None
     return load_evidence(data)
 
 
 def _own_time(evidence: Evidence) -> int:
-    """When evidence was made, by itself, in ms since the epoch. Raises EvidenceError."""
+    """When evidence was made, by itself, in ms since the epoch; now if it does not say. Raises EvidenceError."""
     if evidence.provider == Provider.MOCK:
         return parse_evidence(evidence.evidence).timestamp_ms
     if evidence.provider == Provider.NITRO:
@@ -329,7 +333,7 @@ def _said(evidence: Evidence, binding: Binding | None) -> tuple[dict[str, Any], 
     if evidence.provider == Provider.NONE:
         warnings.append("there is no evidence in this file: nothing vouches for that end")
     elif platform is None:
-        warnings.append(f"evidence of provider {provider} is not supported yet")
+        warnings.append(f"evidence of provider {provider} is unknown to this version")
     elif platform.simulated:
         warnings.append(
             f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"

@@ -1,6 +1,6 @@
 """The kinds of evidence that this version knows, by the names that manifests use. A new one is a line here."""
 
-from attest.providers import Platform, mock, nitro, snp
+from attest.providers import Platform, mock, nitro, snp, tdx
 
 PLATFORMS: dict[str, Platform] = {
     module.PLATFORM.name: module.PLATFORM
@@ -8,5 +8,6 @@ PLATFORMS: dict[str, Platform] = {
         mock,
         nitro,
         snp,
+        tdx,
     )
 }

@@ -209,7 +209,7 @@ def failures(statement: Statement, pins: Mapping[str, str] | AnyCode, allow_debu
         got = found.get(name, "none")
         if name in ("provider", "covers"):
             got = {"provider": "nitro", "covers": "image"}[name]
-        if got != wanted:
+        if got != wanted or got == "none":
             meaning = _MEANING.get(int(name[3:]) if name in _NAMES else -1, "that")
             advice = f"{meaning} is not what was pinned: compare the pins with what was built and started"
             wrong.append((name, f"{name}: got {got}, wanted {wanted}; {advice}"))

@@ -32,6 +32,7 @@ from attest.providers import Pins
 from attest.providers.mock import MockPins
 from attest.providers.nitro import CODE, REGISTERS, NitroPins
 from attest.providers.snp import SnpPins
+from attest.providers.tdx import TdxPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients
@@ -261,32 +262,38 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+_FLAGS = "--pcrs, --snp or --tdx"
+
+
 def _pins(options: argparse.Namespace) -> list[Pins]:
     """The pins of `minigpt plan`: for each stage an image, or the mock; or the mock for all of them."""
     images: list[tuple[str, str]] = options.images
     if images and not any(path == "mock" for _, path in images):
         if options.root_key is not None or options.measurement:
-            raise UsageError("--pcrs and --snp pin images, not the mock: leave out --root-key and --measurement")
+            raise UsageError(f"{_FLAGS} pins images, not the mock: leave out --root-key and --measurement")
         return [_image(flag, path) for flag, path in images]
     if options.root_key is None:
-        raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs or --snp once for each stage")
+        raise UsageError(f"give --root-key, the mock's public key; or, for images, {_FLAGS} once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
     mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
     return [mock if path == "mock" else _image(flag, path) for flag, path in images or [("", "mock")]]
 
 
 def _image(flag: str, path: str) -> Pins:
-    return _nitro(path) if flag == "--pcrs" else _snp(path)
-
-
-def _snp(path: str) -> SnpPins:
-    """The fields of a manifest's `evidence`, in a file of their own."""
+    if flag == "--pcrs":
+        return _nitro(path)
     try:
-        return SnpPins.read(load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION))
+        place = load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
+        if flag == "--snp":
+            return SnpPins.read(place)
+        pins = TdxPins.read(place)
     except OSError as error:
-        raise UsageError(f"--snp {path}: {error.strerror}") from None
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
     except DocumentError as error:
-        raise UsageError(f"--snp {error}") from None
+        raise UsageError(f"{flag} {error}") from None
+    for warning in pins.warnings:
+        say(f"warning: {flag} {path}: {warning}")
+    return pins
 
 
 def _nitro(path: str) -> NitroPins:

@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
                    "prints it; repeat for each stage"),
         ("--snp", "pin an SEV-SNP guest: JSON as `python -m attest show --pins` prints it; one for each stage, in "
                   "order, beside --pcrs and mock"),
+        ("--tdx", "pin a TDX guest: JSON as `python -m attest show --pins` prints it; one for each stage, in order, "
+                  "beside --pcrs and mock"),
     ):  # fmt: skip
         plan.add_argument(flag, dest="images", action="append", default=[], type=partial(_image, flag),
                           metavar="FILE|mock", help=text)  # fmt: skip

@@ -17,6 +17,8 @@ import enclaves
 import guests
 import msgpack
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificates
 from made import SMALL
 
 import attest
@@ -200,12 +202,12 @@ def test_show_says_that_it_verifies_nothing(keys: Keys) -> None:
 def test_show_reads_every_provider(keys: Keys) -> None:
     binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
     assert "no evidence" in run("show", keys.save(Unattested().attest(binding), binding)).stdout
-    for provider in (4, 9):
+    for provider in (5, 9):  # which no platform has
         binding = Binding("R", provider, b"h" * 32, b"s" * 32, b"\xc1")
         path = keys.save(Evidence(provider, b"\xc1", b"\1\2", (b"\3",)), binding)
         done = run("show", path)
         assert done.returncode == 0
-        assert "not supported yet" in done.stdout
+        assert "unknown to this version" in done.stdout
         assert json.loads(run("show", path, "--json").stdout)["evidence"] == "0102"
 
 
@@ -461,6 +463,80 @@ def test_a_report_of_a_debug_guest_or_a_foreign_root_pins_nothing(vectors: Path,
     assert "binding: not checked" in shown.stdout
     missing = run("show", "--pins", tmp_path / "report.bin", "--endorsements", genuine)
     assert "kdsintf.amd.com/vcek/v1/Milan/" in missing.stderr
+
+
+# --- TDX quotes ---
+
+
+@pytest.fixture
+def guest(vectors: Path, keys: Keys, pinned: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A genuine quote with its collateral, and a manifest that pins what runs there."""
+    read = json.loads((vectors / "tdx" / "v4_prod_phala_collateral.json").read_bytes())
+    signer = load_pem_x509_certificates(read["tcb_info_issuer_chain"].encode())[0]
+    parts = (
+        read["tcb_info"].encode(), bytes.fromhex(read["tcb_info_signature"]), read["qe_identity"].encode(),
+        bytes.fromhex(read["qe_identity_signature"]), signer.public_bytes(Encoding.DER),
+        bytes.fromhex(read["root_ca_crl"]), bytes.fromhex(read["pck_crl"]),
+    )  # fmt: skip
+    quote = (vectors / "tdx" / "v4_prod_phala.bin").read_bytes()
+    evidence = keys.save(Evidence(4, NO_CLAIMS, quote, parts), Binding("R", 4, b"h" * 32, b"s" * 32, NO_CLAIMS))
+    told = run("show", "--pins", evidence, "--at", "2025-06-25T00:00:00Z")
+    assert told.returncode == 0, told.stderr
+    assert "compare" in told.stderr
+    manifest = json.loads(pinned.read_bytes())
+    manifest["stages"][0]["evidence"] = json.loads(told.stdout)
+    path = tmp_path / "tdx.json"
+    path.write_text(json.dumps(manifest))
+    return evidence, path
+
+
+def test_a_quotes_pins_are_told_and_compared(guest: tuple[Path, Path], tmp_path: Path) -> None:
+    evidence, path = guest
+    now = ("--at", "2025-06-25T00:00:00Z")
+    done = run("verify", evidence, "--manifest", path, "--stage", 0, *now)
+    assert done.returncode == 3
+    assert {name for name, result in results(done).items() if result == "FAIL"} == {"binding", "claims"}  # another's
+    assert "PASS min_tcb_evaluation: at least 17" in done.stdout
+    assert "PASS mrtd: 91eb2b44" in done.stdout
+    late = run("verify", evidence, "--manifest", path, "--stage", 0)
+    assert results(late)["collateral-expired"] == "FAIL"
+    assert late.returncode == 3
+    manifest = json.loads(path.read_bytes())
+    manifest["stages"][0]["evidence"] |= {"min_tcb_evaluation": 18, "rtmr3": "11" * 48}
+    path.write_text(json.dumps(manifest))
+    done = run("verify", evidence, "--manifest", path, "--stage", 0, *now)
+    assert "FAIL min_tcb_evaluation: got 17, wanted at least 18; an old collateral may be replayed" in done.stdout
+    assert results(done)["rtmr3"] == "FAIL"
+
+
+def test_a_bare_quote_is_read_and_says_nothing_of_its_platform(guest: tuple[Path, Path], vectors: Path) -> None:
+    sample = vectors / "tdx" / "v4_prod_phala.bin"
+    done = run("verify", sample, "--manifest", guest[1], "--stage", 0)
+    found = results(done)
+    assert done.returncode == 3
+    assert {name for name, result in found.items() if result == "FAIL"} == {"collateral-required", "min_tcb_evaluation"}
+    skipped = {
+        "binding",
+        "claims",
+        "collateral-expired",
+        "revoked",
+        "fmspc",
+        "module",
+        "qe-identity",
+        "tcb",
+        "statuses",
+    }
+    assert {name for name, result in found.items() if result == "SKIP"} == skipped | {"advisories"}
+    assert found["signature"] == found["mrtd"] == found["debug"] == "PASS"
+    assert "wanted mock evidence" in run("verify", sample, "--manifest", guest[1], "--stage", 1).stdout
+    shown = run("show", sample)
+    assert shown.returncode == 0
+    assert "binding: not checked" in shown.stdout
+    assert (
+        "91eb2b44d141d4ece09f0c75c2c53d247a3c68edd7fafe8a3520c942a604a407de03ae6dc5f87f27428b2538873118b7"
+        in shown.stdout
+    )
+    assert "collateral-required" in run("show", "--pins", sample).stderr
 
 
 @pytest.mark.parametrize(

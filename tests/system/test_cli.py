@@ -18,6 +18,7 @@ from processes import ROOT, Stages, alive, eventually
 
 import minigpt
 from attest.providers.mock import MockRoot
+from minigpt.protocol.manifest import Manifest
 
 PROMPT = "The capital of France is"
 
@@ -193,6 +194,34 @@ def test_plan_pins_platforms_in_the_order_of_the_stages(tmp_path: Path) -> None:
                            cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert stage.returncode == 3
     assert "is this an SNP guest?" in stage.stderr
+
+
+def test_plan_pins_trust_domains_in_order_and_warns_of_weak_ones(tmp_path: Path) -> None:
+    pins = {
+        "provider": "tdx", "covers": "image", "mrtd": "01" * 48, **{f"rtmr{i}": f"1{i}" * 48 for i in range(4)},
+        "td_attributes": "0000001000000000", "xfam": "e702060000000000", "min_tcb_evaluation": 17,
+    }  # fmt: skip
+    weak = pins | {"td_attributes": "00" * 8, "rtmr1": "00" * 48, "rtmr2": "00" * 48}
+    described = {"Measurements": {f"PCR{i}": f"0{i + 1}" * 48 for i in range(3)}}
+    files = {"good": pins, "weak": weak, "image": described, "bad": pins | {"mrtd": "00" * 48}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    plan, root = tmp_path / "pipeline.json", ("--root-key", MockRoot.generate().public.hex())
+    done = run("plan", "--split", "4+4+4", "--tdx", str(tmp_path / "good"), "--pcrs", str(tmp_path / "image"),
+               "--tdx", str(tmp_path / "weak"), "-o", str(plan))  # fmt: skip
+    assert [stage.platform.name for stage in Manifest.parse(plan.read_bytes()).stages] == ["tdx", "nitro", "tdx"]
+    warned = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert ["SEPT_VE_DISABLE" in warned[0], "rtmr1 and rtmr2 zero" in warned[1], len(warned)] == [True, True, 2]
+    assert all(f"--tdx {tmp_path / 'weak'}" in line for line in warned)
+    run("plan", "--split", "4+8", "--pcrs", "mock", "--tdx", str(tmp_path / "good"), *root, "-o", str(plan))
+    assert [stage.platform.name for stage in Manifest.parse(plan.read_bytes()).stages] == ["mock", "tdx"]
+    for words, said in (
+        (("--tdx", str(tmp_path / "bad")), "mrtd"), (("--tdx", str(tmp_path / "none")), "No such file"),
+        (("--tdx", str(tmp_path / "image")), "--tdx"), (("--tdx", str(tmp_path / "good"), *root), "--root-key"),
+        (("--pcrs", "mock", "--tdx", str(tmp_path / "good")), "--root-key"),
+    ):  # fmt: skip
+        assert said in run("plan", "--stages", "1", *words, "-o", str(tmp_path / "no.json"), code=2).stderr
+    assert not (tmp_path / "no.json").exists()
 
 
 def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:

@@ -16,6 +16,7 @@ from made import SMALL
 from attest.providers.mock import MockPins, MockRoot, MockVerifier
 from attest.providers.nitro import NitroPins, NitroVerifier
 from attest.providers.snp import SnpPins, SnpVerifier
+from attest.providers.tdx import TdxPins, TdxVerifier
 from minigpt.client.pipeline import Pipeline, _tokenizer, check
 from minigpt.errors import CheckpointError, ManifestError, UsageError
 from minigpt.launch.plan import split_layers, write
@@ -71,6 +72,12 @@ PCRS = [{i: bytes([16 * stage + i + 1]) * 48 for i in range(3)} for stage in ran
 NITRO = {"provider": "nitro", "covers": "image", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
 
 
+TDX = {
+    "provider": "tdx", "covers": "image", "mrtd": "01" * 48, **{f"rtmr{i}": f"1{i}" * 48 for i in range(4)},
+    "td_attributes": "0000001000000000", "xfam": "e702060000000000", "min_tcb_evaluation": 17,
+}  # fmt: skip
+
+
 def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
     read = Manifest.parse(written(pins=list(map(NitroPins, PCRS))))
     assert [stage.pins.pcrs for stage in read.stages] == PCRS
@@ -101,6 +108,21 @@ def test_all_platforms_may_be_mixed() -> None:
     assert mixed.stages[0].pins.to_json() == SNP | {"vmpl": 0, "chip_ids": ["11" * 64]}
     with pytest.raises(ManifestError, match="allow_mock"):
         check(mixed, allow_mock=False, now=ISSUED.timestamp())
+
+
+def test_platforms_mix() -> None:
+    mixed = Manifest.parse(written(pins=[NitroPins(PCRS[0]), TdxPins(TDX)]))
+    assert [stage.platform.name for stage in mixed.stages] == ["nitro", "tdx"]
+    assert [type(mixed.verifier(index)) for index in range(2)] == [NitroVerifier, TdxVerifier]
+    assert mixed.stages[1].pins.to_json() == TDX
+    with pytest.raises(ManifestError, match="cannot make tdx evidence"):
+        mixed.attester(1, b"")
+    assert not mixed.simulated
+    beside = Manifest.parse(edited("stages", 0, "evidence", to=TDX | {"rtmr1": "00" * 48, "statuses": ["OutOfDate"]}))
+    assert [type(beside.verifier(index)) for index in range(2)] == [TdxVerifier, MockVerifier]
+    assert beside.simulated
+    with pytest.raises(ManifestError, match="at most 30 days"):
+        written(pins=[TdxPins(TDX)], days=31)
 
 
 def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
@@ -183,6 +205,13 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "stages[0].evidence.policy: debug": (("stages", 0, "evidence"), SNP | {"policy": 0xB0000}),
     "stages[0].evidence.measurements: zero": (("stages", 0, "evidence"), SNP | {"measurements": ["00" * 48]}),
     "stages[0].evidence: snp and nitro": (("stages", 0, "evidence"), SNP | {"pcr0": "01" * 48}),
+    "stages[0].evidence.mrtd": (("stages", 0, "evidence"), TDX | {"mrtd": "00" * 48}),
+    "stages[0].evidence: rtmr1": (("stages", 0, "evidence"), {k: v for k, v in TDX.items() if k != "rtmr1"}),
+    "stages[0].evidence: evaluation": (("stages", 0, "evidence"), {k: TDX[k] for k in list(TDX)[:-1]}),
+    "stages[0].evidence: mrconfigid": (("stages", 0, "evidence"), TDX | {"covers": "initdata"}),
+    "stages[0].evidence.td_attributes": (("stages", 0, "evidence"), TDX | {"td_attributes": "01" + "00" * 7}),
+    "stages[0].evidence.statuses": (("stages", 0, "evidence"), TDX | {"statuses": ["Revoked"]}),
+    "stages[0].evidence: collateral": (("stages", 0, "evidence"), TDX | {"allow_no_collateral": True}),
     "stages[0].evidence.root_key": (("stages", 0, "evidence", "root_key"), "00" * 32),
     "stages[0].evidence: small order": (("stages", 0, "evidence", "root_key"), "01" + "00" * 31),
     "stages[0].evidence.measurements: none": (("stages", 0, "evidence", "measurements"), []),
