@@ -1,4 +1,4 @@
-"""Endorsements as they lie about: in the table that an SNP host hands to its guests, and in a folder.
+"""Endorsements as they lie about: in the table that an SNP host hands to its guests, and in a folder, under any names.
 
 table      entry, ..., 24 zeros, certificates
 entry      GUID 16, in the order of its text | u32 offset of a certificate, from the table's begin | u32 length
@@ -58,26 +58,41 @@ def in_folder(folder: str) -> list[bytes]:
 
     Raises AttestationError, also if there are more than MAX_FILES, and names the file that holds anything else.
     """
+    return [item for place, data in files(folder).items() for item in in_file(place, data)]
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """The files of a folder by their paths, but hidden ones. Raises AttestationError, also if they are too many or
+    too long."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         if len(names) > MAX_FILES:
             raise AttestationError(f"{folder}: got {len(names)} files, wanted at most {MAX_FILES} endorsements")
-        files = {name: read_file(os.path.join(folder, name), MAX_FILE) for name in names}
+        found = {f"{folder}/{name}": read_file(os.path.join(folder, name), MAX_FILE) for name in names}
     except OSError as error:
         raise AttestationError(f"{error.filename}: {error.strerror}: wanted a folder of endorsements") from None
-    found = []
-    for name, data in files.items():
+    for place, data in found.items():
         if len(data) > MAX_FILE:
-            raise AttestationError(f"{folder}/{name}: got more than {MAX_FILE} bytes, wanted endorsements")
-        try:
-            for item in decode(data):
-                whole = Reader(item)
-                whole.content(SEQUENCE)
-                whole.end()
-                found.append(item)
-        except EvidenceError as error:
-            raise AttestationError(f"{folder}/{name}: {error}: wanted endorsements in DER or PEM") from None
+            raise AttestationError(f"{place}: got more than {MAX_FILE} bytes, wanted endorsements")
     return found
+
+
+def in_file(place: str, data: bytes) -> list[bytes]:
+    """What a file holds, in DER. Raises AttestationError, which names the file."""
+    try:
+        found = decode(data)
+        for item in found:
+            whole = Reader(item)
+            whole.content(SEQUENCE)
+            whole.end()
+    except EvidenceError as error:
+        raise AttestationError(f"{place}: {error}: wanted endorsements in DER or PEM") from None
+    return found
+
+
+def is_list(data: bytes) -> bool:
+    """Whether this is a revocation list rather than a certificate, which begins with its version, tagged."""
+    return not Reader(data).inside(SEQUENCE).inside(SEQUENCE).next_is(0xA0)
 
 
 def decode(data: bytes) -> list[bytes]:

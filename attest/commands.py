@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, a Nitro document, "
                              "SNP report or TDX quote as the platform gives it; - is standard input")  # fmt: skip
         reading.add_argument("--endorsements", metavar="DIR", help="what the maker says of the platform of a bare SNP "
-                             "report: AMD's certificates, perhaps with a revocation list")  # fmt: skip
+                             "report or TDX quote: AMD's certificates, or Intel's collateral")  # fmt: skip
         reading.add_argument("--at", type=_time, metavar="TIME",
                              help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's "
                              "own time if it says one, because a kept file is always old)")  # fmt: skip
@@ -299,15 +299,16 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
 
 
 def _load(data: bytes, folder: str | None) -> tuple[Evidence, Binding | None]:
-    """An evidence file; or what a platform made, bound to nothing that is known: a Nitro document, an SNP report with
-    the endorsements of a folder, or a TDX quote without collateral. Raises EvidenceError."""
+    """An evidence file; or what a platform made, bound to nothing that is known: a Nitro document, or an SNP report
+    or a TDX quote, with the endorsements of a folder. Raises AttestationError."""
     if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
         return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
     if len(data) == snp.SIZE and data[1:4] == b"\0\0\0":  # as its version has it, and no text
         found = snp.endorsements(snp.parse(data), certificates.in_folder(folder)) if folder else ()
         return Evidence(Provider.SNP, NO_CLAIMS, data, found), None
     if data.startswith(tdx.BEGINS):
-        return Evidence(Provider.TDX, NO_CLAIMS, data, ()), None
+        found = tdx.endorsements(tdx.parse(data), folder) if folder else ()
+        return Evidence(Provider.TDX, NO_CLAIMS, data, found), None
     return load_evidence(data)
 
 

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cryptography.hazmat.primitives import hashes
@@ -268,6 +268,24 @@ def revocations(
     tbs = tlv(0x30, integer(1), SHA256_ECDSA, signer.name, time(begins) + time(ends), entries, listed)
     signed = (key or signer.key).sign(tbs, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
     return tlv(0x30, tbs, SHA256_ECDSA, tlv(3, b"\0", signed))
+
+
+EVER: dict[str, Any] = {"begins": datetime(2020, 1, 1, tzinfo=UTC), "ends": datetime(2049, 1, 1, tzinfo=UTC)}
+
+
+def living(key: ec.EllipticCurvePrivateKey | None = None) -> dict[str, Holder]:
+    """HOLDERS at any time; `key` is another root's."""
+    return holders(dict.fromkeys(_SIGNERS, EVER) | ({"root": EVER | {"key": key}} if key else {}))
+
+
+def living_collateral() -> list[bytes]:
+    """The collateral of `living` at any time."""
+    made, dates = living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
+    lists = {
+        "root_list": revocations(made["root"], **EVER),
+        "pck_list": revocations(made["authority"], **EVER),
+    }
+    return collateral(made, info=dates, identity=dates, **lists)
 
 
 PARTS = ("info", "info_signature", "identity", "identity_signature", "signer", "root_list", "pck_list")

@@ -14,7 +14,7 @@ import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ def chain(product: str = "Milan", vlek: bool = False, changes: Mapping[str, Mapp
     return found
 
 
+EVER: dict[str, Any] = {"begins": datetime(2020, 1, 1, tzinfo=UTC), "ends": datetime(2049, 1, 1, tzinfo=UTC)}
+
+
+def living(key: rsa.RSAPrivateKey | None = None) -> list[bytes]:
+    """Milan's chain at any time; `key` is another root's."""
+    root = rsa_key(0) if key is None else key
+    return chain(changes={"vek": EVER, "ask": EVER | {"signer": root}, "ark": EVER | {"key": root, "signer": root}})
+
+
 def root(ends: Sequence[bytes]) -> bytes:
     """The digest of the last of a chain."""
     return hashlib.sha256(ends[2]).digest()
@@ -246,11 +255,12 @@ class Folder:
     """A folder of configfs-tsm made of FIFOs, with a platform behind it, until it is closed."""
 
     def __init__(
-        self, path: Path, certificates: bytes, answer: Callable[[bytes], bytes] = lambda data: report(report_data=data)
-    ) -> None:
+        self, path: Path, certificates: bytes, answer: Callable[[bytes], bytes] = lambda data: report(report_data=data),
+        provider: str = "sev_guest",
+    ) -> None:  # fmt: skip
         self.path, self.certificates, self.answer = path, certificates, answer
         self.steps: Iterator[int] = itertools.repeat(1)  # by which generation rises
-        self.provider, self.generation, self.requests = "sev_guest", 0, list[bytes]()
+        self.provider, self.generation, self.requests = provider, 0, list[bytes]()
         path.mkdir()
         for file in ("inblob", "outblob", "auxblob"):
             os.mkfifo(path / file)

@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Platform:
-    """One kind of evidence: how it is pinned, verified, made and shown. None is what this version cannot do."""
+    """One kind of evidence: how it is pinned, verified, made and shown."""
 
     provider: Provider  # its code on the wire; the name in lower case is the manifest's
     read_pins: Callable[[Place], Any]  # those of a manifest's `evidence` object. Raises DocumentError
@@ -52,7 +52,7 @@ class Platform:
     describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
     checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
     # Makes evidence with (the bytes of a key's file, claims, the folder of its endorsements or None).
-    attester: Callable[[bytes, bytes, str | None], Attester] | None = None
+    attester: Callable[[bytes, bytes, str | None], Attester]
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a check: what it says nothing without
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 

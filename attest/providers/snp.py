@@ -39,7 +39,7 @@ from attest import (
     tsm,
     x509,
 )
-from attest.der import IA5, INTEGER, OCTETS, SEQUENCE, Reader
+from attest.der import IA5, INTEGER, OCTETS, Reader
 from attest.document import Place
 from attest.policy import differences
 from attest.providers import AnyCode, Platform
@@ -258,17 +258,12 @@ def _only(encoded: bytes, tag: int) -> bytes:
     return content
 
 
-def _is_list(data: bytes) -> bool:
-    """Whether this is a revocation list rather than a certificate, which begins with its version, tagged."""
-    return not Reader(data).inside(SEQUENCE).inside(SEQUENCE).next_is(0xA0)
-
-
 def _read(endorsements: Sequence[bytes]) -> tuple[list[Certificate], bytes | None]:
     """The chain, leaf first, and the revocation list, still encoded. Raises EvidenceError."""
     if not 3 <= len(endorsements) <= 4:
         wanted = "wanted VEK, ASK or ASVK, ARK and perhaps a revocation list"
         raise EvidenceError(f"SNP endorsements: got {len(endorsements)}, {wanted}")
-    lists = [item for item in endorsements[1:] if _is_list(item)]
+    lists = [item for item in endorsements[1:] if certificates.is_list(item)]
     vek, *above = [Certificate.read(item) for item in endorsements if item not in lists]
     if len(above) != 2 or len(lists) != len(endorsements) - 3:
         raise EvidenceError("SNP endorsements: got another number of certificates than three, or of lists than one")
@@ -648,7 +643,7 @@ def endorsements(report: Report, pool: Sequence[bytes]) -> tuple[bytes, ...]:
 
     Raises AttestationError if one is missing; it says where AMD has it.
     """
-    lists = {item: Crl.read(item) for item in pool if _is_list(item)}
+    lists = {item: Crl.read(item) for item in pool if certificates.is_list(item)}
     found = [Certificate.read(item) for item in pool if item not in lists]
     chain = [certificate for certificate in found if _is_by(report, certificate)][:1]
     while 0 < len(chain) < 3:

@@ -17,16 +17,19 @@ Three layers, in this order: `parse` reads, `authenticate` checks who says so, `
 import base64
 import binascii
 import hashlib
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from Crypto.Hash import SHA256
 from Crypto.PublicKey.ECC import EccKey
 
 from attest import (
+    AttestationError,
     AttestationResult,
     Binding,
     Evidence,
@@ -36,6 +39,7 @@ from attest import (
     Provider,
     ecdsa,
     provider_name,
+    tsm,
     x509,
 )
 from attest.document import Place
@@ -50,6 +54,7 @@ from attest.providers.tdx_collateral import (
     Facts,
     Pck,
     QeReport,
+    in_folder,
     is_signed,
 )
 from attest.x509 import Certificate
@@ -545,6 +550,55 @@ def _unbound(statement: Statement, evidence: Evidence, binding: Binding) -> list
     ]
 
 
+@dataclass(frozen=True)
+class TdxAttester:
+    """Asks the guest's kernel for quotes, one for each handshake, and puts Intel's collateral beside them."""
+
+    provider = Provider.TDX
+    claims: bytes  # what the stage claims about itself; never a peer's choice
+    ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a quote, and nothing
+    folder: str  # of the collateral: what its operator puts there counts from then on
+
+    def attest(self, binding: Binding) -> Evidence:
+        """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
+
+        Raises AttestationError if the platform fails, its quote is of anything else, or collateral is missing.
+        """
+        if (binding.provider, binding.claims) != (self.provider, self.claims):
+            raise ValueError("binding: its provider or claims are not this attester's own")
+        data, _ = self.ask(binding.digest)
+        evidence = Evidence(self.provider, self.claims, data, endorsements(parse(data), self.folder))
+        wrong = _unbound(parse(data).statement, evidence, binding)
+        if wrong:
+            raise EvidenceError.of(wrong)
+        return evidence
+
+
+def endorsements(quote: Quote, folder: str) -> tuple[bytes, ...]:
+    """A quote's collateral, from a folder. Raises AttestationError if some is missing; it says where Intel has it."""
+    if not quote.chain or quote.pck is None:
+        raise AttestationError("TDX quote: got one without its certificates: install Intel's PCK certificates there")
+    try:
+        return in_folder(folder, quote.chain)
+    except AttestationError as error:
+        kind = "platform" if quote.chain[1].common_name == AUTHORITIES[0] else "processor"
+        site = "https://api.trustedservices.intel.com"
+        places = (
+            f"{site}/tdx/certification/v4/tcb?fmspc={quote.pck.fmspc.hex()}, {site}/tdx/certification/v4/qe/identity"
+        )
+        lists = f"{site}/sgx/certification/v4/pckcrl?ca={kind}&encoding=der"
+        root = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
+        raise AttestationError(f"{error}; {places}, {lists} and {root} have it") from None
+
+
+def _attester(key: bytes, claims: bytes, folder: str | None) -> TdxAttester:
+    if not os.path.isdir(tsm.FOLDER):
+        raise AttestationError(f"{tsm.FOLDER} is missing, wanted what root makes once: is this a TDX guest?")
+    if folder is None:
+        raise AttestationError("got no collateral, wanted a folder of Intel's: give --endorsements")
+    return TdxAttester(claims, partial(tsm.report, provider="tdx_guest", folder=tsm.FOLDER), folder)
+
+
 def _describe(evidence: Evidence) -> dict[str, Any]:
     statement = parse(evidence.evidence).statement
     named = {name: getattr(statement, name) for name in ("report_data", "fmspc", "ppid")}
@@ -556,4 +610,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     } | {name: value for name, value in named.items() if value is not None}
 
 
-PLATFORM = Platform(Provider.TDX, TdxPins.read, TdxPins.verifier, _describe, CHECKS, needs=NEEDS)
+PLATFORM = Platform(Provider.TDX, TdxPins.read, TdxPins.verifier, _describe, CHECKS, _attester, NEEDS)

@@ -7,6 +7,7 @@ A platform is a kind of processor (FMSPC) with the versions of its firmware (its
 own report claims), a TDX module and a quoting enclave (QE). Each of the three has a status; the worst of them counts.
 """
 
+import re
 import struct
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from datetime import datetime
 from Crypto.Hash import SHA256
 from Crypto.PublicKey.ECC import EccKey
 
-from attest import EvidenceError, Failure, ecdsa, x509
+from attest import AttestationError, EvidenceError, Failure, certificates, ecdsa, x509
 from attest.der import OCTETS, SEQUENCE, Reader
 from attest.document import DocumentError, Place, load
 from attest.x509 import Certificate, Crl
@@ -36,6 +37,10 @@ STATUSES = (  # each is worse than those before it
     "Revoked",
 )
 REVOKED = STATUSES[-1]
+
+# What Intel's service answers: a text and its signature. What is signed is the text's exact bytes.
+_ANSWER = re.compile(rb'\s*\{"(tcbInfo|enclaveIdentity)":(\{.*\}),"signature":"([0-9a-fA-F]{128})"\}\s*', re.DOTALL)
+_TEXTS = {b"tcbInfo": "TCB info", b"enclaveIdentity": "QE identity"}
 
 _EXTENSION = "1.2.840.113741.1.13.1"
 _CRL_NUMBER = "2.5.29.20"
@@ -233,6 +238,47 @@ class Collateral:
         status = max((level.status for level in found), key=STATUSES.index)
         advisories = tuple(sorted({advisory for level in found for advisory in level.advisories}))
         return Verdict(status, advisories, min(numbers), (root_number, pck_number)), wrong
+
+
+def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
+    """The seven parts, from files as Intel has them: both answers of its service, their signer's certificate, and the
+    revocation lists of the root and of the PCK authority. Other certificates and lists are left out.
+
+    Args:
+        chain: of the quote: PCK certificate, authority, root.
+
+    Raises AttestationError, also if one is missing or there twice. Nothing is verified: peers do that.
+    """
+    parts: dict[str, tuple[bytes, ...]] = {}
+
+    def keep(what: str, *found: bytes) -> None:
+        if parts.setdefault(what, found) != found:
+            raise AttestationError(f"{folder}: got two of {what}, wanted one: keep the newer")
+
+    _, authority, root = chain
+    owners = {root.subject: "the root's revocation list", authority.subject: "the PCK authority's revocation list"}
+    for place, data in certificates.files(folder).items():
+        if data.lstrip()[:1] == b"{":
+            answer = _ANSWER.fullmatch(data)
+            if answer is None:
+                raise AttestationError(f"{place}: got other JSON than Intel's answers, wanted them byte for byte")
+            keep(_TEXTS[answer[1]], answer[2], bytes.fromhex(answer[3].decode()))
+            continue
+        try:
+            for item in certificates.in_file(place, data):
+                if certificates.is_list(item):
+                    owner = owners.get(Crl.read(item).issuer)
+                    if owner is not None:
+                        keep(owner, item)
+                elif Certificate.read(item).common_name == SIGNER:
+                    keep("the signer's certificate", item)
+        except EvidenceError as error:
+            raise AttestationError(f"{place}: {error}: wanted Intel's collateral") from None
+    wanted = (*_TEXTS.values(), "the signer's certificate", *owners.values())
+    missing = [what for what in wanted if what not in parts]
+    if missing:
+        raise AttestationError(f"{folder}: {' and '.join(missing)} missing: wanted Intel's collateral of this platform")
+    return tuple(part for what in wanted for part in parts[what])
 
 
 def is_signed(signer: Certificate, message: bytes, signature: bytes) -> bool:

@@ -189,14 +189,11 @@ class Manifest:
         return any(stage.platform.simulated for stage in self.stages)
 
     def attester(self, index: int, key: bytes, endorsements: str | None = None) -> Attester:
-        """Makes the evidence of stage `index`, the mock's with a key's file, SNP's with a folder of `endorsements`.
+        """Makes the evidence of stage `index`: the mock's with a key's file, SNP's and TDX's with a folder.
 
-        Raises EvidenceError if it is no such file, ManifestError if this version cannot make such evidence.
+        Raises EvidenceError if it is no such file, AttestationError if this machine is of another platform.
         """
-        make = self.stages[index].platform.attester
-        if make is None:
-            raise ManifestError(f"stage {index}: this version cannot make {self.stages[index].platform.name} evidence")
-        return make(key, self.claims(index), endorsements)
+        return self.stages[index].platform.attester(key, self.claims(index), endorsements)
 
     def verifier(self, index: int) -> Verifier:
         """Judges the evidence of stage `index`."""

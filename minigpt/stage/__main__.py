@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
     add("--endorsements", "DIR", "AMD's certificates and revocation list, where the host does not hand them to its "
-        "guests; read again for each handshake")  # fmt: skip
+        "guests; or Intel's collateral. Read again for each handshake")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)

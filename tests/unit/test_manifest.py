@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import SMALL
 
+from attest import AttestationError
 from attest.providers.mock import MockPins, MockRoot, MockVerifier
 from attest.providers.nitro import NitroPins, NitroVerifier
 from attest.providers.snp import SnpPins, SnpVerifier
@@ -115,7 +116,7 @@ def test_platforms_mix() -> None:
     assert [stage.platform.name for stage in mixed.stages] == ["nitro", "tdx"]
     assert [type(mixed.verifier(index)) for index in range(2)] == [NitroVerifier, TdxVerifier]
     assert mixed.stages[1].pins.to_json() == TDX
-    with pytest.raises(ManifestError, match="cannot make tdx evidence"):
+    with pytest.raises(AttestationError, match="is this a TDX guest"):
         mixed.attester(1, b"")
     assert not mixed.simulated
     beside = Manifest.parse(edited("stages", 0, "evidence", to=TDX | {"rtmr1": "00" * 48, "statuses": ["OutOfDate"]}))
