@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from attest import (
@@ -26,6 +27,7 @@ from attest import (
     Failure,
     PolicyError,
     Provider,
+    certificates,
     load_evidence,
     provider_name,
 )
@@ -41,11 +43,15 @@ from attest.document import (
 )
 from attest.measure import measure
 from attest.policy import CLIENT_ID, Policy, Scalar, date, decode_claims, encode_claims, show_scalar
-from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro
+from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro, snp, tdx
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
 from attest.registry import PLATFORMS
 
 MAX_MANIFEST = 2**20  # bytes
+_VENDORS: dict[int, ModuleType] = {Provider.NITRO: nitro, Provider.SNP: snp, Provider.TDX: tdx}
+# What their platforms give, by itself.
+_RAW: dict[int, str] = {Provider.NITRO: "a Nitro document", Provider.SNP: "an SNP report", Provider.TDX: "a TDX quote"}
+_TO_BE_PINNED = ("vmpl", "statuses")  # what a manifest has to name to accept it, and no reason to show no pins
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
 
 
@@ -117,8 +123,13 @@ def _parser() -> argparse.ArgumentParser:
                      "each check. With --root and --measurement, check mock evidence; its claims are printed, not "
                      "compared.")  # fmt: skip
     for reading in (show, verify):
-        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, or a Nitro document "
-                             "as its device gives it; - is standard input")  # fmt: skip
+        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, a Nitro document, "
+                             "SNP report or TDX quote as the platform gives it; - is standard input")  # fmt: skip
+        reading.add_argument("--endorsements", metavar="DIR", help="what the maker says of the platform of a bare SNP "
+                             "report or TDX quote: AMD's certificates, or Intel's collateral")  # fmt: skip
+        reading.add_argument("--at", type=_time, metavar="TIME",
+                             help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's "
+                             "own time if it says one, because a kept file is always old)")  # fmt: skip
         reading.add_argument("--json", action="store_true", help="print one JSON object")
     show.add_argument("--pins", action="store_true", help="if the file is authentic, print what a manifest would pin")
     verify.add_argument("--manifest", metavar="FILE", help="compare with what this manifest pins for --stage")
@@ -129,9 +140,6 @@ def _parser() -> argparse.ArgumentParser:
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
     verify.add_argument("--stage", type=stage, metavar="I", help="which stage it is; without --manifest: refuse a key "
                         "endorsed for another")  # fmt: skip
-    verify.add_argument("--at", type=_time, metavar="TIME",
-                        help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
-                        "time, because a kept file is always old)")  # fmt: skip
     return parser
 
 
@@ -169,28 +177,32 @@ def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[i
 
 def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
     data = _read(options.file)
-    evidence, binding = _load(data)
+    evidence, binding = _load(data, options.endorsements)
     if options.pins:
-        return 0, _pins(evidence)
+        return 0, _pins(evidence, options.at)
     fields, warnings = _said(evidence, binding)
     notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
     return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
 
 
-def _pins(evidence: Evidence) -> str:
-    """What a manifest would pin of authentic evidence, judged as of its own time.
+def _pins(evidence: Evidence, at_ms: int | None) -> str:
+    """What a manifest would pin of authentic evidence, judged as of a time, or its own.
 
     Raises EvidenceError, and PolicyError if it is of a debug environment.
     """
-    if evidence.provider != Provider.NITRO:
-        raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted nitro (2)", "provider")
-    made = _own_time(evidence)
-    statement = nitro.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
-    nitro.appraise(statement, ANY_CODE)  # nothing of a debug enclave can be pinned
-    registers = {index: value for index, value in statement.pcrs.items() if any(value) or index in nitro.CODE}
-    print(f"this is what ran there at {date(made)}: compare it with what you built; copied, it pins whatever the host "
-          "chose to run", file=sys.stderr)  # fmt: skip
-    return json.dumps(nitro.NitroPins(registers).to_json(), indent=2) + "\n"
+    module = _VENDORS.get(evidence.provider)
+    if module is None:
+        wanted = " or ".join(map(provider_name, _VENDORS))
+        raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted {wanted}", "provider")
+    made = at_ms or _own_time(evidence)
+    statement = module.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
+    wrong = [failure for failure in module.failures(statement, ANY_CODE) if failure[0] not in _TO_BE_PINNED]
+    if wrong:  # nothing of a debug environment can be pinned
+        raise PolicyError(*(sentence for _, sentence in wrong))
+    told = f"at {date(made)}" if evidence.provider == Provider.NITRO else "there"
+    print(f"this is what ran {told}: compare it with what you built; copied, it pins whatever the host chose to run",
+          file=sys.stderr)  # fmt: skip
+    return json.dumps(module.pinned(statement).to_json(), indent=2) + "\n"
 
 
 def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, str]:
@@ -236,16 +248,19 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
     skipped = {}
     at_ms = options.at
     try:
-        evidence, binding = _load(data)
+        evidence, binding = _load(data, options.endorsements)
         if evidence.provider == platform.provider:
             at_ms = at_ms or _own_time(evidence)
         if binding is None:
-            skipped = dict.fromkeys(("binding", "claims"), "not checked: a document by itself belongs to no handshake")
-            if platform.provider != Provider.NITRO:
-                raise EvidenceError(f"provider: got a Nitro document, wanted {platform.name} evidence", "provider")
-            roots = nitro.ROOTS if test_root is None else {test_root}
-            statement, wrong = nitro.examine(data, (), roots, _moment(at_ms))
-            failures = [*wrong, *nitro.failures(statement, pins.to_json())]
+            skipped = dict.fromkeys(("binding", "claims"), f"not checked: {_RAW[evidence.provider]} by itself belongs "
+                                    "to no handshake")  # fmt: skip
+            if platform.provider != evidence.provider:
+                got = _RAW[evidence.provider]
+                raise EvidenceError(f"provider: got {got}, wanted {platform.name} evidence", "provider")
+            module = _VENDORS[evidence.provider]
+            roots = module.ROOTS if test_root is None else {test_root}
+            statement, wrong = module.examine(data, evidence.endorsements, roots, _moment(at_ms))
+            failures = [*wrong, *module.failures(statement, pins.to_json())]
         else:
             clock = _moment(at_ms or 0).timestamp
             platform.judge(pins, test_root, claims, options.stage, clock).verify(evidence, binding)
@@ -283,18 +298,27 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
     return platform, pins, encode_claims(claims), test_root
 
 
-def _load(data: bytes) -> tuple[Evidence, Binding | None]:
-    """An evidence file; or a Nitro document, which is bound to nothing that is known. Raises EvidenceError."""
+def _load(data: bytes, folder: str | None) -> tuple[Evidence, Binding | None]:
+    """An evidence file; or what a platform made, bound to nothing that is known: a Nitro document, or an SNP report
+    or a TDX quote, with the endorsements of a folder. Raises AttestationError."""
     if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
         return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
+    if len(data) == snp.SIZE and data[1:4] == b"\0\0\0":  # as its version has it, and no text
+        found = snp.endorsements(snp.parse(data), certificates.in_folder(folder)) if folder else ()
+        return Evidence(Provider.SNP, NO_CLAIMS, data, found), None
+    if data.startswith(tdx.BEGINS):
+        found = tdx.endorsements(tdx.parse(data), folder) if folder else ()
+        return Evidence(Provider.TDX, NO_CLAIMS, data, found), None
     return load_evidence(data)
 
 
 def _own_time(evidence: Evidence) -> int:
-    """When evidence was made, by itself, in ms since the epoch. Raises EvidenceError."""
+    """When evidence was made, by itself, in ms since the epoch; now if it does not say. Raises EvidenceError."""
     if evidence.provider == Provider.MOCK:
         return parse_evidence(evidence.evidence).timestamp_ms
-    return nitro.parse(evidence.evidence).statement.timestamp if evidence.provider == Provider.NITRO else 0
+    if evidence.provider == Provider.NITRO:
+        return nitro.parse(evidence.evidence).statement.timestamp
+    return int(time.time() * 1000)  # others do not say, and certificates that are still good are good enough
 
 
 def _moment(milliseconds: int) -> datetime:
@@ -310,7 +334,7 @@ def _said(evidence: Evidence, binding: Binding | None) -> tuple[dict[str, Any], 
     if evidence.provider == Provider.NONE:
         warnings.append("there is no evidence in this file: nothing vouches for that end")
     elif platform is None:
-        warnings.append(f"evidence of provider {provider} is not supported yet")
+        warnings.append(f"evidence of provider {provider} is unknown to this version")
     elif platform.simulated:
         warnings.append(
             f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"

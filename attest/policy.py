@@ -22,7 +22,7 @@ Scalar = str | int | bytes | bool | None
 class Policy:
     """What one stage has to be. ValueError if a pin is missing, all-zero or of the wrong form."""
 
-    provider: Provider  # who has to vouch for it; only MOCK yet: the pins of other platforms are several registers each
+    provider: Provider  # who has to vouch for it; only MOCK: the pins of other platforms are several registers each
     measurements: frozenset[bytes]  # 48 bytes each, at least one; all-zero is what unmeasured platforms report
     claims: bytes  # exactly what it has to claim
     stage: int  # the index that its key has to be endorsed for, 0..65534
@@ -32,7 +32,7 @@ class Policy:
         if self.provider != Provider.MOCK:
             raise ValueError(
                 f"provider of a policy: got {provider_name(self.provider)}, wanted mock (1); "
-                "evidence of the others is not supported yet"
+                "evidence of the others is judged by their verifiers"
             )
         if not self.measurements:
             raise ValueError("measurements of a policy: got none, wanted some; `python -m attest measure` has it")

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from attest import Attester, Evidence, Failure, Provider, Verifier
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Platform:
-    """One kind of evidence: how it is pinned, verified, made and shown. None is what this version cannot do."""
+    """One kind of evidence: how it is pinned, verified, made and shown."""
 
     provider: Provider  # its code on the wire; the name in lower case is the manifest's
     read_pins: Callable[[Place], Any]  # those of a manifest's `evidence` object. Raises DocumentError
@@ -51,8 +51,9 @@ class Platform:
     verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier]
     describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
     checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
-    # Makes evidence with (the bytes of a key's file, claims).
-    attester: Callable[[bytes, bytes], Attester] | None = None
+    # Makes evidence with (the bytes of a key's file, claims, the folder of its endorsements or None).
+    attester: Callable[[bytes, bytes, str | None], Attester]
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a check: what it says nothing without
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 
     @property
@@ -84,10 +85,14 @@ class Platform:
         """
         holding = dict(self.checks)
         if not self.simulated:
-            pinned = pins.to_json().items()
-            holding |= {name: f"{_shown(value)}, as pinned" for name, value in pinned if name not in _NOT_COMPARED}
+            compared = ((name, value) for name, value in pins.to_json().items() if name not in _NOT_COMPARED)
+            holding |= {name: _pinned(name, value) for name, value in compared if name not in holding}
         names = ["claims" if name.startswith("claim ") else name for name, _ in failures]
         ended = any(name in _ENDING for name in names)
+        unfounded = (
+            (name, next((each for each in needed if each in names), None)) for name, needed in self.needs.items()
+        )
+        skipped = {**skipped, **{name: f"not checked: it says nothing without {one}" for name, one in unfounded if one}}
         found = []
         for name, holds in holding.items():
             if name in names:
@@ -102,6 +107,10 @@ class Platform:
 
 _NOT_COMPARED = ("provider", "covers")
 _ENDING = ("malformed", "alg", "provider")  # after these, nothing else is checked
+
+
+def _pinned(name: str, value: Any) -> str:
+    return f"at least {_shown(value)}" if name.startswith("min_") else f"{_shown(value)}, as pinned"
 
 
 def _failed(name: str, failure: Failure) -> Check:

@@ -102,8 +102,7 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
     Raises EvidenceError if it is malformed or not authentic.
     """
     if evidence.provider != Provider.MOCK:
-        later = " (not supported yet)" if evidence.provider in (Provider.SNP, Provider.TDX) else ""
-        raise EvidenceError(f"provider: got {provider_name(evidence.provider)}{later}, wanted mock (1)")
+        raise EvidenceError(f"provider: got {provider_name(evidence.provider)}, wanted mock (1)")
     if len(evidence.endorsements) != 1:
         raise EvidenceError(f"mock evidence: got {len(evidence.endorsements)} endorsements, wanted 1")
     signed, endorsed = evidence.evidence, evidence.endorsements[0]
@@ -334,7 +333,7 @@ _CHECKS = {
 }
 
 
-def _attester(key: bytes, claims: bytes) -> MockAttester:
+def _attester(key: bytes, claims: bytes, folder: str | None) -> MockAttester:
     return MockAttester(MockKey.from_json(key), claims)
 
 

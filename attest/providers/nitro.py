@@ -209,7 +209,7 @@ def failures(statement: Statement, pins: Mapping[str, str] | AnyCode, allow_debu
         got = found.get(name, "none")
         if name in ("provider", "covers"):
             got = {"provider": "nitro", "covers": "image"}[name]
-        if got != wanted:
+        if got != wanted or got == "none":
             meaning = _MEANING.get(int(name[3:]) if name in _NAMES else -1, "that")
             advice = f"{meaning} is not what was pinned: compare the pins with what was built and started"
             wrong.append((name, f"{name}: got {got}, wanted {wanted}; {advice}"))
@@ -242,6 +242,11 @@ class NitroPins:
 
     def verifier(self, claims: bytes, stage: int, clock: Callable[[], float]) -> "NitroVerifier":
         return NitroVerifier(self, claims, clock=clock)  # the stage's index is among the claims
+
+
+def pinned(statement: Statement) -> NitroPins:
+    """What a manifest would pin of this: all registers that say something."""
+    return NitroPins({index: value for index, value in statement.pcrs.items() if any(value) or index in CODE})
 
 
 @dataclass(frozen=True)
@@ -317,7 +322,7 @@ class NitroAttester:
         return evidence
 
 
-def _attester(key: bytes, claims: bytes) -> NitroAttester:
+def _attester(key: bytes, claims: bytes, folder: str | None) -> NitroAttester:
     if not os.path.exists(nsm.DEVICE):
         raise AttestationError(f"{nsm.DEVICE} is missing, wanted the device of a Nitro enclave: this is none")
     return NitroAttester(claims)

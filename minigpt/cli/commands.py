@@ -18,6 +18,7 @@ from attest import MAX_FILE, dump_file, open_file
 from attest.document import (
     CLIENT_KEY,
     DocumentError,
+    load,
     parse_json,
     public_key,
     read_file,
@@ -30,6 +31,8 @@ from attest.measure import measure
 from attest.providers import Pins
 from attest.providers.mock import MockPins
 from attest.providers.nitro import CODE, REGISTERS, NitroPins
+from attest.providers.snp import SnpPins
+from attest.providers.tdx import TdxPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients
@@ -259,20 +262,41 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+_FLAGS = "--pcrs, --snp or --tdx"
+
+
 def _pins(options: argparse.Namespace) -> list[Pins]:
-    """The pins of `minigpt plan`: for each stage a Nitro image, or the mock; or the mock for all of them."""
-    if options.pcrs and "mock" not in options.pcrs:
+    """The pins of `minigpt plan`: for each stage an image, or the mock; or the mock for all of them."""
+    images: list[tuple[str, str]] = options.images
+    if images and not any(path == "mock" for _, path in images):
         if options.root_key is not None or options.measurement:
-            raise UsageError("--pcrs pins images instead of the mock: leave out --root-key and --measurement")
-        return [_image(path) for path in options.pcrs]
+            raise UsageError(f"{_FLAGS} pins images, not the mock: leave out --root-key and --measurement")
+        return [_image(flag, path) for flag, path in images]
     if options.root_key is None:
-        raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs once for each stage")
+        raise UsageError(f"give --root-key, the mock's public key; or, for images, {_FLAGS} once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
     mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
-    return [mock if path == "mock" else _image(path) for path in options.pcrs or ["mock"]]
+    return [mock if path == "mock" else _image(flag, path) for flag, path in images or [("", "mock")]]
 
 
-def _image(path: str) -> NitroPins:
+def _image(flag: str, path: str) -> Pins:
+    if flag == "--pcrs":
+        return _nitro(path)
+    try:
+        place = load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
+        if flag == "--snp":
+            return SnpPins.read(place)
+        pins = TdxPins.read(place)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
+    except DocumentError as error:
+        raise UsageError(f"{flag} {error}") from None
+    for warning in pins.warnings:
+        say(f"warning: {flag} {path}: {warning}")
+    return pins
+
+
+def _nitro(path: str) -> NitroPins:
     """All registers that an image's description has: PCR0, PCR1 and PCR2, and if it is signed, PCR8."""
     try:
         found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]

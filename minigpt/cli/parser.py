@@ -4,6 +4,7 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import minigpt
@@ -61,8 +62,16 @@ def parser() -> argparse.ArgumentParser:
               "(default: tcp://127.0.0.1:5001 and the ports after it)")  # fmt: skip
     option(plan, "--root-key", None, "HEX", str, "the mock's root, as `python -m attest keygen` prints it")
     _repeated(plan, "--measurement", "HEX", "an acceptable measurement; repeatable (default: this code's own)")
-    _repeated(plan, "--pcrs", "FILE|mock", "pin a Nitro image instead of the mock: its description, as "
-              "scripts/image/build.py or nitro-cli prints it; repeat for each stage")  # fmt: skip
+    for flag, text in (
+        ("--pcrs", "pin a Nitro image instead of the mock: its description, as scripts/image/build.py or nitro-cli "
+                   "prints it; repeat for each stage"),
+        ("--snp", "pin an SEV-SNP guest: JSON as `python -m attest show --pins` prints it; one for each stage, in "
+                  "order, beside --pcrs and mock"),
+        ("--tdx", "pin a TDX guest: JSON as `python -m attest show --pins` prints it; one for each stage, in order, "
+                  "beside --pcrs and mock"),
+    ):  # fmt: skip
+        plan.add_argument(flag, dest="images", action="append", default=[], type=partial(_image, flag),
+                          metavar="FILE|mock", help=text)  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
     plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
@@ -132,6 +141,11 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
 
 def _repeated(to: argparse.ArgumentParser, flag: str, metavar: str, text: str) -> None:
     to.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+
+
+def _image(flag: str, path: str) -> tuple[str, str]:
+    """What is pinned for a stage: by which flag, and the file. All flags share one list, in order of the stages."""
+    return flag, path
 
 
 def _switch(to: argparse.ArgumentParser, flag: str, text: str) -> None:

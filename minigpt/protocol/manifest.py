@@ -188,15 +188,12 @@ class Manifest:
         """Whether some stage's evidence proves nothing about hardware."""
         return any(stage.platform.simulated for stage in self.stages)
 
-    def attester(self, index: int, key: bytes) -> Attester:
-        """Makes the evidence of stage `index`, the mock's with a key's file.
+    def attester(self, index: int, key: bytes, endorsements: str | None = None) -> Attester:
+        """Makes the evidence of stage `index`: the mock's with a key's file, SNP's and TDX's with a folder.
 
-        Raises EvidenceError if it is no such file, ManifestError if this version cannot make such evidence.
+        Raises EvidenceError if it is no such file, AttestationError if this machine is of another platform.
         """
-        make = self.stages[index].platform.attester
-        if make is None:
-            raise ManifestError(f"stage {index}: this version cannot make {self.stages[index].platform.name} evidence")
-        return make(key, self.claims(index))
+        return self.stages[index].platform.attester(key, self.claims(index), endorsements)
 
     def verifier(self, index: int) -> Verifier:
         """Judges the evidence of stage `index`."""

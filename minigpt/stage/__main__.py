@@ -54,10 +54,12 @@ def parser() -> argparse.ArgumentParser:
         "BLAS threads, pinned (default: one for each core, and fewer beside busy neighbours)",
         few,
     )
-    add("--evidence", "auto|mock|nitro", "what makes this stage's evidence (default: what the manifest wants); another "
-        "than the manifest's is refused", default="auto")  # fmt: skip
+    add("--evidence", "auto|mock|nitro|snp|tdx", "what makes this stage's evidence (default: what the manifest wants); "
+        "another than the manifest's is refused", default="auto")  # fmt: skip
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
+    add("--endorsements", "DIR", "AMD's certificates and revocation list, where the host does not hand them to its "
+        "guests; or Intel's collateral. Read again for each handshake")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)

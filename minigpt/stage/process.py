@@ -107,7 +107,7 @@ def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace
     if options.evidence not in ("auto", name):
         raise UsageError(f"--evidence {options.evidence}, but the manifest wants {name} of stage {entry.index}")
     if not entry.platform.simulated:
-        return manifest.attester(entry.index, b"")
+        return manifest.attester(entry.index, b"", options.endorsements)
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
     key = options.mock_key

@@ -6,7 +6,8 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
     link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
-    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro
+    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro, snp, table,
+                tdx, tdx-collateral
     messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -24,7 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import domains
 import enclaves
+import guests
 import msgpack
 import numpy as np
 import oracles
@@ -32,8 +35,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 import attest
-from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, cbor, der, policy, x509
-from attest.providers import mock, nitro
+from attest import (
+    AttestationError,
+    Binding,
+    Evidence,
+    EvidenceError,
+    Provider,
+    cbor,
+    certificates,
+    der,
+    policy,
+    x509,
+)
+from attest.providers import ANY_CODE, mock, nitro, snp, tdx, tdx_collateral
 from fuzz import handshake, records
 from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
 from minigpt.checkpoint import sources, tokenizer, weights
@@ -178,6 +192,92 @@ def _nitro(data: bytes) -> None:
 def _nitro_seeds() -> list[bytes]:
     payload = enclaves.cbor(enclaves.fields(nonce=b"n", user_data=b"", public_key=b"k" * 32))
     return [enclaves.document(nonce=b"n"), b"\1" + payload]
+
+
+def _snp(data: bytes) -> None:
+    """u8 0: a report; 1: what is signed of one; 2: a VEK's certificate, signed or not; 3: a revocation list."""
+    kind, data = data[:1], data[1:]
+    ends, shown = guests.chain(), guests.plain()
+    if kind == b"\1":
+        shown = guests.report(edits={0: data[: snp.SIGNED]})
+    elif kind == b"\2":
+        ends[0] = data
+    elif kind == b"\3":
+        ends.append(data)
+    else:
+        shown = data
+    statement, _ = snp.examine(shown, ends, [guests.root(ends)], enclaves.NOW)
+    snp.failures(statement, {"measurements": ["00" * 48], "min_tcb": {"snp": 1}})
+    json.dumps(snp.pinned(statement).to_json())
+    assert (statement.report_data, statement.measurement) == (shown[0x50:0x90], shown[0x90:0xC0])
+    assert statement.chip_id == shown[0x1A0:0x1E0]
+    assert len(shown) == 1184
+
+
+def _snp_seeds() -> list[bytes]:
+    shown = guests.report()
+    return [b"\0" + shown, b"\1" + shown[: snp.SIGNED], b"\2" + guests.chain()[0], b"\3" + guests.revocations(7)]
+
+
+def _table(data: bytes) -> None:
+    found = certificates.in_table(data)
+    assert sum(map(len, found)) <= len(data), "more than there is"
+
+
+def _table_seeds() -> list[bytes]:
+    return [
+        guests.full_table([b"one", b"two", b"three"]),
+        guests.table(vlek=b"-----BEGIN X-----\nAAAA\n-----END X-----\n"),
+    ]
+
+
+def _tdx(data: bytes) -> None:
+    """u8: 1 a PCK certificate's extension, 2 three certificates, each within a quote; or a quote."""
+    if data[:1] == b"\1":
+        made = domains.holders({"pck": {"extensions": (enclaves.extension(domains.SGX, data[1:], critical=False),)}})
+        data = domains.quote(made)
+    elif data[:1] == b"\2":
+        data = domains.quote(text=data[1:])
+    statement = tdx.authenticate(data, (), [domains.ROOT], enclaves.NOW)
+    assert [name for name, _ in tdx.failures(statement, ANY_CODE)][-1] == "collateral-required"
+    assert all(len(getattr(statement, name)) == size for name, size in tdx._BODY[:-2])
+    assert len(data) <= tdx.MAX_QUOTE
+    pck = tdx.parse(data).pck
+    assert pck is not None
+    assert (len(pck.ppid), len(pck.fmspc), len(pck.pceid), len(pck.components)) == (16, 6, 2, 16)
+
+
+def _tdx_seeds() -> list[bytes]:
+    certificates = domains.pem(*(domains.HOLDERS[who].der for who in ("pck", "authority", "root")))
+    extension = x509.Certificate.read(domains.HOLDERS["pck"].der).extensions["1.2.840.113741.1.13.1"][1]
+    return [domains.quote(), domains.quote(version=5, kind=3), b"\1" + extension, b"\2" + certificates]
+
+
+@functools.cache
+def _quote() -> bytes:
+    return domains.quote()
+
+
+def _tdx_collateral(data: bytes) -> None:
+    """One of the two texts, signed."""
+    parts = domains.collateral(**{"identity" if b"TD_QE" in data else "info": data})
+    statement = tdx.authenticate(_quote(), parts, [domains.ROOT], enclaves.NOW)
+    read = json.loads(data)
+    assert statement.tcb_evaluation is not None
+    assert statement.tcb_evaluation <= read["tcbEvaluationDataNumber"]
+    assert read["issueDate"] <= domains.date(enclaves.NOW) <= read["nextUpdate"]
+    assert statement.status in tdx_collateral.STATUSES
+    assert statement.status == "UpToDate" or statement.status in data.decode()
+    assert all(json.dumps(advisory)[1:-1] in json.dumps(read) for advisory in statement.advisories)
+    accepted = not tdx.failures(statement, ANY_CODE)
+    assert accepted == (statement.status == "UpToDate")
+
+
+def _tdx_collateral_seeds() -> list[bytes]:
+    levels = [domains.firmware(), domains.firmware("OutOfDate", "INTEL-SA-1", pcesvn=3)]
+    needy = [domains.module("01", domains.level("SWHardeningNeeded", "INTEL-SA-2", isvsvn=2))]
+    texts = [domains.info(tcbLevels=levels), domains.info(tdxModuleIdentities=needy), domains.identity()]
+    return [json.dumps(text).encode() for text in texts]
 
 
 # Messages.
@@ -348,8 +448,11 @@ def _manifest(data: bytes) -> None:
 def _manifest_seeds() -> list[bytes]:
     simulated = mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))
     image = nitro.NitroPins(dict.fromkeys((0, 1, 2, 31), b"\1" * 48))
+    statement = snp.authenticate(guests.report(), guests.chain(), [guests.root(guests.chain())], enclaves.NOW)
+    guest = tdx.pinned(tdx.authenticate(_quote(), domains.collateral(), [domains.ROOT], enclaves.NOW))
     made: list[tuple[tuple[int, ...], Any, list[Any]]] = [
-        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]),
+        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]), ((2,), None, [snp.pinned(statement)]),
+        ((2,), None, [image, guest]),
     ]  # fmt: skip
     two = Config.from_json(TINY.to_json() | {"n_layer": 2})
     return [
@@ -547,6 +650,10 @@ TARGETS: dict[str, Target] = {
     "x509": Target(_x509, (EvidenceError,), _certificates),
     "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)]),
     "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
+    "snp": Target(_snp, (EvidenceError,), _snp_seeds),
+    "table": Target(_table, (EvidenceError,), _table_seeds),
+    "tdx": Target(_tdx, (EvidenceError,), _tdx_seeds),
+    "tdx-collateral": Target(_tdx_collateral, (EvidenceError,), _tdx_collateral_seeds, "json"),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
     "parts": Target(_array, (DecodeError,), _array_seeds, "msgpack"),

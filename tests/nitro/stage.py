@@ -33,7 +33,7 @@ def main() -> None:
         message[24:] = struct.pack("=Q", len(answer))
         return 0
 
-    def attester(_key: bytes, claims: bytes) -> nitro.NitroAttester:
+    def attester(_key: bytes, claims: bytes, _folder: str | None) -> nitro.NitroAttester:
         return nitro.NitroAttester(claims, device="/dev/null", ioctl=ioctl)
 
     PLATFORMS["nitro"] = replace(nitro.PLATFORM, attester=attester)

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import enclaves
+import guests
 import msgpack
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificates
 from made import SMALL
 
 import attest
@@ -199,12 +202,12 @@ def test_show_says_that_it_verifies_nothing(keys: Keys) -> None:
 def test_show_reads_every_provider(keys: Keys) -> None:
     binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
     assert "no evidence" in run("show", keys.save(Unattested().attest(binding), binding)).stdout
-    for provider in (3, 9):
+    for provider in (5, 9):  # which no platform has
         binding = Binding("R", provider, b"h" * 32, b"s" * 32, b"\xc1")
         path = keys.save(Evidence(provider, b"\xc1", b"\1\2", (b"\3",)), binding)
         done = run("show", path)
         assert done.returncode == 0
-        assert "not supported yet" in done.stdout
+        assert "unknown to this version" in done.stdout
         assert json.loads(run("show", path, "--json").stdout)["evidence"] == "0102"
 
 
@@ -395,6 +398,145 @@ def test_evidence_files_are_checked_against_a_manifest(keys: Keys, pinned: Path)
     done = results(run("verify", path, "--manifest", pinned, "--stage", 1))
     assert done["endorsement"] == done["evidence"] == done["measurement"] == "PASS"
     assert done["claims"] == done["key"] == "FAIL"
+
+
+# --- SNP reports ---
+
+
+@pytest.fixture
+def genuine(vectors: Path, tmp_path: Path) -> Path:
+    """A folder of endorsements of snp/milan_prod_report.bin, as a person would download them."""
+    folder = tmp_path / "endorsements"
+    folder.mkdir()
+    for name in ("milan_prod_vcek.der", "milan_ask_ark.pem"):
+        (folder / name).write_bytes((vectors / "snp" / name).read_bytes())
+    return folder
+
+
+def test_a_genuine_report_is_planned_and_accepted_by_its_own_pins(
+    vectors: Path, pinned: Path, genuine: Path, tmp_path: Path
+) -> None:
+    report = vectors / "snp" / "milan_prod_report.bin"
+    told = run("show", "--pins", report, "--endorsements", genuine, "--at", "2026-11-01T00:00:00Z")
+    assert told.returncode == 0, told.stderr
+    assert "compare" in told.stderr
+    own = json.loads(told.stdout)
+    assert own["min_tcb"] == {"bootloader": 3, "tee": 0, "snp": 8, "microcode": 115}
+    manifest = json.loads(pinned.read_bytes())
+    manifest["stages"][0]["evidence"] = own
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(manifest))
+    words = (report, "--endorsements", genuine, "--manifest", path, "--stage", 0, "--at", "2026-11-01T00:00:00Z")
+    done = run("verify", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(done)
+    assert {name for name, result in found.items() if result == "SKIP"} == {"binding", "claims"}
+    assert {"measurements", "policy", "min_tcb", "product"} <= found.keys()
+    manifest["stages"][0]["evidence"] = own | {"measurements": ["08" * 48], "min_tcb": own["min_tcb"] | {"snp": 9}}
+    path.write_text(json.dumps(manifest))
+    done = run("verify", *words)
+    assert done.returncode == 3
+    assert [name for name, result in results(done).items() if result == "FAIL"] == ["measurements", "min_tcb"]
+    assert "FAIL min_tcb: got reported snp 8, wanted at least 9; update the platform's firmware" in done.stdout
+    late = results(run("verify", *words[:-1], "2031-01-01T00:00:00Z"))
+    assert late["expired"] == "FAIL"
+    assert results(run("verify", report, "--manifest", path, "--stage", 0)) == {"malformed": "FAIL"}
+    assert "got an SNP report, wanted mock evidence" in run("verify", report, "--manifest", path, "--stage", 1).stdout
+
+
+def test_a_report_of_a_debug_guest_or_a_foreign_root_pins_nothing(vectors: Path, genuine: Path, tmp_path: Path) -> None:
+    (genuine / "debug.der").write_bytes((vectors / "snp" / "milan_debug_vcek.der").read_bytes())
+    done = run("show", "--pins", vectors / "snp" / "milan_debug_report.bin", "--endorsements", genuine)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "debug: got on" in done.stderr
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for number, data in enumerate(guests.chain()):
+        (foreign / str(number)).write_bytes(data)
+    (tmp_path / "report.bin").write_bytes(guests.report())
+    done = run("show", "--pins", tmp_path / "report.bin", "--endorsements", foreign)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "chain: got the root" in done.stderr
+    shown = run("show", tmp_path / "report.bin")
+    assert shown.returncode == 0
+    assert "07" * 48 in shown.stdout
+    assert "binding: not checked" in shown.stdout
+    missing = run("show", "--pins", tmp_path / "report.bin", "--endorsements", genuine)
+    assert "kdsintf.amd.com/vcek/v1/Milan/" in missing.stderr
+
+
+# --- TDX quotes ---
+
+
+@pytest.fixture
+def guest(vectors: Path, keys: Keys, pinned: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A genuine quote with its collateral, and a manifest that pins what runs there."""
+    read = json.loads((vectors / "tdx" / "v4_prod_phala_collateral.json").read_bytes())
+    signer = load_pem_x509_certificates(read["tcb_info_issuer_chain"].encode())[0]
+    parts = (
+        read["tcb_info"].encode(), bytes.fromhex(read["tcb_info_signature"]), read["qe_identity"].encode(),
+        bytes.fromhex(read["qe_identity_signature"]), signer.public_bytes(Encoding.DER),
+        bytes.fromhex(read["root_ca_crl"]), bytes.fromhex(read["pck_crl"]),
+    )  # fmt: skip
+    quote = (vectors / "tdx" / "v4_prod_phala.bin").read_bytes()
+    evidence = keys.save(Evidence(4, NO_CLAIMS, quote, parts), Binding("R", 4, b"h" * 32, b"s" * 32, NO_CLAIMS))
+    told = run("show", "--pins", evidence, "--at", "2025-06-25T00:00:00Z")
+    assert told.returncode == 0, told.stderr
+    assert "compare" in told.stderr
+    manifest = json.loads(pinned.read_bytes())
+    manifest["stages"][0]["evidence"] = json.loads(told.stdout)
+    path = tmp_path / "tdx.json"
+    path.write_text(json.dumps(manifest))
+    return evidence, path
+
+
+def test_a_quotes_pins_are_told_and_compared(guest: tuple[Path, Path], tmp_path: Path) -> None:
+    evidence, path = guest
+    now = ("--at", "2025-06-25T00:00:00Z")
+    done = run("verify", evidence, "--manifest", path, "--stage", 0, *now)
+    assert done.returncode == 3
+    assert {name for name, result in results(done).items() if result == "FAIL"} == {"binding", "claims"}  # another's
+    assert "PASS min_tcb_evaluation: at least 17" in done.stdout
+    assert "PASS mrtd: 91eb2b44" in done.stdout
+    late = run("verify", evidence, "--manifest", path, "--stage", 0)
+    assert results(late)["collateral-expired"] == "FAIL"
+    assert late.returncode == 3
+    manifest = json.loads(path.read_bytes())
+    manifest["stages"][0]["evidence"] |= {"min_tcb_evaluation": 18, "rtmr3": "11" * 48}
+    path.write_text(json.dumps(manifest))
+    done = run("verify", evidence, "--manifest", path, "--stage", 0, *now)
+    assert "FAIL min_tcb_evaluation: got 17, wanted at least 18; an old collateral may be replayed" in done.stdout
+    assert results(done)["rtmr3"] == "FAIL"
+
+
+def test_a_bare_quote_is_read_and_says_nothing_of_its_platform(guest: tuple[Path, Path], vectors: Path) -> None:
+    sample = vectors / "tdx" / "v4_prod_phala.bin"
+    done = run("verify", sample, "--manifest", guest[1], "--stage", 0)
+    found = results(done)
+    assert done.returncode == 3
+    assert {name for name, result in found.items() if result == "FAIL"} == {"collateral-required", "min_tcb_evaluation"}
+    skipped = {
+        "binding",
+        "claims",
+        "collateral-expired",
+        "revoked",
+        "fmspc",
+        "module",
+        "qe-identity",
+        "tcb",
+        "statuses",
+    }
+    assert {name for name, result in found.items() if result == "SKIP"} == skipped | {"advisories"}
+    assert found["signature"] == found["mrtd"] == found["debug"] == "PASS"
+    assert "wanted mock evidence" in run("verify", sample, "--manifest", guest[1], "--stage", 1).stdout
+    shown = run("show", sample)
+    assert shown.returncode == 0
+    assert "binding: not checked" in shown.stdout
+    assert (
+        "91eb2b44d141d4ece09f0c75c2c53d247a3c68edd7fafe8a3520c942a604a407de03ae6dc5f87f27428b2538873118b7"
+        in shown.stdout
+    )
+    assert "collateral-required" in run("show", "--pins", sample).stderr
 
 
 @pytest.mark.parametrize(

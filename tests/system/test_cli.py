@@ -18,6 +18,7 @@ from processes import ROOT, Stages, alive, eventually
 
 import minigpt
 from attest.providers.mock import MockRoot
+from minigpt.protocol.manifest import Manifest
 
 PROMPT = "The capital of France is"
 
@@ -161,6 +162,66 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments: tuple[str, ...], code: i
     done = run(*arguments, code=code)
     assert words in done.stderr
     assert done.stdout == ""
+
+
+def test_plan_pins_platforms_in_the_order_of_the_stages(tmp_path: Path) -> None:
+    pins = {"provider": "snp", "covers": "image", "product": "Milan", "measurements": ["07" * 48], "policy": 0x30000,
+            "min_tcb": {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 217}, "vmpl": 0}  # fmt: skip
+    (tmp_path / "snp.json").write_text(json.dumps(pins))
+    registers = {f"PCR{index}": f"0{index + 1}" * 48 for index in range(3)}
+    (tmp_path / "nitro.json").write_text(json.dumps({"Measurements": registers}))
+    snp, nitro, plan = (str(tmp_path / name) for name in ("snp.json", "nitro.json", "plan.json"))
+    root = ("--root-key", MockRoot.generate().public.hex())
+    planned: list[tuple[tuple[str, ...], list[str]]] = [
+        (("--snp", snp, "--pcrs", nitro), ["snp", "nitro"]),
+        (("--pcrs", nitro, "--snp", snp), ["nitro", "snp"]),
+        (("--snp", snp, "--pcrs", "mock", *root), ["snp", "mock"]),
+        (("--snp", "mock", "--snp", snp, *root), ["mock", "snp"]),
+    ]
+    for words, kinds in planned:
+        run("plan", "--stages", "2", "-o", plan, *words)
+        stages = json.loads(Path(plan).read_text())["stages"]
+        assert [stage["evidence"]["provider"] for stage in stages] == kinds
+        assert stages[kinds.index("snp")]["evidence"] == pins
+    refused: list[tuple[tuple[str, ...], str]] = [
+        (("--snp", snp, *root), "leave out"), (("--snp", "mock"), "--root-key"), (("--snp", nitro), "min_tcb"),
+        (("--snp", "/nowhere"), "No such file"),
+    ]  # fmt: skip
+    for words, told in refused:
+        assert told in run("plan", "--stages", "1", "-o", plan, *words, code=2).stderr
+    run("plan", "--stages", "2", "-o", plan, "--snp", snp)  # one for all
+    stage = subprocess.run([sys.executable, "-m", "minigpt.stage", "--manifest", plan, "--index", "1"],
+                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert stage.returncode == 3
+    assert "is this an SNP guest?" in stage.stderr
+
+
+def test_plan_pins_trust_domains_in_order_and_warns_of_weak_ones(tmp_path: Path) -> None:
+    pins = {
+        "provider": "tdx", "covers": "image", "mrtd": "01" * 48, **{f"rtmr{i}": f"1{i}" * 48 for i in range(4)},
+        "td_attributes": "0000001000000000", "xfam": "e702060000000000", "min_tcb_evaluation": 17,
+    }  # fmt: skip
+    weak = pins | {"td_attributes": "00" * 8, "rtmr1": "00" * 48, "rtmr2": "00" * 48}
+    described = {"Measurements": {f"PCR{i}": f"0{i + 1}" * 48 for i in range(3)}}
+    files = {"good": pins, "weak": weak, "image": described, "bad": pins | {"mrtd": "00" * 48}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    plan, root = tmp_path / "pipeline.json", ("--root-key", MockRoot.generate().public.hex())
+    done = run("plan", "--split", "4+4+4", "--tdx", str(tmp_path / "good"), "--pcrs", str(tmp_path / "image"),
+               "--tdx", str(tmp_path / "weak"), "-o", str(plan))  # fmt: skip
+    assert [stage.platform.name for stage in Manifest.parse(plan.read_bytes()).stages] == ["tdx", "nitro", "tdx"]
+    warned = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert ["SEPT_VE_DISABLE" in warned[0], "rtmr1 and rtmr2 zero" in warned[1], len(warned)] == [True, True, 2]
+    assert all(f"--tdx {tmp_path / 'weak'}" in line for line in warned)
+    run("plan", "--split", "4+8", "--pcrs", "mock", "--tdx", str(tmp_path / "good"), *root, "-o", str(plan))
+    assert [stage.platform.name for stage in Manifest.parse(plan.read_bytes()).stages] == ["mock", "tdx"]
+    for words, said in (
+        (("--tdx", str(tmp_path / "bad")), "mrtd"), (("--tdx", str(tmp_path / "none")), "No such file"),
+        (("--tdx", str(tmp_path / "image")), "--tdx"), (("--tdx", str(tmp_path / "good"), *root), "--root-key"),
+        (("--pcrs", "mock", "--tdx", str(tmp_path / "good")), "--root-key"),
+    ):  # fmt: skip
+        assert said in run("plan", "--stages", "1", *words, "-o", str(tmp_path / "no.json"), code=2).stderr
+    assert not (tmp_path / "no.json").exists()
 
 
 def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:

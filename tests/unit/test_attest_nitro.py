@@ -307,6 +307,7 @@ def test_every_pin_is_compared(name: str) -> None:
 
 def test_a_pinned_register_that_is_absent_refuses() -> None:
     assert differing(PINS | {"pcr16": "00" * 48, "pcr31": "11" * 48}) == ["pcr16", "pcr31"]
+    assert differing(PINS | {"pcr16": "none"}) == ["pcr16"]
     for index in range(3):
         without = replace(STATEMENT, pcrs={i: value for i, value in PCRS.items() if i != index})
         assert differing(PINS, without) == [f"pcr{index}"]
@@ -532,4 +533,4 @@ def test_a_missing_or_failing_device_is_told(monkeypatch: pytest.MonkeyPatch, tm
         nitro.NitroAttester(CLAIMS, device=str(tmp_path / "nsm")).attest(BINDING)
     monkeypatch.setattr(nsm, "DEVICE", str(tmp_path / "nsm"))
     with pytest.raises(AttestationError, match="is missing"):
-        nitro.PLATFORM.attester(b"", CLAIMS)
+        nitro.PLATFORM.attester(b"", CLAIMS, None)

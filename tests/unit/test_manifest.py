@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import SMALL
 
+from attest import AttestationError
 from attest.providers.mock import MockPins, MockRoot, MockVerifier
 from attest.providers.nitro import NitroPins, NitroVerifier
+from attest.providers.snp import SnpPins, SnpVerifier
+from attest.providers.tdx import TdxPins, TdxVerifier
 from minigpt.client.pipeline import Pipeline, _tokenizer, check
 from minigpt.errors import CheckpointError, ManifestError, UsageError
 from minigpt.launch.plan import split_layers, write
@@ -70,6 +73,12 @@ PCRS = [{i: bytes([16 * stage + i + 1]) * 48 for i in range(3)} for stage in ran
 NITRO = {"provider": "nitro", "covers": "image", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
 
 
+TDX = {
+    "provider": "tdx", "covers": "image", "mrtd": "01" * 48, **{f"rtmr{i}": f"1{i}" * 48 for i in range(4)},
+    "td_attributes": "0000001000000000", "xfam": "e702060000000000", "min_tcb_evaluation": 17,
+}  # fmt: skip
+
+
 def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
     read = Manifest.parse(written(pins=list(map(NitroPins, PCRS))))
     assert [stage.pins.pcrs for stage in read.stages] == PCRS
@@ -83,11 +92,45 @@ def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
         check(mixed, allow_mock=False, now=ISSUED.timestamp())
 
 
+SNP: dict[str, Any] = {
+    "provider": "snp", "covers": "image", "product": "Milan", "measurements": ["07" * 48], "policy": 0x30000,
+    "min_tcb": {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 217},
+}  # fmt: skip
+
+
+def test_all_platforms_may_be_mixed() -> None:
+    read = Manifest.parse(written(pins=[SnpPins(SNP), NitroPins(PCRS[0])]))
+    assert [stage.platform.name for stage in read.stages] == ["snp", "nitro"]
+    assert [type(read.verifier(index)) for index in range(2)] == [SnpVerifier, NitroVerifier]
+    assert not read.simulated
+    check(read, allow_mock=False, now=ISSUED.timestamp())
+    mixed = Manifest.parse(edited("stages", 0, "evidence", to=SNP | {"vmpl": 0, "chip_ids": ["11" * 64]}))
+    assert [stage.platform.name for stage in mixed.stages] == ["snp", "mock"]
+    assert mixed.stages[0].pins.to_json() == SNP | {"vmpl": 0, "chip_ids": ["11" * 64]}
+    with pytest.raises(ManifestError, match="allow_mock"):
+        check(mixed, allow_mock=False, now=ISSUED.timestamp())
+
+
+def test_platforms_mix() -> None:
+    mixed = Manifest.parse(written(pins=[NitroPins(PCRS[0]), TdxPins(TDX)]))
+    assert [stage.platform.name for stage in mixed.stages] == ["nitro", "tdx"]
+    assert [type(mixed.verifier(index)) for index in range(2)] == [NitroVerifier, TdxVerifier]
+    assert mixed.stages[1].pins.to_json() == TDX
+    with pytest.raises(AttestationError, match="is this a TDX guest"):
+        mixed.attester(1, b"")
+    assert not mixed.simulated
+    beside = Manifest.parse(edited("stages", 0, "evidence", to=TDX | {"rtmr1": "00" * 48, "statuses": ["OutOfDate"]}))
+    assert [type(beside.verifier(index)) for index in range(2)] == [TdxVerifier, MockVerifier]
+    assert beside.simulated
+    with pytest.raises(ManifestError, match="at most 30 days"):
+        written(pins=[TdxPins(TDX)], days=31)
+
+
 def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
     written(pins=[NitroPins(PCRS[0])], days=30)
     written(days=31)
     simulated = MockPins(ROOT.public, frozenset([b"\x03" * 48]))
-    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])]):
+    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])], [SnpPins(SNP), simulated]):
         with pytest.raises(ManifestError, match="at most 30 days"):
             written(pins=pins, days=31)
 
@@ -158,6 +201,18 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "stages[0].evidence: covers": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "covers"}),
     "stages[0].evidence: both": (("stages", 0, "evidence"), NITRO | {"root_key": HEX}),
     "stages[0].evidence: pcr2": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "pcr2"}),
+    "stages[0].evidence: snp": (("stages", 0, "evidence", "provider"), "snp"),
+    "stages[0].evidence.min_tcb": (("stages", 0, "evidence"), SNP | {"min_tcb": {"snp": 24}}),
+    "stages[0].evidence.policy: debug": (("stages", 0, "evidence"), SNP | {"policy": 0xB0000}),
+    "stages[0].evidence.measurements: zero": (("stages", 0, "evidence"), SNP | {"measurements": ["00" * 48]}),
+    "stages[0].evidence: snp and nitro": (("stages", 0, "evidence"), SNP | {"pcr0": "01" * 48}),
+    "stages[0].evidence.mrtd": (("stages", 0, "evidence"), TDX | {"mrtd": "00" * 48}),
+    "stages[0].evidence: rtmr1": (("stages", 0, "evidence"), {k: v for k, v in TDX.items() if k != "rtmr1"}),
+    "stages[0].evidence: evaluation": (("stages", 0, "evidence"), {k: TDX[k] for k in list(TDX)[:-1]}),
+    "stages[0].evidence: mrconfigid": (("stages", 0, "evidence"), TDX | {"covers": "initdata"}),
+    "stages[0].evidence.td_attributes": (("stages", 0, "evidence"), TDX | {"td_attributes": "01" + "00" * 7}),
+    "stages[0].evidence.statuses": (("stages", 0, "evidence"), TDX | {"statuses": ["Revoked"]}),
+    "stages[0].evidence: collateral": (("stages", 0, "evidence"), TDX | {"allow_no_collateral": True}),
     "stages[0].evidence.root_key": (("stages", 0, "evidence", "root_key"), "00" * 32),
     "stages[0].evidence: small order": (("stages", 0, "evidence", "root_key"), "01" + "00" * 31),
     "stages[0].evidence.measurements: none": (("stages", 0, "evidence", "measurements"), []),

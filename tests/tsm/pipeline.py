@@ -1,0 +1,68 @@
+"""Stages with SNP's or TDX's evidence, and a device process for each: guests pinned under the tests' roots."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import domains
+import guests
+from nitro.pipeline import Enclaves, Rooted
+
+from attest.providers.snp import SnpPins
+from attest.providers.tdx import TdxPins
+
+HERE = Path(__file__).resolve().parent
+
+
+def pins(kind: str, index: int) -> Rooted:
+    """What the guest of stage `index` measures to."""
+    measurement = (bytes([100 + index]) * 48).hex()
+    common = {"provider": kind, "covers": "image"}
+    if kind == "snp":
+        fields = {"product": "Milan", "measurements": [measurement], "policy": 0x30000, "min_tcb": guests.VERSIONS}
+        return Rooted(SnpPins(common | fields), guests.root(guests.living()))
+    names = ("rtmr0", "rtmr1", "rtmr2", "rtmr3", "td_attributes", "xfam")
+    registers = {"mrtd": measurement} | {name: domains.BODY[name].hex() for name in names}
+    root = hashlib.sha256(domains.living()["root"].der).digest()
+    return Rooted(TdxPins(common | registers | {"min_tcb_evaluation": 17}), root)
+
+
+class Guests(Enclaves):
+    """As `Enclaves`, of one kind: "snp" or "tdx". What `endorsements` holds is given to a TDX stage."""
+
+    scripts = HERE
+
+    def __init__(self, folder: Path, split: str, where: Path, kind: str, **changes: Any) -> None:
+        self.kind = kind
+        count = len(split.split("+"))
+        super().__init__(folder, split, where, **{"pins": [pins(kind, index) for index in range(count)]} | changes)
+        self.endorsements = where / "endorsements"
+        self.endorsements.mkdir()
+        for name, data in (snp_files() if kind == "snp" else tdx_files()).items():
+            (self.endorsements / name).write_bytes(data)
+
+    def usual(self, index: int) -> tuple[str, ...]:
+        return "--kind", self.kind, "--measurement", str(100 + index)
+
+    def spawn(self, index: int, *flags: str, **more: Any) -> "subprocess.Popen[str]":
+        endorsed = more.pop("endorsed", self.manifest.stages[index].platform.name == "tdx")
+        given = ("--endorsements", str(self.endorsements)) if endorsed else ()
+        return super().spawn(index, *given, *flags, **more)
+
+
+def snp_files() -> dict[str, bytes]:
+    """What AMD has of the tests' chip."""
+    return dict(zip(("vcek", "ask", "ark"), guests.living(), strict=True))
+
+
+def tdx_files() -> dict[str, bytes]:
+    """What Intel has of the tests' platform, as its service answers."""
+    info, info_signature, identity, identity_signature, signer, root_list, pck_list = domains.living_collateral()
+    answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
+    files = {
+        name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
+        for name, (text, signature) in answers.items()
+    }
+    root = domains.living()["root"].der
+    return files | {"signer.pem": domains.pem(signer, root), "root.crl": root_list, "pck.crl": pck_list}
