@@ -134,15 +134,23 @@ def scored(logits: Logits, token: int, top: int) -> Scored:  # (V,)
     """
     if not 0 <= top <= MAX_TOP:
         raise ValueError(f"top is {top}, wanted 0 (none) to {MAX_TOP}; 5 is usual")
-    shifted = logits.astype(np.float64) - float(logits[most_likely(logits)])
-    log_sum = np.log(np.exp(shifted).sum())
+    most_likely(logits)
+    shifted, log_sum = _normalised(logits)
     likely = _largest(logits, top) if top else ()
     return Scored(float(shifted[token] - log_sum), tuple((int(i), float(shifted[i] - log_sum)) for i in likely))
 
 
+@numpy_defaults
 def logprob(logits: Logits, token: int) -> float:  # (V,) -> nats
     """Natural logarithm of the probability the model itself gives a token, before bias, penalties and filters."""
-    return scored(logits, token, 0).logprob
+    shifted, log_sum = _normalised(logits)
+    return float(shifted[token] - log_sum)
+
+
+def _normalised(logits: Logits) -> tuple[NDArray[np.float64], np.float64]:
+    """Logits (V,) of which the largest is 0, and the logarithm of their exponentials' sum."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return shifted, np.log(np.exp(shifted).sum())
 
 
 def _candidates(logits: Logits, sampling: Sampling, best: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -174,15 +182,15 @@ def most_likely(logits: Logits) -> int:  # (V,) -> id
 
 def _largest(logits: Logits, count: int) -> NDArray[np.intp]:  # (V,) -> (N,)
     """The ids of the largest `count`, at least 1, in falling order; of equal ones the lower ids."""
-    ids = np.arange(logits.size)
+    if count >= logits.size:
+        return _descending(logits, np.arange(logits.size))
+    values = logits
     if count < logits.size // RUN:
-        # As many runs have a number as large as the least of their maxima: few others can be among the largest.
+        # The largest `count` are at least the count-th of the runs' maxima, which leaves few: a third of the time.
         maxima = logits[: logits.size // RUN * RUN].reshape(-1, RUN).max(axis=1)
-        ids = np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
-    if count < ids.size:
-        values = logits[ids]
-        ids = ids[values >= np.partition(values, -count)[-count]]
-    return _descending(logits, ids)[:count]
+        values = logits[logits >= np.partition(maxima, -count)[-count]]
+    least = np.partition(values, -count)[-count]
+    return _descending(logits, np.flatnonzero(logits >= least))[:count]
 
 
 def _descending(values: NDArray[np.floating], places: NDArray[np.intp]) -> NDArray[np.intp]:
