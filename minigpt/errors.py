@@ -9,7 +9,9 @@
     ├── RequestRefused      1    a stage refused this request, and says why; the pipeline still serves
     └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
         ├── MessageError    4    what it sent is not a message of this protocol
-        └── UntrustedStage  3    its evidence was refused: compare what runs there with the manifest
+        ├── LateStage       4    its answer did not come within the caller's timeout: allow more, or look at that stage
+        ├── UnreachableStage 4   no link to it can be made: nothing was asked of it, so it can be asked again
+        └── UntrustedStage  3    its evidence was refused, or it has another manifest: compare what runs there with ours
 
 Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
 """
@@ -53,7 +55,7 @@ class RequestRefused(MiniGPTError):
     """A stage refused the request and says why; the channel lives on.
 
     Attributes:
-        reason: a short machine-readable word: "busy", "too-long", "bad-token", "gap", "bad-request".
+        reason: a short machine-readable word: "busy", "draining", "too-long", "bad-token", "gap", "bad-request".
         stage: index of the stage that refused.
     """
 
@@ -81,8 +83,16 @@ class MessageError(StageError):
     """A peer's message is malformed: an unknown type, a missing field, a value out of its range."""
 
 
+class LateStage(StageError):
+    """A stage did not answer within the caller's own timeout."""
+
+
+class UnreachableStage(StageError):
+    """No link to a stage can be made, by us or by the stage before it: it has computed nothing."""
+
+
 class UntrustedStage(StageError):
-    """A stage's evidence was refused, by us or by the stage before it."""
+    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest."""
 
     exit_code = 3
 

@@ -217,6 +217,7 @@ def evidence(h: bytes, claims: bytes) -> dict[str, Any]:
 
 EXAMPLES: dict[str, Message] = {
     "generate": Generate(0, (5, 6, 7), 6, (2047,)),
+    "generate_resumed": Generate(0, (5, 6, 7, 464, 3139), 4, (2047,), delivered=2),
     "cancel": Cancel(),
     "status": Status(),
     "done_length": Done(Reason.LENGTH),

@@ -80,6 +80,10 @@ class HandshakeError(ProtocolError):
     """The handshake failed. The peer is told nothing: it is a stranger."""
 
 
+class Unauthentic(HandshakeError):
+    """A handshake message failed authentication: the ends differ in what they must agree on, or it was altered."""
+
+
 class RecordError(ProtocolError):
     """A record failed authentication, or breaks a rule of records, messages or their order."""
 

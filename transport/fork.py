@@ -9,10 +9,15 @@ import contextlib
 import functools
 import mmap
 import os
+import threading
 import weakref
 from typing import Protocol
 
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK of madvise(2), Linux 4.14
+
+# While a thread holds it, no other one forks: what is not owned yet would stay open in the child for ever. Reentrant,
+# because a signal's handler may fork.
+UNFORKED = threading.RLock()
 
 
 class Owned(Protocol):
@@ -32,11 +37,14 @@ def own(thing: Owned) -> None:
 def _owned() -> "weakref.WeakSet[Owned]":
     owned: weakref.WeakSet[Owned] = weakref.WeakSet()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: _disown(owned))
+        os.register_at_fork(
+            before=UNFORKED.acquire, after_in_parent=UNFORKED.release, after_in_child=lambda: _disown(owned)
+        )
     return owned
 
 
 def _disown(owned: "weakref.WeakSet[Owned]") -> None:
+    UNFORKED.release()
     things = list(owned)
     owned.clear()
     for thing in things:

@@ -24,7 +24,7 @@ from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_k
 from Crypto.Random import get_random_bytes
 
 from transport.aead import TAGLEN, Bytes, Cipher
-from transport.errors import HandshakeError, LimitError, RecordError
+from transport.errors import HandshakeError, LimitError, RecordError, Unauthentic
 from transport.kem import CTLEN, EKLEN, KemKey, encapsulate
 
 DHLEN = 32  # bytes of a public key
@@ -151,7 +151,7 @@ class SymmetricState:
         try:
             plaintext = self.cipher.decrypt_with_ad(self.h, ciphertext)
         except RecordError:
-            raise HandshakeError("handshake: altered, or the ends differ in prologue (manifest, ids) or keys") from None
+            raise Unauthentic("handshake: altered, or the ends differ in prologue (manifest, ids) or keys") from None
         self.mix_hash(ciphertext)
         return plaintext
 

@@ -32,7 +32,6 @@ _NOTICE = {  # when the system gives up a connection whose other machine, or the
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | _RDHUP
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: reset the connection instead of sending what is left
 _LONGEST_POLL = 3600.0  # seconds; poll counts milliseconds in an int
-_ACCEPT_POLL = 1.0  # seconds; not every system wakes a poll when its listener is shut down
 _LOOK = 0.5  # seconds between two looks at a peer, where no poll tells that it has left
 _STAGGER = 0.25  # seconds until the next address of a name is tried beside the ones before it: RFC 8305, section 5
 _DRIP = 1024  # bytes; less at a time than any network carries
@@ -221,10 +220,11 @@ class Listener:
     """
 
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
-        self._own = isinstance(place, Address)  # bound here, and not shared with whoever handed it down
         self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
         self._sock.setblocking(False)
+        self._bell, self._ring = socket.socketpair()  # wakes a thread in `accept`: no poll notices a close
         self._poller = _poller(self._sock, select.POLLIN)
+        self._poller.register(self._bell, select.POLLIN)
         self._closed = False
         self._accepting = threading.RLock()
         own(self)
@@ -237,7 +237,7 @@ class Listener:
         """
         with self._accepting:
             while not self._closed:
-                if _wait(self._poller, min(deadline, time.monotonic() + _ACCEPT_POLL)):
+                if _wait(self._poller, deadline) and not self._closed:
                     try:
                         sock, peer = self._sock.accept()
                         return sock, str(_address(sock.family, peer))
@@ -251,22 +251,25 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Stops listening, and wakes a thread in `accept`: within a second if the socket was handed down.
+        """Stops listening, and wakes a thread in `accept`.
 
-        Such a socket goes on listening for the process that has it too: the next one may be started for what is still
-        in its queue, as socket activation does.
+        A socket that was handed down goes on listening for the process that has it too: the next one may be started
+        for what is still in its queue, as socket activation does.
         """
         self._closed = True
-        if self._own:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it was closed before
+            self._ring.send(b"\0")
         with self._accepting:
-            self._sock.close()
+            self._close()
 
     def disown(self) -> None:
         """In the child of a fork: closes the descriptor. The parent listens on."""
         self._closed = True
-        self._sock.close()
+        self._close()
+
+    def _close(self) -> None:
+        for sock in (self._sock, self._bell, self._ring):
+            sock.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import fields
 from functools import partial
@@ -83,6 +83,7 @@ def generate(options: argparse.Namespace) -> int:
             summary = _summary(pipeline, generation)
             _say_stages(summary["stages"])
             _say_pace(summary, pipeline)
+            _say_interruptions(generation)
     return 0
 
 
@@ -115,6 +116,7 @@ def _prompt_loop(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
                     with closing(_generation(pipeline, prompt, chosen)) as generation:
                         _print(generation)
                     _say_pace(_figures(generation), pipeline)
+                    _say_interruptions(generation)
             except KeyboardInterrupt:
                 say("\ncancelled")
             except UntrustedStage:  # the others may not happen to the next prompt
@@ -139,20 +141,21 @@ def _ask() -> str | None:
         return ""
 
 
-def _pipeline(options: argparse.Namespace, **more: Any) -> Pipeline:
-    """The pipeline that the options name: a running one, or child processes of our own."""
+def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **more: Any) -> Pipeline:
+    """The pipeline that the options name: a running one, or child processes of our own. Of those that end, and are
+    started again, `told` is told."""
     local = [flag for flag in ("stages", "split") if getattr(options, flag) is not None]
     if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
         if local:
             raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
-        return _connect(options, options.manifest, model=options.model, **more)
+        return _connect(options, options.manifest, model=options.model, retry_for=options.retry_for, **more)
     for flag in ("manifest_sha256", "client_key"):
         if not isinstance(getattr(options, flag), Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
-    shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout")}
-    with progress() as tell:
+    shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout", "retry_for")}
+    with progress(told) as tell:
         return Pipeline.local(model, **shape, progress=tell)
 
 
@@ -199,6 +202,7 @@ def _figures(generation: Generation) -> dict[str, Any]:
         "steps": len(set(times)),  # fewer than tokens where several were drafted together
         "latencies_ms": [1000 * (later - earlier) for earlier, later in zip([0.0, *times], times, strict=False)],
         "bytes_per_token": benchmark.bytes_per_token(generation.spans),
+        "interruptions": list(generation.interruptions),
     }
 
 
@@ -223,6 +227,12 @@ def _say_pace(summary: dict[str, Any], pipeline: Pipeline) -> None:
         + f"; {summary['bytes_per_token']:.0f} bytes/token on {len(pipeline.manifest.stages)} encrypted links"
         + (f"; seed {summary['seed']}" if summary["seed"] is not None else "")
     )
+
+
+def _say_interruptions(generation: Generation) -> None:
+    if generation.interruptions:
+        times = "once" if len(generation.interruptions) == 1 else f"{len(generation.interruptions)} times"
+        say(f"resumed {times}: " + "; then ".join(generation.interruptions))
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -350,6 +360,7 @@ def bench(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`minigpt serve`: OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
     try:
+        from minigpt.serve.guard import lines
         from minigpt.serve.server import read_key, run
     except ImportError as error:
         raise UsageError(
@@ -357,8 +368,9 @@ def serve(options: argparse.Namespace) -> int:
         ) from None
     api_key = read_key(options)
     client_key = None if options.client_key is None else _read_key(options.client_key)
+    log = lines(options.log_format, say)
     with (
-        _pipeline(options, connections=options.connections) as pipeline,
+        _pipeline(options, lambda line: log({"message": line}), connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
         Pipeline(pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1) as watcher,
     ):

@@ -15,6 +15,7 @@ from minigpt.cli.values import (
     natural,
     one_of,
     option,
+    patience,
     picture,
     port,
     positive,
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
+    _retry(generate)
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
     _switch(generate, "--json", "one object instead of text")
 
@@ -105,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
            "for a model that has no template of its own")  # fmt: skip
     option(serve, "--connections", "32", "N", positive, "answers at a time (default: as many as a stage has sequences)")
     option(serve, "--queue", "64", "N", natural, "requests that may wait for their turn; others are refused")
+    _retry(serve)
     option(serve, "--log-format", "text", "text|json", one_of("text", "json"), "of the log, on standard error")
 
     keygen = _command(commands, "keygen", "make a client's key, for a manifest that lists its clients")
@@ -146,6 +149,11 @@ def _stages(to: argparse.ArgumentParser) -> None:
     group.add_argument("--stages", type=positive, metavar="N", help="how many stages, of about equal size (default: 2)")
     group.add_argument("--split", metavar="6+6", help="or the layers of each")
     to.set_defaults(split_default=variable("--split"), stages_default=variable("--stages") or "2")
+
+
+def _retry(to: argparse.ArgumentParser) -> None:
+    option(to, "--retry-for", "30", "S", patience, "seconds to try to go on with an answer for, when a stage has died; "
+           "0 to fail at once")  # fmt: skip
 
 
 def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:

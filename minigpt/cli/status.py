@@ -11,7 +11,7 @@ from minigpt.protocol.messages import StageReport
 
 CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
 _FIGURES = ("weights_bytes", "channels", "sequences", "cache_bytes", "steps", "tokens", "rate", "batch", "queue",
-            "cache_limit")  # fmt: skip
+            "cache_limit", "resumed")  # fmt: skip
 _TITLES = ("stage", "up", "weights", "channels", "sequences", "queue", "tokens/s", "batch", "cache", "steps")
 
 
@@ -85,8 +85,10 @@ def shown(states: Sequence[dict[str, Any]]) -> str:
 
 
 def _words(state: dict[str, Any]) -> list[str]:
-    exposed = [f"not locked down: {state['exposed']}"] if state["exposed"] else []
-    return [state["error"]] if state["error"] else exposed
+    if state["error"]:
+        return [state["error"]]
+    words = [f"not locked down: {state['exposed']}"] if state["exposed"] else []
+    return words + ([f"requests resumed: {state['resumed']}"] if state["resumed"] else [])
 
 
 def _row(state: dict[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new li
 
 def say(line: str) -> None:
     """Prints a line for people, to standard error."""
-    print(line, file=sys.stderr)
+    print(f"{line}\n", end="", file=sys.stderr)  # in one piece, whatever other threads say
 
 
 def visible(text: str) -> str:
@@ -19,13 +19,16 @@ def visible(text: str) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Prints lines of which each replaces the one before, and none is left in the end; only on a terminal."""
-    shown = ""
+def progress(later: Callable[[str], None] = say) -> Iterator[Callable[[str], None]]:
+    """Prints lines of which each replaces the one before, and none is left in the end; only on a terminal. What there
+    is to tell after that goes to `later`."""
+    shown, ended = "", False
 
     def tell(line: str) -> None:
         nonlocal shown
-        if line != shown and sys.stderr.isatty():
+        if ended:
+            later(line)
+        elif line != shown and sys.stderr.isatty():
             shown = line
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
@@ -33,3 +36,4 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield tell
     finally:
         tell("")
+        ended = True

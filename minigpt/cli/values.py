@@ -99,6 +99,11 @@ def seconds(text: str) -> float:
     return _between(0, 1e9, text, "a number of seconds")
 
 
+def patience(text: str) -> float:
+    """A number of seconds; 0 for none."""
+    return 0.0 if text == "0" else seconds(text)
+
+
 def days(text: str) -> float:
     """A number of days, more than 0 and at most a hundred years."""
     return _between(0, 36_525, text, "a number of days")

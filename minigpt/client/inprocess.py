@@ -45,7 +45,7 @@ class Model(TextModel):
                 rows.append(self._model.logits(hidden))
         return np.concatenate(rows)
 
-    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
+    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
         return self._schedule.run(Sequence(self._model.new_cache(), Terms(1, request.sampling)), request)
 
 

@@ -20,6 +20,7 @@ from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.client.pool import Pool
+from minigpt.client.resume import RETRY_FOR, Resumption
 from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
@@ -59,6 +60,7 @@ class Pipeline(TextModel):
         connect_timeout: float = CONNECT_TIMEOUT,
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
+        retry_for: float = RETRY_FOR,
     ) -> None:
         check(manifest, allow_mock=allow_mock, client_key=client_key)
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
@@ -67,6 +69,7 @@ class Pipeline(TextModel):
         self.config = manifest.config
         self.tokenizer = tokenizer
         self._timeout = timeout
+        self._retry_for = retry_for
         deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
         self._pool = Pool(partial(_dial, manifest, client_key, deadlines, timeout), connections, timeout)
         self._stages: Launcher | None = None
@@ -84,6 +87,7 @@ class Pipeline(TextModel):
         connect_timeout: float = CONNECT_TIMEOUT,
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
+        retry_for: float = RETRY_FOR,
     ) -> Self:
         """Connects to the pipeline that a manifest describes, and verifies stage 0.
 
@@ -98,6 +102,9 @@ class Pipeline(TextModel):
             connect_timeout: seconds for the connection, and as many for its handshake.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
             connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
+            retry_for: seconds to try to go on with a request for, when a link or a stage has died or cannot be reached:
+                over a new link, from the token after those that have arrived. Counted until answers come again; 0 to
+                fail at once. Evidence that is refused is never tried again, nor is the first connection.
 
         Raises:
             UsageError: an argument is of a wrong type or out of its range.
@@ -112,12 +119,13 @@ class Pipeline(TextModel):
         check_type("allow_mock", allow_mock, bool)
         check_type("client_key", client_key, bytes, _NONE)
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
+        _check_retry_for(retry_for)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
         tokenizer = _tokenizer(parsed, model) if text else None
-        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections)
+        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for)
         pipeline._verify()
         return pipeline
 
@@ -133,6 +141,7 @@ class Pipeline(TextModel):
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         connections: int = CONNECTIONS,
+        retry_for: float = RETRY_FOR,
         progress: Callable[[str], None] = lambda line: None,
     ) -> Self:
         """Starts stages as child processes on this machine, with fresh mock keys, and connects to them.
@@ -143,8 +152,9 @@ class Pipeline(TextModel):
             split: or the layers of each, as "6+6".
             revision: of a hub id.
             threads: BLAS threads of each stage.
-            timeout, connect_timeout, connections: as in `connect`.
-            progress: is told what is waited for, in a line for people.
+            timeout, connect_timeout, connections, retry_for: as in `connect`.
+            progress: is told what is waited for, in a line for people; later, from another thread, of each stage that
+                ended and is started again.
         """
         from minigpt.launch.local import LocalStages
 
@@ -156,11 +166,13 @@ class Pipeline(TextModel):
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, wanted at least 1")
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
+        _check_retry_for(retry_for)
         checkpoint = sources.find(model, revision)
         processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
             tokenizer = tokenizers.load(checkpoint.folder)
-            pipeline = cls(processes.manifest, tokenizer, True, timeout, connect_timeout, connections=connections)
+            manifest = processes.manifest
+            pipeline = cls(manifest, tokenizer, True, timeout, connect_timeout, None, connections, retry_for)
             pipeline._stages = processes
             pipeline._verify()
         except BaseException:
@@ -172,11 +184,12 @@ class Pipeline(TextModel):
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
         request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
-        (values,) = [answer.values for answer in self._answers(request) if isinstance(answer, Logits)]
+        (values,) = [answer.values for answer in self._answers(request, []) if isinstance(answer, Logits)]
         return values
 
     def status(self) -> tuple[StageReport, ...]:
         """Each stage's state; one that cannot be reached says so in its `error`. Raises StageError for stage 0."""
+        self._check_stages()
         link, whole = self._pool.take(), False
         try:
             reports = link.status()
@@ -190,8 +203,24 @@ class Pipeline(TextModel):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of a local pipeline's stages, in order."""
+        """Process ids of a local pipeline's stages, in order. One that has ended keeps its place until it is started
+        again."""
         return [] if self._stages is None else self._stages.pids
+
+    @property
+    def restarts(self) -> list[int]:
+        """How often each stage of a local pipeline was started again."""
+        return [] if self._stages is None else self._stages.restarts
+
+    @property
+    def failure(self) -> StageError | None:
+        """Why a stage of a local pipeline is not started again, if that is so: every request then raises this."""
+        return None if self._stages is None else self._stages.failure
+
+    def _check_stages(self) -> None:
+        """Raises StageError if a stage was given up: no link can help then."""
+        if (failure := self.failure) is not None:
+            raise failure
 
     def close(self) -> None:
         """Ends the connections; and the stages, if they are ours."""
@@ -211,11 +240,35 @@ class Pipeline(TextModel):
         """Makes the first link, and so verifies stage 0."""
         self._pool.give(self._pool.take(), whole=True)
 
-    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
-        """Yields the answers of stage 0, and returns why they ended. Closing the generator cancels the request."""
-        link = self._pool.take()
-        replies = Replies(request, self.config, len(self.manifest.stages))
-        whole = False
+    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+        resumption = Resumption(request, self.config.n_positions, self._retry_for, interruptions)
+        link: StageLink | None = None
+        replies: Replies | None = None
+        try:
+            while True:
+                self._check_stages()
+                try:
+                    link = self._pool.take(link)
+                    rest = resumption.rest()
+                    replies = Replies(rest, self.config, len(self.manifest.stages))
+                    return (yield from self._ask(link, rest, replies, resumption))
+                except (StageError, RequestRefused) as error:
+                    wait = resumption.fault(error, again=self._pool.renews(link))
+                    replies = None
+                    if wait is None and resumption.reason is not None:
+                        return resumption.reason
+                    if link is not None:
+                        link.channel.abort()  # but its place is kept
+                    if not self._pool.rest(wait or 0.0):
+                        raise resumption.end(error, "the pipeline was closed meanwhile") from error
+        finally:
+            if link is not None:
+                self._pool.give(link, whole=replies is not None and replies.over)
+
+    def _ask(
+        self, link: StageLink, request: Generate, replies: Replies, resumption: Resumption
+    ) -> Generator[Answer, None, Reason]:
+        """Yields the answers of stage 0 on one link, and returns why they ended. Closing this cancels the request."""
         try:
             began, before = time.perf_counter(), link.traffic
             link.send(request)
@@ -223,38 +276,26 @@ class Pipeline(TextModel):
                 message = link.receive()
                 replies.take(message)
                 if isinstance(message, Done):
-                    whole = True
                     return message.reason
                 assert isinstance(message, Tokens | Logits), "nothing else is a reply"
+                resumption.told(message)
                 if request.spans:
                     now, after = time.perf_counter(), link.traffic
                     message = with_span(message, span(0.0, now - began, before, after))
                     began, before = now, after
                 yield message
-        except RequestRefused:
-            whole = True
-            raise
         except GeneratorExit:
-            with suppress(StageError):
-                whole = self._cancel(link, replies)
+            with suppress(StageError, RequestRefused):
+                self._cancel(link, replies)
             raise
-        finally:
-            self._pool.give(link, whole=whole)
 
-    def _cancel(self, link: StageLink, replies: Replies) -> bool:
-        """Cancels the running request and reads to its end; False if that did not come in time."""
+    def _cancel(self, link: StageLink, replies: Replies) -> None:
+        """Cancels the running request and reads to its end, if that comes in time."""
         link.send(messages.Cancel())
         replies.cancelled = True
         until = time.monotonic() + self._timeout
-        while time.monotonic() < until:
-            message = link.receive()
-            try:
-                replies.take(message)
-            except RequestRefused:
-                return True
-            if isinstance(message, Done):
-                return True
-        return False
+        while not replies.over and time.monotonic() < until:
+            replies.take(link.receive())
 
 
 def _dial(manifest: Manifest, key: bytes | None, deadlines: Deadlines, timeout: float) -> StageLink:
@@ -287,6 +328,12 @@ def _check_seconds(**arguments: float) -> None:
         check_type(name, value, float)
         if not 0 < value <= MAX_TIMEOUT:
             raise UsageError(f"{name} is {value}, wanted seconds: more than 0, at most {MAX_TIMEOUT:g}")
+
+
+def _check_retry_for(value: float) -> None:
+    check_type("retry_for", value, float)
+    if not 0 <= value <= MAX_TIMEOUT:
+        raise UsageError(f"retry_for is {value}, wanted seconds: at least 0, at most {MAX_TIMEOUT:g}")
 
 
 def _tokenizer(manifest: Manifest, model: str | Path | None) -> Tokenizer | None:

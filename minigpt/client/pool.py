@@ -30,6 +30,7 @@ class Pool:
         self._size = size
         self._timeout = timeout
         self._closed = False
+        self.proven = False  # whether a link was ever made
         self.disown()
         own(self)
 
@@ -42,11 +43,15 @@ class Pool:
         # Reentrant: a generation that nobody refers to gives its link back whenever Python notices, here for example.
         self._changed = threading.Condition(threading.RLock())
 
-    def take(self) -> StageLink:
-        """A link that works, to be given back. Raises StageError, UsageError if the pool is closed, and RequestRefused
-        if all links are in use for too long."""
+    def take(self, lost: StageLink | None = None) -> StageLink:
+        """A link that works, to be given back; in the place of one that was `lost`, which is kept if there is no other.
+
+        Raises StageError, UsageError if the pool is closed, and RequestRefused if all links are in use for too long.
+        """
         until = time.monotonic() + self._timeout
         with self._changed:
+            if lost is not None:
+                self._used.discard(lost)
             while not self._closed and not self._idle and len(self._used) + len(self._places) >= self._size:
                 self._changed.wait(min(max(0.0, until - time.monotonic()), _LOOK))
                 if time.monotonic() >= until:
@@ -67,12 +72,18 @@ class Pool:
                 link = None
             if link is None:
                 link = self._make()
+                self.proven = True
             with self._changed:
                 if self._closed:
                     link.channel.abort()
                     raise UsageError("this pipeline is closed: connect again")
                 self._used.add(link)
             return link
+        except BaseException:
+            if lost is not None:
+                with self._changed:
+                    self._used.add(lost)
+            raise
         finally:
             with self._changed:
                 self._places.discard(place)
@@ -88,6 +99,19 @@ class Pool:
             else:
                 link.channel.abort()
             self._changed.notify_all()
+
+    def renews(self, link: StageLink | None) -> bool:
+        """Whether another link may take the place of one that was lost: not before there ever was one, not once the
+        pool is closed, and not in the child of a fork, as the parent goes on."""
+        return self.proven and not self._closed and (link is None or link in self._used)
+
+    def rest(self, seconds: float) -> bool:
+        """Waits so long; False as soon as the pool is closed."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while not self._closed and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return not self._closed
 
     def close(self) -> None:
         """Closes all links. Requests under way fail."""

@@ -50,6 +50,7 @@ class Generation(Iterator[Token]):
         times: seconds from the request to each token; the same for tokens that arrived together.
         spans: for each token, where its time went: in a pipeline the client's span, then stage by stage. Tokens that
             arrived together share their step's equally. Empty unless requested.
+        interruptions: what interrupted it and was got over, in order: each time it went on over another link.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Generation(Iterator[Token]):
         config: Config,
         tokenizer: Tokenizer | None = None,
         stop: Sequence[str] = (),
+        interruptions: Sequence[str] = (),
     ) -> None:
+        self.interruptions = interruptions
         self.reason: Reason | None = None
         self.seed = request.sampling.seed if request.sampling.temperature > 0 else None
         self.prompt_tokens = len(request.ids)
@@ -218,8 +221,8 @@ class TextModel(ABC):
     tokenizer: Tokenizer | None
 
     @abstractmethod
-    def _answers(self, request: Generate) -> Generator[Answer, None, Reason]:
-        """Answers to a request, and why it ended."""
+    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+        """Answers to a request, and why it ended; adds what interrupted it, and was got over, to the list."""
 
     def generate(
         self,
@@ -247,7 +250,9 @@ class TextModel(ABC):
         """
         options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
         request = make_request(prompt, self.tokenizer, self.config, options)
-        return Generation(self._answers(request), request, self.config, self.tokenizer, stop)
+        interruptions: list[str] = []
+        answers = self._answers(request, interruptions)
+        return Generation(answers, request, self.config, self.tokenizer, stop, interruptions)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
         """As `generate`, for `async for`: each wait for a token is in a thread of its own, and blocks no event loop."""

@@ -4,6 +4,9 @@ The keys are made here and never touch a disk: each stage gets its mock key thro
 that the manifest can name them, and listening sockets are handed down; so is a file by which the stages take turns at
 the cores. The children live as long as a pipe to each of them: if this process dies, even by kill -9, or forgets its
 `LocalStages`, they end too. A fork of this process has nothing to do with them.
+
+A stage that ends although nobody asked for it is started again, by one thread. It knows by the pipe through which a
+stage says that it serves: the process has a second copy of that end, which only its own end closes.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import selectors
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -26,10 +30,12 @@ from minigpt.checkpoint.sources import Checkpoint
 from minigpt.errors import CheckpointError, ManifestError, StageError, UsageError, WeightsMismatch
 from minigpt.launch import isolated
 from minigpt.launch.plan import plan, split_layers
+from minigpt.launch.restarts import TRIES, Restarts
 from minigpt.protocol.manifest import Manifest
-from transport.fork import identity, own
+from transport.fork import UNFORKED, identity, own
 
 READY = 300.0  # seconds that a stage may take to load
+LAST = 4096  # bytes: the end of a log, where its last line is looked for
 PATIENCE = 5.0  # seconds that it may take to end
 LIFETIME = 36_500.0  # days: stages that end with this process must not expire before it
 
@@ -41,8 +47,14 @@ class _Child(NamedTuple):
     """A stage's process, the pipe by which it says that it serves, and the file that takes all else that it says."""
 
     process: subprocess.Popen[bytes]
-    ready: io.FileIO
+    ready: io.FileIO  # ends when the process does
     log: IO[bytes]
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()  # a stage ends with its standard input
+        self.ready.close()
+        self.log.close()
 
 
 class LocalStages:
@@ -52,7 +64,7 @@ class LocalStages:
         checkpoint: of the model.
         split: the layers of each stage, as "6+6", or a number of stages.
         threads: BLAS threads of each stage.
-        progress: is told what is waited for, in a line for people.
+        progress: is told what is waited for, in a line for people; later, of each stage that ended, from a thread.
 
     Raises:
         UsageError, CheckpointError, ManifestError, StageError: a stage cannot be planned or started.
@@ -70,9 +82,16 @@ class LocalStages:
         self._folder = checkpoint.folder
         self._threads = threads
         self._root = MockRoot.generate()
+        self._progress = progress
         self._children: dict[int, _Child] = {}
+        self._restarts: list[Restarts] = []
+        self._counts = [0] * count
+        self._due: dict[int, float] = {}  # when to start a stage again, or to end it because it is not ready
+        self._failure: tuple[str, int] | None = None
         self._open = contextlib.ExitStack()  # what every stage shares
-        self._finish = weakref.finalize(self, _finish, identity(), self._children, self._open)
+        halted, halt = os.pipe()
+        self._supervisor = _Supervisor(threading.Lock(), io.FileIO(halt, "w"), io.FileIO(halted), [])
+        self._finish = weakref.finalize(self, _finish, identity(), self._children, self._supervisor, self._open)
         own(self)
         try:
             self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
@@ -91,6 +110,15 @@ class LocalStages:
             for index in range(count):
                 progress(f"stage {index} of {count} loads its layers")
                 self.wait(index)
+            self._restarts += [Restarts(time.monotonic()) for _ in range(count)]
+            thread = threading.Thread(
+                target=_supervise,
+                args=(weakref.ref(self), self._children, self._supervisor.halted),
+                name="stages",
+                daemon=True,
+            )
+            thread.start()
+            self._supervisor.threads.append(thread)
         except BaseException:
             self.stop()
             raise
@@ -102,11 +130,28 @@ class LocalStages:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the stages, in order."""
+        """Process ids of the stages, in order. One that has ended keeps its place until it is started again."""
         return [child.process.pid for _, child in sorted(self._children.items())]
+
+    @property
+    def restarts(self) -> list[int]:
+        """How often each stage was started again."""
+        return list(self._counts)
+
+    @property
+    def failure(self) -> StageError | None:
+        """Why a stage is not started again, if that is so: a new error each time, for whoever raises it."""
+        failed = self._failure
+        return None if failed is None else StageError(failed[0], stage=failed[1])
 
     def start(self, index: int) -> None:
         """Starts stage `index`, and does not wait."""
+        with self._supervisor.lock, UNFORKED:
+            if self._supervisor.halt.closed:
+                raise StageError(f"stage {index} is not started: its pipeline was closed", stage=index)
+            self._start(index)
+
+    def _start(self, index: int) -> None:
         key = MockKey.generate(self._root, index, int(self.manifest.expires.timestamp() * 1000)).to_json().encode()
         log = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `_end`
         with contextlib.ExitStack() as handed:
@@ -142,7 +187,7 @@ class LocalStages:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    pass_fds=descriptors.values(),
+                    pass_fds=[*descriptors.values(), _above_standard(handed, serving)],
                     start_new_session=True,  # Ctrl-C is for this process, which ends them in order
                 )
             except OSError as error:
@@ -171,17 +216,66 @@ class LocalStages:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise StageError(f"stage {index} runs, but will never say that it serves", stage=index) from None
-        log.seek(0)
-        words = log.read().decode(errors="replace").strip().splitlines()
-        how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
-        message = f"stage {index} {how} before it was ready: {words[-1] if words else 'it said nothing'}"
-        raise _KINDS.get(code, StageError)(message)
+        raise _KINDS.get(code, StageError)(f"stage {index} {_how(code)} before it was ready: {_last_line(log)}")
 
-    def restart(self, index: int) -> None:
-        """Ends stage `index` if it runs, and starts it again at the same address, with a new key; waits for it."""
-        _end([self._children.pop(index)])
-        self.start(index)
-        self.wait(index)
+    def _look(self, heard: list[int]) -> float | None:
+        """What the supervisor does when these stages have said something, or ended. Returns in how many seconds there
+        is more to do; None if that is not known."""
+        for index in heard:
+            if self._supervisor.halt.closed:
+                return None
+            if self._children[index].ready.read(4096):  # it serves
+                self._restarts[index].ready(time.monotonic())
+                self._due.pop(index, None)
+            else:
+                self._buried(index)
+        for index, when in list(self._due.items()):
+            if self._supervisor.halt.closed:
+                return None
+            if when > time.monotonic():
+                continue
+            del self._due[index]
+            if self._children[index].ready.closed:
+                self._start_again(index)
+            else:
+                self._children[index].process.kill()  # it is not ready in time, and that it ended will be heard
+        return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
+
+    def _buried(self, index: int) -> None:
+        """A stage has ended, or is about to."""
+        child = self._children[index]
+        try:
+            code = child.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            code = child.process.wait()
+        if not self._supervisor.halt.closed:  # else it was told to
+            words = _last_line(child.log)
+            child.close()
+            self._decide(index, f"stage {index} {_how(code)}: {words}")
+
+    def _start_again(self, index: int) -> None:
+        try:
+            self.start(index)
+        except (OSError, StageError) as error:
+            if not self._supervisor.halt.closed:
+                self._decide(index, f"stage {index} cannot be started again: {error}")
+            return
+        self._counts[index] += 1
+        self._due[index] = time.monotonic() + READY
+
+    def _decide(self, index: int, what: str) -> None:
+        """Starts a stage again in a while, or gives it up."""
+        now = time.monotonic()
+        wait = self._restarts[index].ended(now)
+        if wait is None:
+            words = f"{what}; it ended early {TRIES} times in a row and is not started again"
+            self._failure = (words, index)
+        else:
+            words = f"{what}; it is started again" + (f" in {wait:g} s" if wait else "")
+            self._due[index] = now + wait
+        with contextlib.suppress(Exception):  # whoever cannot be told does not keep the stage from being started
+            self._progress(words)
 
     def stop(self) -> None:
         """Ends the stages, and waits for them."""
@@ -190,40 +284,82 @@ class LocalStages:
     def disown(self) -> None:
         """In the child of a fork: closes what leads to the stages, which are the parent's and go on."""
         self._finish.detach()
-        for process, ready, log in self._children.values():
-            process.returncode = 0  # it is not this process's to wait for
-            if process.stdin is not None:
-                process.stdin.close()
-            ready.close()
-            log.close()
+        for child in self._children.values():
+            child.process.returncode = 0  # it is not this process's to wait for
+            child.close()
         self._children.clear()
+        self._supervisor.halt.close()
+        self._supervisor.halted.close()
         self._open.close()
 
 
-def _finish(home: bytes, children: dict[int, _Child], shared: contextlib.ExitStack) -> None:
+class _Supervisor(NamedTuple):
+    """What ends the thread that starts stages again. Once `halt` is closed, nothing is started any more."""
+
+    lock: threading.Lock  # while a stage is started, or `halt` closed
+    halt: io.FileIO
+    halted: io.FileIO  # the other end: can be read once `halt` is closed
+    threads: list[threading.Thread]  # none until all stages serve, then one
+
+
+def _supervise(owner: "weakref.ref[LocalStages]", children: dict[int, _Child], halted: io.FileIO) -> None:
+    """The thread that starts stages again. While it waits, it does not keep their `LocalStages` alive."""
+    wait: float | None = None
+    while True:
+        with selectors.PollSelector() as waiting:  # it has no descriptor, which a forked child would inherit
+            waiting.register(halted, selectors.EVENT_READ)
+            for index, child in list(children.items()):
+                if not child.ready.closed:
+                    waiting.register(child.ready, selectors.EVENT_READ, index)
+            heard = [key.data for key, _ in waiting.select(wait)]
+        stages = owner()
+        if stages is None or None in heard:
+            return
+        wait = stages._look(heard)
+        del stages
+
+
+def _finish(home: bytes, children: dict[int, _Child], supervisor: _Supervisor, shared: contextlib.ExitStack) -> None:
     """Ends all stages. Not a method: it also runs once nothing refers to their `LocalStages` any more."""
     if home != identity():  # a fork that Python was not told of
         return
-    _end(list(children.values()))
+    with supervisor.lock:
+        supervisor.halt.close()
+    _end([child.process for child in children.values()])
+    for thread in supervisor.threads:
+        if thread is not threading.current_thread():  # which may be where the last reference is dropped
+            thread.join(PATIENCE)
+    for child in children.values():
+        child.close()
     children.clear()
+    supervisor.halted.close()
     shared.close()
 
 
-def _end(children: list[_Child]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Ends processes together: politely, then by force."""
-    for process, _, _ in children:
+    for process in processes:
         if process.stdin is not None:
             process.stdin.close()  # they end with their standard input
         process.terminate()  # or so, if somebody else holds that pipe open
     until = time.monotonic() + PATIENCE
-    for process, ready, log in children:
+    for process in processes:
         try:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        ready.close()
-        log.close()
+
+
+def _how(code: int) -> str:
+    """How a process ended, by its exit code."""
+    return f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(max(0, log.seek(0, os.SEEK_END) - LAST))
+    words = log.read().decode(errors="replace").strip().splitlines()
+    return words[-1] if words else "it said nothing"
 
 
 def _bound(port: int = 0) -> socket.socket:

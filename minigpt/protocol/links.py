@@ -23,20 +23,21 @@ from attest import (
     Unattested,
     dump_evidence,
 )
-from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
+from minigpt.errors import LateStage, MessageError, RequestRefused, StageError, UnreachableStage, UntrustedStage
 from minigpt.protocol import batches, messages
 from minigpt.protocol.batches import NO_ROWS, Batch, Due, Result
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
 from minigpt.protocol.request import Ask, Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unreachable
+from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unauthentic, Unreachable
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
 from transport.session import SILENCE
 
 PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
 PROBE = 2.0  # seconds that it may take to answer
+_FAILURES = {"attestation": UntrustedStage, "unreachable": UnreachableStage}  # other reasons are a StageError
 HALF_A_RECORD = 0.02  # seconds until the rest of one is looked for: what has come of it would end each wait at once
 
 
@@ -98,13 +99,20 @@ def largest(manifest: Manifest, index: int) -> int:
 
 
 def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget = PROCESS_BUDGET) -> Channel:
-    """Connects to stage `index`. Raises UntrustedStage, or StageError if it cannot be reached."""
+    """Connects to stage `index`. Raises UntrustedStage or UnreachableStage."""
     try:
         return Channel.connect(manifest.stages[index].address, end, deadlines=deadlines, budget=budget)
     except AttestationError as error:
         raise UntrustedStage(f"stage {index}: evidence refused: {error}", stage=index) from error
+    except Unauthentic as error:
+        text = (
+            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
+            f"or another stage answers at {manifest.stages[index].address}, or something between altered the handshake"
+        )
+        raise UntrustedStage(text, stage=index) from error
     except TransportError as error:
-        raise broken(error, index) from error
+        found = broken(error, index)
+        raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error
 
 
 def broken(error: TransportError, index: int) -> StageError:
@@ -117,14 +125,19 @@ def broken(error: TransportError, index: int) -> StageError:
     if isinstance(error, Silent):
         return StageError(f"stage {index} {error}", stage=index)
     if isinstance(error, TimedOut):
-        return StageError(f"stage {index} did not answer in time: {error}", stage=index)
+        return LateStage(f"stage {index} did not answer in time: {error}", stage=index)
     return StageError(f"stage {index} is gone: {error}", stage=index)
 
 
 def failed(failure: Failure) -> StageError:
     """The error that a Failure reports."""
-    kind = UntrustedStage if failure.reason == "attestation" else StageError
-    return kind(failure.text, stage=failure.stage)
+    return _FAILURES.get(failure.reason, StageError)(failure.text, stage=failure.stage)
+
+
+def failure(error: StageError, stage: int) -> Failure:
+    """The Failure that `stage` reports an error with; the error may name another stage."""
+    reason = next((word for word, kind in _FAILURES.items() if isinstance(error, kind)), "failed")
+    return Failure(stage if error.stage is None else error.stage, reason, str(error))
 
 
 class StageLink:

@@ -109,8 +109,12 @@ class Generate:
     # How many ids to guess ahead at most, for greedy decoding; None leaves it to the first stage.
     draft: Annotated[int | None, schema.optional(schema.integer(0, MAX_DRAFT))] = 0
     spans: Annotated[bool, schema.boolean(absent=True)] = False
+    # How many of the last `ids` were generated for this request before, over a link that was lost.
+    delivered: Annotated[int, schema.integer(0, MAX_IDS, absent=True)] = 0
 
     def __post_init__(self) -> None:
+        if self.delivered and not 0 < self.delivered < len(self.ids):
+            raise ValueError(f"{self.delivered} of {len(self.ids)} ids delivered: wanted fewer, as a prompt has one")
         if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
             raise ValueError(f"{self.wanted} wanted: a generation returns tokens one at a time, or logits")
 
@@ -166,7 +170,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`stage` failed, and this ends the channel. `reason` is "attestation" or "failed"."""
+    """`stage` failed, and this ends the channel. `reason` is "attestation", "unreachable" or "failed"."""
 
     stage: Index
     reason: Word
@@ -208,6 +212,7 @@ class StageReport:
     rate: Mean = 0.0  # tokens a second, over the last 10 s
     batch: Mean = 0.0  # sequences in a pass, over the last 10 s
     queue: Count = 0  # requests that wait for a place
+    resumed: Count = 0  # requests since the start that went on after a link was lost; only the first stage counts them
     cache_limit: Count = 0  # bytes that all caches together may have; 0 for no such limit
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
@@ -286,7 +291,10 @@ def _excess(plain: dict[str, object], positions: int) -> int:
     if type(packed) is not bytes or len(packed) % 4 or not 4 * positions < len(packed) <= 4 * MAX_IDS:
         return 0
     plain["ids"] = b""
-    return len(packed) // 4
+    count = len(packed) // 4
+    if type(delivered := plain.get("delivered")) is int and 0 <= delivered < count:
+        del plain["delivered"]  # right of those ids, and not of none
+    return count
 
 
 def shown(message: Message) -> Message:

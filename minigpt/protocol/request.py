@@ -161,6 +161,7 @@ class Replies:
 
     def __init__(self, request: Generate, config: Config, stages: int) -> None:
         self.cancelled = False  # whether a Cancel was sent
+        self.over = False  # whether the end has come, and the link is free for another request
         self._request = request
         self._config = config
         self._spans = stages if request.spans else 0
@@ -174,8 +175,10 @@ class Replies:
             reason = self._reason or (Reason.CANCELLED if self.cancelled else None)
             if message.reason is not reason:
                 raise self._illegal(f'an end by "{message.reason}"', f'one by "{reason}"' if reason else "more tokens")
+            self.over = True
             return
         if isinstance(message, Refusal) and self._reason is None:
+            self.over = True
             raise messages.refused(message)
         kind = Logits if self._request.wanted is Wanted.LOGITS else Tokens
         if self._reason is not None or not isinstance(message, kind):

@@ -34,15 +34,15 @@ def _same(value: Any) -> Any:
     return value
 
 
-def integer(low: int, high: int) -> Field:
-    """An integer from low to high; a bool is not one."""
+def integer(low: int, high: int, *, absent: bool = False) -> Field:
+    """An integer from low to high; a bool is not one. `absent` leaves a 0 out."""
 
     def decode(value: object) -> int:
         if type(value) is not int or not low <= value <= high:
             raise _wrong(value, f"an integer from {low} to {high}")
         return value
 
-    return Field(_same, decode)
+    return Field(_same, decode, absent)
 
 
 def number(low: float, high: float) -> Field:

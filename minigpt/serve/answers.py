@@ -36,6 +36,7 @@ class Part:
     text: str = ""
     logprobs: dict[str, Any] | None = None
     finish: str | None = None
+    resumed: int = 0  # how often, with the end
     spans: list[dict[str, float]] | None = None
 
 
@@ -95,7 +96,8 @@ class Answer:
                             yield self._part(index, piece, names)
                         else:
                             empty = names.logprobs([]) if self._options["logprobs"] else None
-                            yield Part(index, logprobs=empty, finish=_FINISH[piece.reason])
+                            finish = _FINISH[piece.reason]
+                            yield Part(index, logprobs=empty, finish=finish, resumed=piece.resumed)
 
     def _part(self, index: int, piece: Piece, names: "_Names") -> Part:
         now, metrics = time.perf_counter(), self.service.metrics
@@ -116,14 +118,19 @@ class Answer:
         texts: dict[int, list[str]] = {}
         logprobs: dict[int, dict[str, Any] | None] = {}
         finish: dict[int, str | None] = {}
+        resumed: dict[int, int] = {}
         async with aclosing(self.parts()) as parts:
             async for part in parts:
                 texts.setdefault(part.index, []).append(part.text)
                 logprobs[part.index] = _joined(logprobs.get(part.index), part.logprobs)
                 finish[part.index] = part.finish
+                resumed[part.index] = part.resumed
         choices = [self._choice(i, "".join(text), logprobs[i], finish[i]) for i, text in texts.items()]
         if self.body.minigpt is not None:
-            choices = [choice | {"minigpt": {"seed": seed}} for choice, seed in zip(choices, self.seeds, strict=True)]
+            choices = [
+                choice | {"minigpt": {"seed": self.seeds[choice["index"]], "resumed": resumed[choice["index"]]}}
+                for choice in choices
+            ]
         return self._around(choices) | {"usage": self.usage}
 
     async def events(self, parts: AsyncIterator[Part], first: Part) -> AsyncGenerator[str]:
@@ -151,7 +158,7 @@ class Answer:
     def _extension(self, part: Part) -> dict[str, Any]:
         assert self.body.minigpt is not None
         if part.finish is not None:
-            return {"seed": self.seeds[-1]}
+            return {"seed": self.seeds[-1], "resumed": part.resumed}
         return {"spans": [part.spans]} if self.body.minigpt.spans else {}
 
     def _event(self, choices: list[dict[str, Any]], usage: bool, **more: Any) -> str:

@@ -77,6 +77,7 @@ def build(service: Service, chat: Templates) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        service.check_stages()
         return {"status": "ok"}
 
     @app.get("/ready", response_model=None)

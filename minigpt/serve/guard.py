@@ -236,7 +236,7 @@ def lines(fmt: str, show: Callable[[str], None]) -> Callable[[dict[str, Any]], N
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             show(json.dumps({"time": now, **fields}))
         else:
-            words = [str(fields.pop(name)) for name in ("method", "path", "status")]
+            words = [str(fields.pop(name)) for name in ("message", "method", "path", "status") if name in fields]
             show(" ".join([*words, *(f"{name}={value}" for name, value in fields.items())]))
 
     return write

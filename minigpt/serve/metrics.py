@@ -25,6 +25,7 @@ _GAUGES = {  # by the field of a report
 _COUNTERS = {
     "steps": ("steps", "passes asked for since the stage started."),
     "tokens": ("tokens", "tokens drawn since then, for passes through this stage."),
+    "resumed": ("resumed", "requests since then that went on after a link was lost."),
 }
 
 
@@ -34,12 +35,21 @@ class _Stages(Collector):
 
     def __init__(self) -> None:
         self.reports: Sequence[StageReport] = ()
+        self.restarts: Sequence[int] = ()
 
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("minigpt_stage_up", "Whether the stage answers.", labels=["stage"])
         for report in self.reports:
             up.add_metric([str(report.stage)], not report.error)
         yield up
+        again = CounterMetricFamily(
+            "minigpt_stage_restarts",
+            "How often the stage ended and was started again; of local stages.",
+            labels=["stage"],
+        )
+        for stage, count in enumerate(self.restarts):
+            again.add_metric([str(stage)], count)
+        yield again
         for kind, fields in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for field, (name, words) in fields.items():
                 family = kind(f"minigpt_stage_{name}", f"As the stage reports: {words}", labels=["stage"])
@@ -64,6 +74,9 @@ class Metrics:
         )
         self.prompt_tokens = Counter("minigpt_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.tokens = Counter("minigpt_generated_tokens", "Tokens generated for requests.", registry=registry)
+        self.resumed = Counter(
+            "minigpt_resumed", "Times that an answer went on after a link or a stage had died.", registry=registry
+        )
         self.first = Histogram(
             "minigpt_time_to_first_token_seconds", "From request to first token, with the wait in the queue.",
             buckets=_SECONDS, registry=registry,
@@ -89,7 +102,7 @@ class Metrics:
         for link, span in enumerate(spans[:-1]):  # the last stage has no next one
             self._link.labels(link).inc(span.bytes)
 
-    def show(self, reports: Sequence[StageReport]) -> bytes:
+    def show(self, reports: Sequence[StageReport], restarts: Sequence[int]) -> bytes:
         """All of it, in Prometheus's text format."""
-        self._stages.reports = reports
+        self._stages.reports, self._stages.restarts = reports, restarts
         return generate_latest(self.registry)

@@ -55,6 +55,8 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, RequestRefused):
         if error.reason == "busy":
             return Problem(429, str(error), code="busy")
+        if error.reason == "draining":
+            return Problem(503, str(error), code="pipeline_unavailable", stage=error.stage)
         return Problem(400, str(error), code=error.reason)
     if isinstance(error, UsageError):
         return Problem(400, str(error))

@@ -102,12 +102,14 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or Ctrl-C; answers under way are finished first."""
+    """Serves until SIGTERM or Ctrl-C; answers under way are finished first, unless either comes again."""
 
     def __init__(self, app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> None:
         """`ready` gets the address once it is served."""
         # Nothing of uvicorn's is logged but what stops it: of a request, only our own line is.
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        logger = logging.getLogger("uvicorn.error")
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(_is_news)
         super().__init__(
             uvicorn.Config(
                 app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
@@ -125,10 +127,19 @@ class Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.force_exit = self.should_exit  # uvicorn's own takes only Ctrl-C for an end at once
+        super().handle_exit(sig, frame)
+
     def serve_until_told(self) -> None:
         """uvicorn raises the signal that ended it again: SIGTERM is then the usual end, and no death."""
         signal.signal(signal.SIGTERM, lambda _number, _frame: None)
         self.run()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Answers that are cut off at the end are no failure, and worth no traceback."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def read_key(options: argparse.Namespace) -> str | None:

@@ -45,9 +45,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why an answer ended; always what comes last."""
+    """Why an answer ended, and how often it was resumed; always what comes last."""
 
     reason: Reason
+    resumed: int
 
 
 class Service:
@@ -181,9 +182,10 @@ class Service:
                         return
                     put(Piece(token, generation.spans[-1]))
                 assert generation.reason is not None
-                put(End(generation.reason))
+                put(End(generation.reason, len(generation.interruptions)))
             finally:
                 generation.close()
+                self.metrics.resumed.inc(len(generation.interruptions))
 
         def ended(_: object) -> None:
             self.running -= 1
@@ -234,11 +236,17 @@ class Service:
                 reports = await self.reports()
         except TimeoutError:
             reports = tuple(StageReport(entry.index, NOT_TOLD, "failed") for entry in self.pipeline.manifest.stages)
-        return self.metrics.show(reports)
+        return self.metrics.show(reports, self.pipeline.restarts)
+
+    def check_stages(self) -> None:
+        """Raises Problem if a stage of our own is not started again: only a new process can help then."""
+        if (failure := self.pipeline.failure) is not None:
+            raise Problem(503, str(failure), code="not_ready", stage=failure.stage)
 
     async def check(self) -> None:
         """Raises Problem unless every stage answers, with accepted evidence, and a token came within the last 30 s: for
         a request, or else for this."""
+        self.check_stages()
         for report in await self.reports():
             if report.error not in ("", NOT_ASKED):
                 raise Problem(503, f"stage {report.stage}: {report.error}", code="not_ready", stage=report.stage)

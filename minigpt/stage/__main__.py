@@ -1,8 +1,8 @@
 """A stage process: `python -m minigpt.stage --manifest FILE --index I`.
 
-It reads the manifest, loads its own layers, checks their digest, and serves until SIGTERM. It prints one line on
-standard output when it is ready, and logs to standard error what an operator needs: never a prompt, a token or a key.
-Launchers start it with `minigpt.launch.isolated`, so that no code runs in it that is not measured.
+It reads the manifest, loads its own layers, checks their digest, and serves until it is told to end (`ending`). It
+prints one line on standard output when it is ready, and logs to standard error what an operator needs: never a prompt,
+a token or a key. Launchers start it with `minigpt.launch.isolated`, so that no code runs in it that is not measured.
 
 This module imports no NumPy before `main` has read --threads, because the BLAS library counts its threads at import.
 """
@@ -17,11 +17,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 import minigpt
 from minigpt.cli.values import blame, descriptor, few, natural, option, place, positive, seconds
 from minigpt.errors import MiniGPTError, shortage
 from minigpt.stage import streams
+from minigpt.stage.ending import Ending, leave
 
 log = logging.getLogger("minigpt.stage")
 
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)
     add("--message-timeout", "S", "seconds that a message may take once it has begun", seconds, 60.0)
     add("--idle-timeout", "S", "seconds that a channel may be silent", seconds, 3600.0)
+    add("--drain", "S", "seconds that answers may still take after SIGTERM; a second one ends them", seconds, 30.0)
     add(
         "--turns",
         "FILE|fd:N",
@@ -76,7 +79,17 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a stage, and ends the process with its exit code: nothing that is registered to run at exit does."""
+    try:
+        code = _main(argv)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     """Runs a stage; returns its exit code."""
     closed = streams.open_standard()
     try:
@@ -98,12 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning(
             "not isolated: sitecustomize, .pth files and PYTHON variables may have run code here that is not measured"
         )
-    ending = Ending()
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: ending.begin())
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a parent may have blocked SIGTERM, and children inherit that
     minigpt.set_threads(options.threads)
 
     try:
+        ending = Ending(options.drain)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a parent may have blocked SIGTERM, and children inherit that
         from attest import AttestationError
         from transport.errors import TransportError
 
@@ -111,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threading.Thread(target=_end_with_stdin, args=(ending,), name="standard input", daemon=True).start()
         from minigpt.stage.process import run  # only now, because it may raise these errors
 
-        run(options, exposed, ending.replace)
+        run(options, exposed, ending)
     except KeyboardInterrupt:
         return 130
     except (MemoryError, ImportError, RuntimeError, SystemError) as error:
@@ -121,19 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", blame(str(error), options.from_environment) if error.exit_code <= 2 else error)
         return error.exit_code
     return 0
-
-
-class Ending:
-    """How this process ends: at once, until something replaces that by an end in order."""
-
-    def __init__(self) -> None:
-        self._act: Callable[[], object] = lambda: os._exit(0)
-
-    def replace(self, act: Callable[[], object]) -> None:
-        self._act = act
-
-    def begin(self) -> None:
-        self._act()
 
 
 def lock_down() -> str:
@@ -159,4 +158,4 @@ def _end_with_stdin(ending: Ending) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

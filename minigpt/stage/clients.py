@@ -51,6 +51,8 @@ class ClientConversation(Conversation):
         except RequestRefused as error:
             if error.stage != self._stage.index:
                 self._forget()  # this stage has computed what a later one refused
+                if error.reason == "draining":  # nothing can go on from what that stage has
+                    self._stage.places.clear(0.0, lambda: None)
             self._send(channel, messages.refusal(error))
             return
         except StageError:
@@ -65,6 +67,8 @@ class ClientConversation(Conversation):
         """Runs a request to its end. One that a later stage has no place for waits once more. Raises _Cancelled."""
         stage, told = self._stage, False
         answers = stage.schedule.run(self._begun(channel, request), request, lambda: self._check_client(channel))
+        if request.delivered and not again:
+            stage.layers.meter.note_resumed()
         try:
             while True:
                 answer = next(answers)
@@ -87,6 +91,7 @@ class ClientConversation(Conversation):
         Raises RequestRefused if it fits nowhere or asks for what cannot be had, _Cancelled if the client leaves the
         queue.
         """
+        self._stage.places.refuse_if_draining()
         self._stage.schedule.look_at_link()
         model = self._stage.model
         known = self._place.sequence if self._place is not None else None

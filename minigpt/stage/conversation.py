@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from attest import AttestationError
 from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
-from minigpt.protocol import messages
-from minigpt.protocol.messages import Failure, Message, StageReport
+from minigpt.protocol import links, messages
+from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
@@ -81,6 +81,8 @@ class Conversation:
     def _serve(self, channel: Channel) -> None:
         try:
             while not self._stage.stopping.is_set():
+                if self._stage.places.draining and self._rests():
+                    return
                 self._enter(State.IDLE)
                 self._turn(channel)
             raise self._stopped()
@@ -134,12 +136,27 @@ class Conversation:
 
     # The end.
 
+    def _rests(self) -> bool:
+        """Whether a channel on which nothing is asked can be closed without harm to an answer."""
+        return True
+
+    def drained(self) -> bool:
+        """Called by another thread, while the process drains: closes the channel if no answer needs it. Whether none
+        does; a handshake that is under way needs nothing."""
+        if self.state is State.IDLE and self._rests():
+            assert self._channel is not None, "whoever is idle has shaken hands"
+            self._channel.close()
+            return True
+        return self.state in (State.OPENING, State.ENDING)
+
     def stop(self) -> None:
         """Called by another thread: ends the channel now if it is idle, and wakes it up otherwise."""
         channel = self._channel
-        if channel is not None and self.state is State.IDLE:
+        if channel is None:
+            hang_up(self._sock)
+        elif self.state is State.IDLE:
             channel.close()
-        elif channel is not None:
+        else:
             channel.deafen()
 
     def turn_out(self) -> None:
@@ -152,9 +169,7 @@ class Conversation:
 
     def _fail(self, channel: Channel, error: StageError) -> None:
         """Tells the peer what failed, and in which stage; the channel ends with it."""
-        reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
-        stage = self._stage.index if error.stage is None else error.stage
-        self._send(channel, Failure(stage, reason, str(error)))
+        self._send(channel, links.failure(error, self._stage.index))
 
     def _send(self, channel: Channel, message: Message) -> None:
         channel.send(messages.encode(message))

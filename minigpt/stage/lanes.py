@@ -44,6 +44,9 @@ class Lanes:
         self._open: dict[int, tuple[Sequence, Place]] = {}
         self._next = 0  # the number of the lane that will be opened next
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def take(self, batch: Batch) -> Taken:
         """Ends and opens the batch's lanes, and checks its segments. Raises MessageError."""
         self.end(batch.ended)

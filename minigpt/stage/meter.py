@@ -35,6 +35,12 @@ class Meter:
         self.passes = 0
         self.sequences = 0  # of all passes
         self.tokens = 0
+        self.resumed = 0  # requests
+
+    def note_resumed(self) -> None:
+        """Counts a request that goes on after a link was lost."""
+        with self._lock:
+            self.resumed += 1
 
     def note(self, sequences: int, tokens: int) -> None:
         """Counts a pass of so many sequences, for which so many tokens were drawn."""

@@ -64,6 +64,7 @@ class Places:
         self._waiting: list[_Waiting] = []
         self._seconds = 1.0  # that a request has a place, on average
         self._changed = threading.Condition(self._lock)
+        self.draining = False
 
     @property
     def waiting(self) -> int:
@@ -89,11 +90,12 @@ class Places:
             size: bytes.
             check: called every `LOOK` seconds; what it raises ends the wait.
 
-        Raises RequestRefused if the queue is full, or the size is more than all places have.
+        Raises RequestRefused if the queue is full, the size is more than all places have, or the process drains.
         """
         self._possible(size)
         mine = _Waiting(who, size)
         with self._lock:
+            self.refuse_if_draining()
             self._waiting.append(mine)
             dropped, admitted = self._admit()
             refused = None
@@ -106,6 +108,8 @@ class Places:
                 raise refused
             while not mine.admitted.wait(LOOK):
                 check()
+            if mine.place is None:
+                self.refuse_if_draining()
         except BaseException:
             with self._lock:
                 if mine in self._waiting:
@@ -122,9 +126,24 @@ class Places:
         """A place at once, for a sequence that has one in the stage before. Raises RequestRefused."""
         self._possible(size)
         with self._lock:
+            self.refuse_if_draining()
             if len(self._held) >= self._sequences or self._bytes() + size > self.total:
                 raise self._busy()
             return self._new("", size)
+
+    def drain(self) -> None:
+        """Gives no place to anybody any more: whoever waits is refused, and so is whoever asks."""
+        with self._lock:
+            self.draining = True
+            waiting, self._waiting = self._waiting, []
+        for mine in waiting:
+            mine.admitted.set()
+
+    def refuse_if_draining(self) -> None:
+        """Raises RequestRefused once this process takes nothing new."""
+        if self.draining:
+            text = f"stage {self._stage} is shutting down and takes nothing new: connect again"
+            raise RequestRefused(text, reason="draining", stage=self._stage)
 
     def clear(self, patience: float, check: Callable[[], None]) -> None:
         """Drops all that rest. If none does, waits `patience` seconds at most until one does, or a place is free."""

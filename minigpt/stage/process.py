@@ -16,6 +16,7 @@ from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
 from minigpt.stage import streams
+from minigpt.stage.ending import Ending
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -31,12 +32,12 @@ T = TypeVar("T")
 Load = Callable[[str | int, int], bytes]
 
 
-def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[[], object]], None]) -> None:
+def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     """Loads what the options name, and serves.
 
     Args:
         exposed: what could not be locked down, for `status`.
-        end_with: is given what ends the serving, from any thread, once there is something to end.
+        ending: is told when there is something to end in order.
     """
     blas = threads.native()
     own()  # now: while a stage waits for its manifest, its files may be changed
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
     stage = Stage(manifest, entry.index, model, attester, limits, cores)
     server = Server(stage, exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
-    end_with(listener.close)  # and `serve` returns
+    ending.serving(listener.close)  # and `serve` returns
     try:
         line = f"stage {entry.index} ready: {layers}, {listener.address}"
         if options.ready is None:
@@ -79,7 +80,9 @@ def run(options: argparse.Namespace, exposed: str, end_with: Callable[[Callable[
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         stage.open_ahead()
         server.serve(listener)
+        server.drain(options.drain, ending.now)
     finally:
+        ending.begin()
         listener.close()
         server.stop()
         log.info("ended")

@@ -20,6 +20,7 @@ from transport.errors import TimedOut
 
 log = logging.getLogger("minigpt.stage")
 
+LOOK = 0.05  # seconds between two looks at what still goes on while the process drains
 YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
 M_ARENA_MAX = -8  # of malloc.h
 CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
@@ -135,6 +136,28 @@ class Server:
         with self._lock:
             self.open.pop(number, None)
 
+    def drain(self, seconds: float, now: threading.Event) -> None:
+        """Refuses what is new, and lets answers under way end: for so many seconds, or until `now` is set."""
+        until = time.monotonic() + seconds
+        if now.is_set():
+            return
+        self.stage.places.drain()
+        what = "answers under way" if self.stage.index == 0 else "links in use"
+        left = self._undrained()
+        log.info("draining: %s: %d", what, left)
+        while left and time.monotonic() < until and not now.wait(LOOK):
+            left = self._undrained()
+        if left:
+            log.warning("cut off after %.0f s: %s: %d", time.monotonic() - until + seconds, what, left)
+        else:
+            log.info("drained")
+
+    def _undrained(self) -> int:
+        """Closes what no answer needs. How many channels one does need."""
+        with self._lock:
+            conversations = list(self.open.values())
+        return sum(not conversation.drained() for conversation in conversations)
+
     def stop(self, patience: float = 2.0) -> None:
         """Ends every channel, at the next token if it is generating; waits `patience` seconds at most."""
         self.stage.stop()
@@ -163,6 +186,7 @@ class Server:
             rate=meter.rate(now),
             batch=meter.batch(now),
             queue=self.stage.places.waiting,
+            resumed=meter.resumed,
             cache_limit=self.stage.places.total,
             exposed=self._exposed,
         )

@@ -112,9 +112,15 @@ def set_up(name: str) -> None:
     except RuntimeError:
         sys.exit(f"{name}: the system gives this process no threads")
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
-    for stream in streams:
-        atexit.register(stream.drain)
+    atexit.register(drain)
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(levelname)s %(message)s")
+
+
+def drain() -> None:
+    """Waits a moment until what was printed and logged has been passed on, if these streams were set up."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Stream):
+            stream.drain()
 
 
 def open_standard() -> list[int]:

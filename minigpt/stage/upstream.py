@@ -5,6 +5,7 @@ batch can be computed here while the next stage computes another.
 """
 
 import logging
+import math
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ log = logging.getLogger("minigpt.stage")
 
 MOST = 4  # batches under way on one link; a stage before this one has two
 LOOK = 1.0  # seconds
+QUIET = 2.0  # seconds without a step, after which a link that drains is taken to have no answer under way
 
 
 class _Sent(NamedTuple):
@@ -53,6 +55,7 @@ class UpstreamConversation(Conversation):
         self._sent: deque[_Sent] = deque()
         self._owed: Due | None = None  # while answers come back by the other thread
         self._lock = threading.Lock()  # of the order of answers
+        self._worked = -math.inf  # when a step was last computed, here or in a later stage
 
     def _answer(self, channel: Channel, plain: Any) -> None:
         if type(plain) is list:
@@ -83,6 +86,7 @@ class UpstreamConversation(Conversation):
                     self._tell(channel, taken.results)
             return
         hidden, results, computed = layers.compute(taken.parts)
+        self._worked = time.monotonic()
         if layers.model.is_last:
             own = Span(computed, 0.0, 0.0, 0.0, 0.0)
             self._tell(channel, taken.merge(with_spans(taken, results, own)))
@@ -111,6 +115,7 @@ class UpstreamConversation(Conversation):
                 results = link.receive_answers()
                 with self._lock:
                     sent = self._sent.popleft()
+                    self._worked = time.monotonic()
                     own = span(sent.computed, time.perf_counter() - sent.sent, sent.traffic, link.traffic)
                     self._tell(channel, sent.taken.merge(with_spans(sent.taken, list(results), own)))
                     while self._sent and self._sent[0].link is None:
@@ -131,6 +136,11 @@ class UpstreamConversation(Conversation):
                 self._fail(channel, StageError(f"{self._here} failed inside: its log says where"))
         finally:
             channel.deafen()  # nothing can be answered any more
+
+    def _rests(self) -> bool:
+        # The stage before keeps lanes of which nobody asks anything, so this one cannot tell which have an answer
+        # under way. What is refused is no sign of one: those who are refused ask again.
+        return not self._sent and (not self._lanes or time.monotonic() - self._worked > QUIET)
 
     def _tell(self, channel: Channel, results: list[Result]) -> None:
         channel.send(batches.encode_answers(results))

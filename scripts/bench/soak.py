@@ -9,13 +9,17 @@ Each client asks again and again, for texts of random lengths after prompts of r
     disconnect  leaves in the middle without a word
 
 Every request must end with its text or with an accurate error: "busy" is one, since a pipeline has only so many places.
+With --kill S, every S seconds or so a stage is killed (kill -9), or stopped for up to 20 seconds. Answers must then go
+on; that stages died twice during one, or that the link of a client that has no other was lost, are accurate errors too.
+
 Stages must stay as they are: the median of their memory (RSS), threads and descriptors in the last quarter of the time
 is compared with that in the second. It exits with code 1, and says why, if
 
     - a request ended in any other way, or did not end within --patience;
     - more than --differ of the compared texts differ. Sequences that are computed together differ in their last bits
       from one that is computed alone, which decides a near tie;
-    - a stage died, or its memory, threads or descriptors grew more than --memory, --threads or --descriptors allow.
+    - a stage died, or its memory, threads or descriptors grew more than --memory, --threads or --descriptors allow; or,
+      with --kill, those of this process, the client.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import statistics
 import sys
 import threading
@@ -37,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 
 import minigpt  # before NumPy, whose threads it sets
 from minigpt.client.text import make_request
-from minigpt.errors import RequestRefused, StageError
+from minigpt.errors import MessageError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import links
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.messages import Done, Tokens
@@ -48,6 +53,7 @@ KINDS = {"compare": 4, "whole": 4, "cancel": 2, "stall": 1, "disconnect": 1}  # 
 FIXED = 16  # prompts whose texts are compared
 STALL = 3.0  # seconds at most
 AGAIN = 0.1  # seconds after which a client that found no place asks again
+STOPPED = 20.0  # seconds at most for which a stage is stopped: it counts as dead after 15
 
 
 class Sample(NamedTuple):
@@ -90,6 +96,7 @@ class Clients:
         self.slowest = 0.0  # seconds that a request took
         self._pipeline = pipeline
         self._patience = options.patience
+        self._killed = options.kill > 0
         self._until = 0.0
         self._lock = threading.Lock()
         self._asked: dict[int, float] = {}  # when each client's request began that has not ended
@@ -145,8 +152,8 @@ class Clients:
             try:
                 outcome = getattr(self, f"_{kind}")(chance)
             except Exception as error:  # whatever it is, it is counted
-                accurate = isinstance(error, RequestRefused) and error.reason == "busy"
-                outcome = "busy" if accurate else type(error).__name__
+                accurate = self._accurate(kind, error)
+                outcome = accurate or type(error).__name__
                 failure = "" if accurate else f"{kind}: {outcome}: {error}"
                 pause = AGAIN
             with self._lock:
@@ -156,6 +163,16 @@ class Clients:
                 if failure:
                     self.failures.append(failure)
             time.sleep(pause)
+
+    def _accurate(self, kind: str, error: Exception) -> str:
+        """What an error says, if a request may end with it; otherwise ""."""
+        if isinstance(error, RequestRefused):
+            return error.reason if error.reason == "busy" else ""
+        if not self._killed or not isinstance(error, StageError) or isinstance(error, MessageError | UntrustedStage):
+            return ""
+        if kind in ("stall", "disconnect"):  # by a bare link, which nobody makes again
+            return "link lost"
+        return "died twice" if "has died 2 times" in str(error) else ""
 
     def _count(self, tokens: int) -> None:
         with self._lock:
@@ -238,10 +255,41 @@ def grown(name: str, values: Sequence[float], allowed: Tolerance, unit: float = 
     return words, after > allowed(before)
 
 
+class Trouble:
+    """Kills and stops stages, until it is told to end."""
+
+    def __init__(self, pipeline: minigpt.Pipeline, every: float, chance: random.Random) -> None:
+        self.counts: Counter[str] = Counter()
+        self._pipeline = pipeline
+        self._every = every
+        self._chance = chance
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._every * self._chance.uniform(0.5, 1.5)):
+            victim = self._chance.choice(self._pipeline.pids)
+            with suppress(ProcessLookupError):
+                if self._chance.random() < 0.75:
+                    os.kill(victim, signal.SIGKILL)
+                    self.counts["killed"] += 1
+                else:
+                    os.kill(victim, signal.SIGSTOP)
+                    self._ended.wait(self._chance.uniform(1.0, STOPPED))
+                    os.kill(victim, signal.SIGCONT)
+                    self.counts["stopped"] += 1
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
 def soak(options: argparse.Namespace) -> list[str]:
     """Prints the summary; returns what is wrong."""
     wrong = []
-    samples: list[list[Sample]] = [[] for _ in range(options.stages)]
+    watched = ["this process"] if options.kill else [f"stage {index}" for index in range(options.stages)]
+    samples: list[list[Sample]] = [[] for _ in watched]
     with minigpt.Pipeline.local(
         options.model, options.stages, timeout=options.patience, connections=options.clients
     ) as pipeline:
@@ -251,17 +299,27 @@ def soak(options: argparse.Namespace) -> list[str]:
         clients.start(seconds)
         print(f"{options.clients} clients of {options.stages} stages ask for {seconds:.0f} s", flush=True)
         hung: list[float] = []
-        while (left := began + seconds - time.monotonic()) > 0 and not hung and all(map(_runs, pipeline.pids)):
-            for stage, pid in enumerate(pipeline.pids):
+        trouble = Trouble(pipeline, options.kill, random.Random(options.seed)) if options.kill else None
+        while (left := began + seconds - time.monotonic()) > 0 and not hung:
+            pids = [os.getpid()] if options.kill else pipeline.pids
+            if not all(map(_runs, pids)):
+                break
+            for found, pid in zip(samples, pids, strict=True):
                 with suppress(OSError):  # it has died this moment
-                    samples[stage].append(look(pid))
+                    found.append(look(pid))
             time.sleep(min(options.every, left))
             hung = clients.hung
+        if trouble is not None:
+            trouble.end()
+            print("stages " + " and ".join(f"{how} {count} times" for how, count in trouble.counts.items()))
         if not clients.join() or hung:
             wrong.append(f"requests did not end within {options.patience:.0f} s")
         took = time.monotonic() - began
-        dead = [stage for stage, pid in enumerate(pipeline.pids) if not _runs(pid)]
+        dead = [stage for stage, pid in enumerate(pipeline.pids) if not _runs(pid) and not options.kill]
         wrong += [f"stage {stage} has died" for stage in dead] or _after(pipeline)
+        pids = pipeline.pids
+    if left := [pid for pid in pids if _runs(pid)]:
+        wrong.append(f"{len(left)} stages were left behind")
     outcomes = Counter(clients.outcomes)  # a client that hung may still end
     counted = ", ".join(f"{count} {kind}" for kind, count in outcomes.most_common())
     print(f"{took:.0f} s: {outcomes.total()} requests, {clients.tokens} tokens, {clients.tokens / took:.1f} tokens/s")
@@ -273,9 +331,9 @@ def soak(options: argparse.Namespace) -> list[str]:
         wrong.append(f"{clients.differ} of {clients.compared} texts differ, allowed are {100 * options.differ:g} %")
     if not clients.compared:
         wrong.append("no text was compared: give it more minutes")
-    for stage, looks in enumerate(samples):
+    for name, looks in zip(watched, samples, strict=True):
         if len(looks) < 8:
-            wrong.append(f"stage {stage} was looked at {len(looks)} times, wanted at least 8: give it more minutes")
+            wrong.append(f"{name} was looked at {len(looks)} times, wanted at least 8: give it more minutes")
             continue
         figures = [
             grown("memory MB", [one.memory for one in looks], lambda was: was * (1 + options.memory), 1e6),
@@ -286,8 +344,8 @@ def soak(options: argparse.Namespace) -> list[str]:
             figures.append(grown("descriptors", counts, lambda was: was + options.descriptors))
         else:
             figures.append(("descriptors may not be counted", False))
-        print(f"stage {stage}: " + ", ".join(words for words, _ in figures))
-        wrong += [f"stage {stage} grew: {words}" for words, more in figures if more]
+        print(f"{name}: " + ", ".join(words for words, _ in figures))
+        wrong += [f"{name} grew: {words}" for words, more in figures if more]
     return wrong
 
 
@@ -315,6 +373,7 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks at the stages (2)")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a request may take (120)")
     parser.add_argument("--differ", type=float, default=0.05, help="share of compared texts that may differ (0.05)")
+    parser.add_argument("--kill", type=float, default=0.0, help="seconds between two deaths of stages (0: none dies)")
     parser.add_argument("--memory", type=float, default=0.1, help="share by which memory may grow (0.1)")
     parser.add_argument("--threads", type=int, default=4, help="by how many threads may grow (4)")
     parser.add_argument("--descriptors", type=int, default=4, help="by how many descriptors may grow (4)")

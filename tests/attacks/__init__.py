@@ -15,6 +15,7 @@
     host.py         attacks 20, 46, 51 to 53, 55: what only the host can do
     gateway.py      attacks 60 to 63: on `minigpt serve`
     batches.py      attacks 64 to 71: on what many clients share
+    resume.py       attacks 72 to 77: on clients that go on after a death
 
 An attack is one function with the decorator `attack`. It returns what was `Seen` at both ends, or raises `Survived`:
 the attack did what it must not. "Dead" means: the connection is closed, what was delivered is at most a true prefix
@@ -88,6 +89,7 @@ def require(holds: object, what: str) -> None:
 def everything() -> None:
     """Imports every module with attacks, so that all are registered."""
     for name in (
-        "handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host", "gateway", "batches"
+        "handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host", "gateway", "batches",
+        "resume",
     ):  # fmt: skip
         importlib.import_module(f"attacks.{name}")

@@ -47,7 +47,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
                 pipeline.status()
             for number, ids in enumerate(requests):
                 tokens.append([])
-                for token in pipeline.generate(ids, max_tokens=most, draft=0, **sampling):
+                for token in pipeline.generate(ids, max_tokens=most, **{"draft": 0} | sampling):
                     tokens[-1].append(token.id)
                 if forked and number == 0:
                     tokens[:0] = in_a_fork(pipeline, forked, most)

@@ -212,7 +212,7 @@ def test_a_dead_stage_is_named_by_status_and_by_generate(tmp_path: Path) -> None
         status = run("status", "--manifest", str(stages.path), "--allow-mock", code=4)
         assert "stage 1 cannot be reached" in status.stdout
         assert "not asked" in status.stdout.splitlines()[2]
-        done = run("generate", "1 2 3", "--manifest", str(stages.path), "--allow-mock", code=4)
+        done = run("generate", "1 2 3", "--manifest", str(stages.path), "--allow-mock", "--retry-for", "0", code=4)
         assert "stage 1 cannot be reached" in done.stderr
 
 

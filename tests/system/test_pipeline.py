@@ -31,6 +31,7 @@ from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedS
 from minigpt.protocol import batches, links
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
 from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
 from minigpt.protocol.request import Ask, Keywords, Options
 from minigpt.stage.layers import Layers, Part
@@ -149,7 +150,7 @@ def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Sta
         elif ended == "refused":
             for _ in range(3):
                 with pytest.raises(RequestRefused):
-                    list(made._answers(Generate(0, (10**6,), 3)))
+                    list(made._answers(Generate(0, (10**6,), 3), []))
         else:
             next(generation)
         if ended == "closed":
@@ -641,7 +642,8 @@ def test_a_stage_with_another_manifest_completes_no_handshake(folder: Path, tmp_
     with Stages(folder, "4", tmp_path) as stages:
         other = stages.bytes.replace(b'"id": "small"', b'"id": "smalL"')
         stages.start(0)
-        with pytest.raises(StageError, match="the ends differ in prologue"):
+        own = Manifest.parse(other).digest.hex()
+        with pytest.raises(UntrustedStage, match=f"stage 0 has another manifest than this end, whose sha256 is {own}"):
             Pipeline.connect(other, allow_mock=True)
 
 
@@ -717,7 +719,7 @@ def test_stages_that_share_a_machine_compute_in_turns(folder: Path, tmp_path: Pa
 def test_a_stage_that_dies_at_any_token_is_named_at_once(folder: Path, tmp_path: Path, victim: int) -> None:
     with Stages(folder, "1+2+1", tmp_path) as stages:
         stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
             wanted = ids(made.generate(IDS[:5], max_tokens=150, draft=0))  # so many that none of them is the last
             for token in range(5):
                 running = made.generate(IDS[:5], max_tokens=150, draft=0)
@@ -757,7 +759,7 @@ def test_a_stage_that_hangs_is_named_by_the_one_before_it(folder: Path, tmp_path
     with Stages(folder, "1+2+1", tmp_path) as stages:
         for index in (2, 1, 0):
             stages.start(index, "--answer-timeout", "3")
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
             running = made.generate(IDS[:5], max_tokens=150, draft=0)
             next(running)
             stages.processes[2].send_signal(signal.SIGSTOP)
@@ -843,8 +845,8 @@ def test_sigterm_at_any_moment_ends_a_stage_without_a_word(folder: Path, tmp_pat
 
 def test_a_stage_ends_cleanly_on_sigterm_and_its_client_is_told(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "2+2", tmp_path) as stages:
-        stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        stages.start_all("--drain", "0.001")  # test_drain.py has the other ends
+        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
             running = made.generate(IDS[:5], max_tokens=150, draft=0)
             next(running)
             assert stages.kill(1, signal.SIGTERM) == 0
@@ -903,7 +905,7 @@ def test_a_local_pipeline_leaves_no_process_behind(folder: Path, model: minigpt.
 
 
 def test_a_local_stage_that_dies_is_named(folder: Path) -> None:
-    with minigpt.Pipeline.local(str(folder), stages=2) as made:
+    with minigpt.Pipeline.local(str(folder), stages=2, retry_for=0) as made:
         os.kill(made.pids[1], signal.SIGKILL)
         with pytest.raises(StageError, match="stage 1"):
             ids(made.generate(IDS[:5], max_tokens=4))

@@ -594,7 +594,7 @@ def test_metrics_have_each_stages_own_figures(server: Serving, client: openai.Op
     assert server.metric("minigpt_stage_cache_bytes") > 0
     text = server.get("/metrics").text
     for name in ("up", "uptime", "weights_bytes", "channels", "sequences", "queue", "tokens_per_second", "batch",
-                 "cache_bytes", "cache_limit_bytes", "steps_total", "tokens_total"):  # fmt: skip
+                 "cache_bytes", "cache_limit_bytes", "steps_total", "tokens_total", "resumed_total"):  # fmt: skip
         assert f"# HELP minigpt_stage_{name} " in text
         assert f"# TYPE minigpt_stage_{name} {'counter' if name.endswith('_total') else 'gauge'}\n" in text
         assert f'\nminigpt_stage_{name}{{stage="1"}} ' in text

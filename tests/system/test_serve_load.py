@@ -31,7 +31,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
 
 @pytest.fixture(scope="module")
 def server(stages: Stages) -> Iterator[Serving]:
-    with Serving("--manifest", str(stages.path), "--model", "tiny", "--allow-mock", "--model-name", "tiny") as made:
+    flags = ("--manifest", str(stages.path), "--model", "tiny", "--allow-mock", "--model-name", "tiny")
+    with Serving(*flags, "--retry-for", "0") as made:
         yield made
 
 

@@ -101,8 +101,11 @@ def test_a_stage_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None:
     reading, writing = narrow_pipe()
     with Stage(tmp_path, "", stdout=subprocess.DEVNULL, stderr=writing) as stage:
         os.close(writing)
-        for _ in range(300):
-            connect(Address("tcp", "127.0.0.1", stage.socket.getsockname()[1]), 60.0).close()
+        for _ in range(300):  # each of them says something wrong, which is logged
+            with connect(Address("tcp", "127.0.0.1", stage.socket.getsockname()[1]), 60.0) as sock:
+                sock.settimeout(60)
+                sock.sendall(bytes(8))
+                assert sock.recv(1) == b""
         assert stage.answers()
         assert stage.end() == 0
     log = read_all(reading)

@@ -10,7 +10,7 @@ def state(stage: int, **figures: Any) -> dict[str, Any]:
         "stage": stage, "layers": [6 * stage, 6 * stage + 6], "address": f"tcp://127.0.0.1:{5001 + stage}",
         "provider": "mock", "evidence": "accepted", "error": None, "exposed": None, "uptime_s": 12.4,
         "weights_bytes": 5_413_440, "channels": 2, "sequences": 1, "cache_bytes": 368_640, "steps": 15, "tokens": 25,
-        "rate": 2.55, "batch": 1.0, "queue": 0, "cache_limit": 0, **figures,
+        "rate": 2.55, "batch": 1.0, "queue": 0, "cache_limit": 0, "resumed": 0, **figures,
     }  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def test_a_stage_that_failed_says_why_and_has_no_load() -> None:
     dead = state(1, error="stage 1 cannot be reached", evidence="unknown")
     lines = status.shown([state(0, exposed="core dumps are on"), dead]).splitlines()
     assert lines[0].endswith("accepted  not locked down: core dumps are on")
+    assert status.shown([state(0, resumed=3)]).splitlines()[0].endswith("accepted  requests resumed: 3")
     assert lines[1].endswith("mock evidence unknown  stage 1 cannot be reached")
     assert [line.split()[:1] for line in lines[2:]] == [[], ["stage"], ["0"]]
     assert status.shown([dead]).count("\n") == 1

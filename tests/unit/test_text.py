@@ -186,6 +186,8 @@ def test_token_ids_may_be_any_sequence_or_array_of_integers(prompt: Any) -> None
         *((Pipeline.local, {"timeout": value}) for value in (None, "1", True, 0, -1.0, float("nan"), float("inf"))),
         *((minigpt.set_threads, {"threads": value}) for value in ("2", 2.0, True, 0)),
         (Pipeline.local, {"connect_timeout": "1"}),
+        *((Pipeline.local, {"retry_for": value}) for value in (None, "1", True, -1.0, float("nan"), float("inf"))),
+        (Pipeline.connect, {"manifest": b"{}", "retry_for": -1}),
         (Pipeline.local, {"revision": 5}),
         *((Pipeline.connect, {"manifest": value}) for value in (None, 5, ["x"], "no\0name", "nowhere.json")),
         *((Pipeline.connect, {"manifest": b"{}", name: 5}) for name in (

@@ -78,6 +78,7 @@ async function send(prompt) {
       if (!choice) continue; // usage
       take(choice, clock, event.minigpt?.spans);
       reason = choice.finish_reason ?? reason;
+      clock.resumed = event.minigpt?.resumed ?? 0;
     }
   } catch (error) {
     reason = error.name === "AbortError" ? "cancelled" : "error";
@@ -155,7 +156,8 @@ function finish(reason, clock) {
   const pace = clock.count > 1 ? `, then ${ms((clock.last - clock.first) / (clock.count - 1))} each` : "";
   const tokens = clock.count === 1 ? "1 token" : `${clock.count} tokens`;
   const count = clock.count ? `${tokens}: first after ${ms(clock.first - clock.sent)}${pace}` : "no token";
-  $("outcome").textContent = reason === "error" ? "" : count + (REASONS[reason] ?? "");
+  const resumed = clock.resumed ? `; resumed ${clock.resumed === 1 ? "once" : `${clock.resumed} times`} after a stage had died` : "";
+  $("outcome").textContent = reason === "error" ? "" : count + (REASONS[reason] ?? "") + resumed;
   $("more").hidden = $("legend").hidden = !generated.length;
   if (generated.length) $("continuation").tabIndex = 0;
   say(generated.map((token) => token.text).join(""));
