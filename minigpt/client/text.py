@@ -7,9 +7,9 @@ anyway.
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +17,37 @@ from numpy.typing import NDArray
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.engine.config import Config
 from minigpt.errors import UsageError
-from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Span
-from minigpt.protocol.request import Keywords, Options, ending
+from minigpt.protocol.messages import Answer, Generate, Likely, Reason, Scores, Span, Tokens, Wanted
+from minigpt.protocol.request import Keywords, Options, check_top, ending
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 
+class Alternative(NamedTuple):
+    """One of the most likely tokens at a position. `text` is that of its id alone, None without a tokenizer."""
+
+    id: int
+    text: str | None
+    logprob: float
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One token, generated or scored.
 
     Attributes:
         id: in the model's vocabulary.
         text: what can be shown now: whole characters, and nothing that may become part of a stop string. So it may be
             empty, or complete earlier tokens. None where the checkpoint has no tokenizer.
-        logprob: natural logarithm of the probability that the model gave it (before temperature, top-k and top-p),
-            None unless requested.
+        logprob: natural logarithm of the probability that the model gave it (before bias, penalties, temperature and
+            filters), None unless requested.
+        top: the most likely tokens at its position, best first, likewise; empty unless requested.
     """
 
     id: int
     text: str | None
     logprob: float | None = None
+    top: tuple[Alternative, ...] = ()
 
 
 class Generation(Iterator[Token]):
@@ -71,17 +81,18 @@ class Generation(Iterator[Token]):
         self._answers = answers
         self._request = request
         self._n_positions = config.n_positions
+        self._tokenizer = tokenizer
         self._decoder = tokenizer.stream() if tokenizer is not None else None
         self._stops = StopStrings(stop)
         self._began: float | None = None
-        self._arrived: deque[tuple[int, float | None, float, tuple[Span, ...]]] = deque()
+        self._arrived: deque[tuple[int, float | None, Likely, float, tuple[Span, ...]]] = deque()
 
     def __next__(self) -> Token:
         if self.reason is not None:
             raise StopIteration
         if not self._arrived:
             self._receive()
-        token, logprob, arrived, spans = self._arrived.popleft()
+        token, logprob, top, arrived, spans = self._arrived.popleft()
         self.times.append(arrived)
         self.spans.append(spans)
         text = None
@@ -93,7 +104,7 @@ class Generation(Iterator[Token]):
             if self._stops.found:
                 self._answers.close()
                 self.reason = Reason.STOP
-        return Token(token, text, logprob)
+        return Token(token, text, logprob, _named(top, self._tokenizer))
 
     def _receive(self) -> None:
         """Waits for the next answer. Raises StopIteration at the end."""
@@ -103,18 +114,32 @@ class Generation(Iterator[Token]):
         except StopIteration as end:
             self.reason = end.value
             raise StopIteration from None
-        if isinstance(answer, Logits):
-            raise TypeError("this request is for logits, not for tokens")
+        if not isinstance(answer, Tokens):
+            raise TypeError("this request is not for tokens")
         arrived, count = time.perf_counter() - self._began, len(answer.ids)
         spans = tuple(Span(*(part / count for part in span)) for span in answer.spans)
-        for token, logprob in zip(answer.ids, answer.logprobs or [None] * count, strict=True):
-            self._arrived.append((token, logprob, arrived, spans))
+        tops = _grouped(answer.top, count)
+        for token, logprob, top in zip(answer.ids, answer.logprobs or [None] * count, tops, strict=True):
+            self._arrived.append((token, logprob, top, arrived, spans))
 
     def close(self) -> None:
         """Ends the generation, in every stage."""
         self._answers.close()
         if self.reason is None:
             self.reason = Reason.CANCELLED
+
+
+def _grouped(top: Likely, count: int) -> list[Likely]:
+    """The most likely ids for each of so many tokens."""
+    each = len(top) // count
+    return [top[place * each : (place + 1) * each] for place in range(count)]
+
+
+def _named(top: Likely, tokenizer: Tokenizer | None) -> tuple[Alternative, ...]:
+    def text(token: int) -> str | None:
+        return None if tokenizer is None else tokenizer.decode([token])
+
+    return tuple(Alternative(token, text(token), logprob) for token, logprob in top)
 
 
 class StopStrings:
@@ -237,6 +262,12 @@ class TextModel(ABC):
         logprobs: bool = False,
         draft: int | None = None,
         spans: bool = False,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int = 0,
     ) -> Generation:
         """Generates tokens, to be iterated over. Dropping or closing it ends it, in every stage.
 
@@ -248,11 +279,42 @@ class TextModel(ABC):
             RequestRefused: a stage refuses it, and says why.
             StageError: a stage failed, cannot be reached, or timed out.
         """
-        options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
+        options = Options(
+            max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans, min_p, repetition_penalty,
+            presence_penalty, frequency_penalty, logit_bias, top_logprobs,
+        )  # fmt: skip
         request = make_request(prompt, self.tokenizer, self.config, options)
         interruptions: list[str] = []
         answers = self._answers(request, interruptions)
         return Generation(answers, request, self.config, self.tokenizer, stop, interruptions)
+
+    def score(self, prompt: Prompt, top: int = 0) -> list[Token]:
+        """How likely the model finds each token of a text, after those before it; the first one's `logprob` is None.
+
+        Args:
+            prompt: text, or token ids.
+            top: of how many of the most likely tokens to tell the log-probabilities, 0 to 20.
+
+        Raises as `generate`.
+        """
+        check_top("top", top)
+        ids = encode_prompt(prompt, self.tokenizer, self.config)
+        found: list[tuple[float | None, Likely]] = [(None, ())]
+        if len(ids) > 1:
+            request = Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.SCORES, top=top)
+            for answer in self._answers(request, []):
+                assert isinstance(answer, Scores), "nothing else answers this"
+                del found[answer.position :]  # over another link they come again
+                found += zip(answer.logprobs, _grouped(answer.top, len(answer.logprobs)), strict=True)
+        texts: list[str | None] = [None] * len(ids)
+        if self.tokenizer is not None:
+            stream = self.tokenizer.stream()
+            texts = [stream.push(token) for token in ids]
+            texts[-1] = (texts[-1] or "") + stream.flush()
+        return [
+            Token(token, text, logprob, _named(likely, self.tokenizer))
+            for token, text, (logprob, likely) in zip(ids, texts, found, strict=True)
+        ]
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
         """As `generate`, for `async for`: each wait for a token is in a thread of its own, and blocks no event loop."""

@@ -1,7 +1,6 @@
 """Tokens become OpenAI's JSON: whole, or as server-sent events."""
 
 import codecs
-import hashlib
 import json
 import secrets
 import time
@@ -14,18 +13,11 @@ from starlette.datastructures import State
 
 from minigpt.client.text import Token
 from minigpt.protocol.messages import Reason
-from minigpt.protocol.request import Keywords
+from minigpt.protocol.request import Keywords, seed_of
 from minigpt.serve.schema import Chat, Completion, problem
 from minigpt.serve.service import Piece, Service
 
 _FINISH = {Reason.LENGTH: "length", Reason.CONTEXT: "length", Reason.END: "stop", Reason.STOP: "stop"}
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of answer `index` to one prompt: the request's own, then others that follow from it."""
-    if index == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "big") + index.to_bytes(8, "big")).digest()[:8], "big")
 
 
 @dataclass(frozen=True, slots=True)

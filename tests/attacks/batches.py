@@ -142,13 +142,14 @@ def large(arena: Arena) -> Seen:
             require(told(neighbour, batch(one, Segment()))[1] == wanted, "a neighbour's lane was lost")
         with admitted_stage(arena.stages, direct=True) as rogue:
             rogue.say_message(batch(one, Segment(), terms=terms()))
-            flood, sent = rogue.seal_message(b"\x94\xc4\x00\xc4\x00\xc4\x00\xc4\x00"), 0
+            probe = b"\x96" + b"\xc4\x00" * 6
+            flood, sent = rogue.seal_message(probe), 0
             rogue.sock.settimeout(3.0)
             with contextlib.suppress(OSError):
                 while sent < 64 * MB:
                     rogue.sock.sendall(flood)
                     sent += len(flood)
-                    flood = b"".join(rogue.seal_message(b"\x94\xc4\x00\xc4\x00\xc4\x00\xc4\x00") for _ in range(500))
+                    flood = b"".join(rogue.seal_message(probe) for _ in range(500))
             grown = arena.memory(1) - before
             require(told(neighbour, batch(one, Segment()))[1] == wanted, "a neighbour's lane was held up")
             arena.notes.append(
