@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import ODD, SMALL, odd, random_tensors, write
+from chains import Chain, told
+from made import ODD, SMALL, cut, odd, random_tensors, write
 
 import minigpt
 from minigpt.checkpoint import sources, weights
 from minigpt.engine.config import Config
 from minigpt.engine.model import GPT2
+from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError
+from minigpt.protocol.messages import CHUNK, Generate, Scores, Tokens, Wanted
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install the extra `reference`")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -152,6 +155,44 @@ def test_gpt2_small_with_random_weights() -> None:
     with torch.inference_mode():
         wanted = oracle(torch.tensor([full]), logits_to_keep=1).logits[0].numpy()
     assert_close(last, wanted)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("bounds", [(), (2,), (1, 3)], ids=str)
+def test_scores_through_stages_are_the_oracles(name: str, bounds: tuple[int, ...], tmp_path: Path) -> None:
+    try:
+        folder = sources.local("tiny") if name == "tiny" else write(tmp_path, SMALL, random_tensors(SMALL))
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    oracle, config = oracle_of(folder), sources.read_config(folder)
+    stages = cut(config, dict(weights.load(folder, config, range(config.n_layer)).tensors), *bounds)
+    for count in (2, 40, CHUNK + 30, config.n_positions):
+        ids = random_ids(config, count, seed=count)
+        answers, _ = told(Chain(stages).run(Generate(0, tuple(ids), 1, wanted=Wanted.SCORES, top=5)))
+        rows = torch.from_numpy(expected(oracle, ids[:-1])).double().log_softmax(-1)
+        got = [logprob for answer in answers if isinstance(answer, Scores) for logprob in answer.logprobs]
+        top = [pair for answer in answers if isinstance(answer, Scores) for pair in answer.top]
+        assert_close(np.array(got), rows[range(count - 1), ids[1:]].numpy())
+        assert_close(np.array([p for _, p in top]).reshape(-1, 5), rows.topk(5).values.numpy())
+
+
+@pytest.mark.parametrize("prompts", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_greedy_text_with_a_repetition_penalty_through_stages_is_the_oracles(prompts: int) -> None:
+    try:
+        folder = sources.local("tiny")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    oracle, config = oracle_of(folder), sources.read_config(folder)
+    stages = cut(config, dict(weights.load(folder, config, range(config.n_layer)).tensors), 4)
+    sampling = Sampling(repetition_penalty=1.2)
+    for seed in range(prompts):
+        prompt = random_ids(config, 5 + seed % 7, seed)
+        with torch.inference_mode():
+            wanted = oracle.generate(
+                torch.tensor([prompt]), max_new_tokens=30, do_sample=False, repetition_penalty=1.2, eos_token_id=None
+            )[0, len(prompt) :].tolist()
+        answers, _ = told(Chain(stages).run(Generate(0, tuple(prompt), 30, sampling=sampling)))
+        assert [token for answer in answers if isinstance(answer, Tokens) for token in answer.ids] == wanted
 
 
 @pytest.mark.parametrize("which", ["config", "one", "several", "none", "left out"])
