@@ -12,6 +12,7 @@ implements it for one platform.
 import enum
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,19 +47,40 @@ class AttestationError(Exception):
     exit_code = 3  # what a command line ends with
 
 
+Failure = tuple[str, str]  # of a check: its name in a word, such as "chain"; and a sentence: got, wanted, what to do
+
+
 class EvidenceError(AttestationError):
-    """The evidence is malformed or not authentic for this handshake: altered, or by another than it says."""
+    """The evidence is malformed or not authentic for this handshake: altered, or by another than it says.
+
+    `failures` has every check that failed, `reason` the name of the first; the message is all sentences.
+    """
+
+    def __init__(self, text: str, reason: str = "malformed", failures: tuple[Failure, ...] = ()) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.failures = failures or ((reason, text),)
+
+    @classmethod
+    def of(cls, failures: Sequence[Failure]) -> "EvidenceError":
+        """The error of checks that failed, at least one, in the order in which they were made."""
+        return cls("; ".join(sentence for _, sentence in failures), failures[0][0], tuple(failures))
 
 
 class PolicyError(AttestationError):
     """The evidence is authentic, but not acceptable: compare the pins with what is running.
 
-    `mismatches` has one sentence for each thing that differs; the message is all of them.
+    `mismatches` has one sentence for each thing that differs, which begins with the thing's name and a colon; the
+    message is all of them. `failures` has them with their names apart.
     """
 
     def __init__(self, *mismatches: str) -> None:
         super().__init__("; ".join(mismatches))
         self.mismatches = mismatches
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        return tuple((sentence.partition(":")[0], sentence) for sentence in self.mismatches)
 
 
 @dataclass(frozen=True)
@@ -116,11 +138,12 @@ class AttestationResult:
     """What a verifier has established. Made by verifiers only; holding one means that the evidence was accepted."""
 
     provider: Provider  # who vouches for it; NONE means nobody does
-    measurement: bytes  # of the code; 48 bytes for the mock, empty for NONE
+    measurement: bytes  # of the code; 48 bytes, of an image PCR0; empty for NONE
     debug: bool  # whether the platform lets its owner look inside
     claims: bytes  # what the measured code says about itself
     stage: int | None  # the index that the attester's key is endorsed for, None where the provider has no such thing
     timestamp_ms: int | None  # when the evidence was made, ms since the epoch by its own clock; None if it does not say
+    registers: tuple[tuple[str, bytes], ...] = ()  # what else the platform has measured, by its name
 
 
 class Attester(Protocol):

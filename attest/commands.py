@@ -4,20 +4,34 @@ Results go to standard output, advice and errors to standard error.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attest import MAX_FILE, AttestationError, Binding, Evidence, Provider, load_evidence, provider_name
+from attest import (
+    MAX_FILE,
+    NO_CLAIMS,
+    AttestationError,
+    Binding,
+    Evidence,
+    EvidenceError,
+    Failure,
+    PolicyError,
+    Provider,
+    load_evidence,
+    provider_name,
+)
 from attest.document import (
     DocumentError,
+    load,
     public_key,
     read_file,
     read_private,
@@ -26,10 +40,12 @@ from attest.document import (
     write_private,
 )
 from attest.measure import measure
-from attest.policy import CLIENT_ID, Policy, date, decode_claims, show_scalar
+from attest.policy import CLIENT_ID, Policy, Scalar, date, decode_claims, encode_claims, show_scalar
+from attest.providers import ANY_CODE, TEST_ROOT_WARNING, Platform, nitro
 from attest.providers.mock import MAX_SKEW, MockKey, MockRoot, authenticate, parse_evidence
 from attest.registry import PLATFORMS
 
+MAX_MANIFEST = 2**20  # bytes
 DAYS = 90  # of a stage key's endorsement, by default; what certificate authorities on the web have come down to
 
 
@@ -97,16 +113,22 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("show", _show, "print what an evidence file says, unverified")
     verify = command("verify", _verify, "check an evidence file against pins",
-                     "Check signatures, binding, times, measurement and the debug flag of mock evidence. The claims "
-                     "are printed, not compared.")  # fmt: skip
+                     "With --manifest and --stage, check everything that the stage's peers check, and print a line for "
+                     "each check. With --root and --measurement, check mock evidence; its claims are printed, not "
+                     "compared.")  # fmt: skip
     for reading in (show, verify):
-        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`; - is standard input")
+        reading.add_argument("file", metavar="FILE", help="from `minigpt status --save-evidence`, or a Nitro document "
+                             "as its device gives it; - is standard input")  # fmt: skip
         reading.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.add_argument("--root", type=_public_key, required=True, metavar="HEX",
-                        help="the root's public key, 64 digits")  # fmt: skip
-    verify.add_argument("--measurement", type=partial(_hex, 48), required=True, action="append", metavar="HEX",
+    show.add_argument("--pins", action="store_true", help="if the file is authentic, print what a manifest would pin")
+    verify.add_argument("--manifest", metavar="FILE", help="compare with what this manifest pins for --stage")
+    verify.add_argument("--allow-test-root", action="store_true", help="judge by the root that the manifest names, if "
+                        "it is not the vendor's: that proves nothing about hardware")  # fmt: skip
+    verify.add_argument("--root", type=_public_key, metavar="HEX", help="the mock root's public key, 64 digits")
+    verify.add_argument("--measurement", type=partial(_hex, 48), action="append", metavar="HEX",
                         help="an acceptable measurement, 96 digits; repeatable")  # fmt: skip
-    verify.add_argument("--stage", type=stage, metavar="I", help="refuse a key endorsed for another stage")
+    verify.add_argument("--stage", type=stage, metavar="I", help="which stage it is; without --manifest: refuse a key "
+                        "endorsed for another")  # fmt: skip
     verify.add_argument("--at", type=_time, metavar="TIME",
                         help="judge as of this time: now, or like 2027-01-31T12:00:00Z (default: the evidence's own "
                         "time, because a kept file is always old)")  # fmt: skip
@@ -146,13 +168,37 @@ def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[i
 
 
 def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
-    evidence, binding = load_evidence(_read(options.file))
+    data = _read(options.file)
+    evidence, binding = _load(data)
+    if options.pins:
+        return 0, _pins(evidence)
     fields, warnings = _said(evidence, binding)
     notes = ["shown, not verified: anybody can write such a file; use `python -m attest verify`", *warnings]
     return 0, _report(options, {"verified": False, "notes": notes, **fields}, [*notes, *_lines(fields)])
 
 
-def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
+def _pins(evidence: Evidence) -> str:
+    """What a manifest would pin of authentic evidence, judged as of its own time.
+
+    Raises EvidenceError, and PolicyError if it is of a debug environment.
+    """
+    if evidence.provider != Provider.NITRO:
+        raise EvidenceError(f"pins: got evidence of {provider_name(evidence.provider)}, wanted nitro (2)", "provider")
+    made = _own_time(evidence)
+    statement = nitro.authenticate(evidence.evidence, evidence.endorsements, None, _moment(made))
+    nitro.appraise(statement, ANY_CODE)  # nothing of a debug enclave can be pinned
+    registers = {index: value for index, value in statement.pcrs.items() if any(value) or index in nitro.CODE}
+    print(f"this is what ran there at {date(made)}: compare it with what you built; copied, it pins whatever the host "
+          "chose to run", file=sys.stderr)  # fmt: skip
+    return json.dumps(nitro.NitroPins(registers).to_json(), indent=2) + "\n"
+
+
+def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, str]:
+    by_hand, by_manifest = options.root and options.measurement, options.manifest and options.stage is not None
+    if bool(by_hand) == bool(by_manifest) or (options.manifest and (options.root or options.measurement)):
+        parser.error("verify: wanted --manifest and --stage; or, for mock evidence, --root and --measurement")
+    if by_manifest:
+        return _verify_by_manifest(options)
     try:
         evidence, binding = load_evidence(_read(options.file))
         at_ms = options.at
@@ -177,25 +223,108 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[in
     return 0, _report(options, {"at": date(at_ms), "notes": notes, **fields}, lines)
 
 
-def _said(evidence: Evidence, binding: Binding) -> tuple[dict[str, Any], list[str]]:
+def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
+    """Everything that a peer checks, a line for each check."""
+    platform, pins, claims, test_root = _pinned(options.manifest, options.stage)
+    if test_root is not None:
+        warning = TEST_ROOT_WARNING.format(stage=options.stage, root=test_root.hex())
+        if not options.allow_test_root:
+            raise AttestationError(f"{warning}: refused without --allow-test-root")
+        print(f"attest: {warning}", file=sys.stderr)
+    data = _read(options.file)
+    failures: Sequence[Failure] = ()
+    skipped = {}
+    at_ms = options.at
+    try:
+        evidence, binding = _load(data)
+        if evidence.provider == platform.provider:
+            at_ms = at_ms or _own_time(evidence)
+        if binding is None:
+            skipped = dict.fromkeys(("binding", "claims"), "not checked: a document by itself belongs to no handshake")
+            if platform.provider != Provider.NITRO:
+                raise EvidenceError(f"provider: got a Nitro document, wanted {platform.name} evidence", "provider")
+            roots = nitro.ROOTS if test_root is None else {test_root}
+            statement, wrong = nitro.examine(data, (), roots, _moment(at_ms))
+            failures = [*wrong, *nitro.failures(statement, pins.to_json())]
+        else:
+            clock = _moment(at_ms or 0).timestamp
+            platform.judge(pins, test_root, claims, options.stage, clock).verify(evidence, binding)
+    except (EvidenceError, PolicyError) as error:
+        failures = error.failures
+    lines = platform.lines(pins, failures, skipped)
+    verdict = "refused" if failures else "accepted"
+    at = date(at_ms) if at_ms else None  # none if the evidence does not say
+    told = [*map(str, lines), f"verdict: {verdict}, as of {at or 'no time'}"]
+    fields = {
+        "verdict": verdict,
+        "at": at,
+        "checks": [{"check": line.name, "result": line.result, "text": line.text} for line in lines],
+    }
+    return EvidenceError.exit_code if failures else 0, _report(options, fields, told)
+
+
+def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
+    """The platform, pins, claims and test root of a manifest's stage. Raises DocumentError; the rest of it is not
+    looked at."""
+    data = read_file(path, MAX_MANIFEST)
+    stages = load("manifest", data, MAX_MANIFEST).get("stages").items(1, 256)
+    if index >= len(stages):
+        raise DocumentError(f"--stage {index}: the manifest has {len(stages)} stages, from 0 on")
+    stage = stages[index]
+    evidence, layers = stage.get("evidence"), stage.get("layers").items(2, 2)
+    provider = evidence.get("provider")
+    if provider.value not in list(PLATFORMS):
+        provider.refuse(" or ".join(PLATFORMS))
+    first, end = (layer.integer(0, 2**16) for layer in layers)
+    platform, weights = PLATFORMS[provider.value], stage.get("weights_sha256").bytes(32)
+    manifest = hashlib.sha256(data).digest()
+    claims: dict[str, Scalar] = {"end": end, "first": first, "manifest": manifest, "stage": index, "weights": weights}
+    pins, test_root = platform.read(evidence)
+    return platform, pins, encode_claims(claims), test_root
+
+
+def _load(data: bytes) -> tuple[Evidence, Binding | None]:
+    """An evidence file; or a Nitro document, which is bound to nothing that is known. Raises EvidenceError."""
+    if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
+        return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
+    return load_evidence(data)
+
+
+def _own_time(evidence: Evidence) -> int:
+    """When evidence was made, by itself, in ms since the epoch. Raises EvidenceError."""
+    if evidence.provider == Provider.MOCK:
+        return parse_evidence(evidence.evidence).timestamp_ms
+    return nitro.parse(evidence.evidence).statement.timestamp if evidence.provider == Provider.NITRO else 0
+
+
+def _moment(milliseconds: int) -> datetime:
+    """A time of this calendar; its end for any later one."""
+    return datetime.fromtimestamp(min(milliseconds / 1000, 253_402_300_799), UTC)
+
+
+def _said(evidence: Evidence, binding: Binding | None) -> tuple[dict[str, Any], list[str]]:
     """What a file says, and what to warn of. Raises EvidenceError where its evidence is malformed."""
     provider = provider_name(evidence.provider)
     platform = next((each for each in PLATFORMS.values() if each.provider == evidence.provider), None)
     warnings = []
     if evidence.provider == Provider.NONE:
         warnings.append("there is no evidence in this file: nothing vouches for that end")
-    elif platform is None or platform.verifier is None:
+    elif platform is None:
         warnings.append(f"evidence of provider {provider} is not supported yet")
     elif platform.simulated:
         warnings.append(
             f"{platform.name} evidence proves nothing about hardware: whoever holds the key can claim any measurement"
         )
 
-    fields: dict[str, Any] = {"provider": provider, "role": "initiator" if binding.role == "I" else "responder"}
-    if platform is not None and platform.describe is not None:
+    fields: dict[str, Any] = {"provider": provider}
+    if binding is not None:
+        fields["role"] = "initiator" if binding.role == "I" else "responder"
+    if platform is not None:
         fields |= platform.describe(evidence)
     elif evidence.evidence or evidence.endorsements:  # a layout that this version does not know
         fields |= {"evidence": evidence.evidence, "endorsed": [item.hex() for item in evidence.endorsements]}
+    if binding is None:
+        return fields, [*warnings, "binding: not checked"]
     claims = decode_claims(evidence.claims)
     fields |= {
         "handshake_hash": binding.handshake_hash,

@@ -63,7 +63,7 @@ class Policy:
         if result.stage != self.stage:
             got = "no stage" if result.stage is None else f"stage {result.stage}"
             mismatches.append(f"key: got one endorsed for {got}, wanted stage {self.stage}; check its key file")
-        mismatches += _differences(result.claims, self.claims)
+        mismatches += differences(result.claims, self.claims)
         if mismatches:
             raise PolicyError(*mismatches)
 
@@ -81,6 +81,11 @@ def decode_claims(claims: bytes) -> dict[str, Scalar] | None:
     return fields if canonical and plain else None
 
 
+def encode_claims(fields: dict[str, Scalar]) -> bytes:
+    """Claims as canonical msgpack, in the order of the fields."""
+    return bytes(msgpack.packb(fields))
+
+
 def show_scalar(value: Scalar) -> str:
     """A field for a message or a terminal: bytes in hex, a string quoted, with its control characters escaped."""
     return value.hex() if isinstance(value, bytes) else ascii(value)
@@ -94,8 +99,8 @@ def date(milliseconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
 
 
-def _differences(got: bytes, wanted: bytes) -> list[str]:
-    """One sentence for each claim that differs; a whole if the claims cannot be told apart field by field."""
+def differences(got: bytes, wanted: bytes) -> list[str]:
+    """One sentence for each claim that differs; one for all if the claims cannot be told apart field by field."""
     if got == wanted:
         return []
     ours, theirs = decode_claims(wanted), decode_claims(got)

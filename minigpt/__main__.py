@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if options is not None and error.exit_code <= 2:
             message = blame(message, options.from_environment)
-        print(f"minigpt: {message}", file=sys.stderr)
+        print("\n  ".join([f"minigpt: {message}", *getattr(error, "checks", ())]), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 141

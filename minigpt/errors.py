@@ -10,13 +10,14 @@
     └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
         ├── MessageError    4    what it sent is not a message of this protocol
         ├── LateStage       4    its answer did not come within the caller's timeout: allow more, or look at that stage
-        ├── UnreachableStage 4   no link to it can be made: nothing was asked of it, so it can be asked again
+        ├── UnreachableStage 4   it is not there, or was told to end: ask again, the request is not to blame
         └── UntrustedStage  3    its evidence was refused, or it has another manifest: compare what runs there with ours
 
 Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
 """
 
 import resource
+from collections.abc import Sequence
 
 
 class MiniGPTError(Exception):
@@ -88,13 +89,31 @@ class LateStage(StageError):
 
 
 class UnreachableStage(StageError):
-    """No link to a stage can be made, by us or by the stage before it: it has computed nothing."""
+    """A stage is not there, for us or for the stage before it, or was told to end: the request is not to blame."""
 
 
 class UntrustedStage(StageError):
-    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest."""
+    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest.
+
+    Attributes:
+        failures: the checks that failed here, each its name and a sentence: what was got and wanted, and what to do;
+            none if another end refused it.
+        checks: all checks made here, a line for each: "PASS chain: …", "FAIL pcr0: got …".
+    """
 
     exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stage: int | None = None,
+        failures: Sequence[tuple[str, str]] = (),
+        checks: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, stage=stage)
+        self.failures = tuple(failures)
+        self.checks = tuple(checks)
 
 
 def shortage(error: Exception) -> str:

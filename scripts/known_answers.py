@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from attest import NO_CLAIMS, Binding, Evidence
 from attest.document import write_file
+from attest.providers import nitro
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from minigpt.engine.sampling import Sampling
 from minigpt.protocol import batches, messages
@@ -363,6 +364,7 @@ def answers() -> dict[str, Any]:
             "stage_0": {"private": STAGE_SIGNING.hex(), "public": STAGE_SIGNING_PUBLIC.hex()},
             "small_order": SMALL_ORDER,
         },
+        "nitro_roots": sorted(root.hex() for root in nitro.ROOTS),
         "suite_1": one | sealed | {"records": records(*keys, *ends)},
         "suite_2": {"e1_seed": KEM_SEED.hex(), "encapsulation_coins": KEM_COINS.hex(), **two},
         "padded_size": {str(length): padded_size(length) for length in lengths},

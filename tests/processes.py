@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -135,12 +135,13 @@ class Stages:
         """Starts a stage."""
         with self._socket(self.ports[index]) as listener:
             listener.listen()
-            key = more.get("key") or self.key(index)
-            options = {"--manifest": self.path, "--model": self.folder, "--mock-key": key}
+            options: dict[str, Any] = {"--manifest": self.path, "--model": self.folder}
+            if self.manifest.stages[index].platform.simulated:
+                options["--mock-key"] = more.get("key") or self.key(index)
             options |= {"--listen": f"fd:{listener.fileno()}", "--threads": 1, "--index": index}
             command = [sys.executable, *python, *(str(word) for pair in options.items() for word in pair)]
             process = subprocess.Popen(
-                [*command, "--allow-mock", "--until-eof", *flags],
+                [*command, *(["--allow-mock"] if self.manifest.simulated else []), "--until-eof", *flags],
                 cwd=more.get("cwd", ROOT),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -151,7 +152,7 @@ class Stages:
         self.processes[index] = process
         return process
 
-    def start_all(self, *flags: str) -> "Stages":
+    def start_all(self, *flags: str) -> Self:
         for index in reversed(range(len(self.ports))):
             self.start(index, *flags)
         return self
@@ -179,7 +180,7 @@ class Stages:
         for log in self._logs:
             log.close()
 
-    def __enter__(self) -> "Stages":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

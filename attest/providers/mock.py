@@ -102,14 +102,14 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
     Raises EvidenceError if it is malformed or not authentic.
     """
     if evidence.provider != Provider.MOCK:
-        later = " (not supported yet)" if evidence.provider in (Provider.NITRO, Provider.SNP, Provider.TDX) else ""
+        later = " (not supported yet)" if evidence.provider in (Provider.SNP, Provider.TDX) else ""
         raise EvidenceError(f"provider: got {provider_name(evidence.provider)}{later}, wanted mock (1)")
     if len(evidence.endorsements) != 1:
         raise EvidenceError(f"mock evidence: got {len(evidence.endorsements)} endorsements, wanted 1")
     signed, endorsed = evidence.evidence, evidence.endorsements[0]
     statement, endorsement = parse_evidence(signed), parse_endorsement(endorsed)
 
-    failures = []
+    failures: list[str] = []
     if not _is_signed(root, endorsed[:-_SIGNATURE_SIZE], endorsed[-_SIGNATURE_SIZE:]):
         failures.append(f"endorsement: got a signature by another key, wanted the pinned root's, {root.hex()}")
     if endorsement.key != statement.key:
@@ -132,7 +132,7 @@ def authenticate(evidence: Evidence, binding: Binding, root: bytes, now_ms: int)
         remedy = "make a new key with `python -m attest keygen`"
         failures.append(f"endorsement: expired {late:.0f} s ago, wanted one that is valid; {remedy}")
     if failures:
-        raise EvidenceError("; ".join(failures))
+        raise EvidenceError.of([(sentence.partition(":")[0], sentence) for sentence in failures])
     made, stage = statement.timestamp_ms, endorsement.stage
     return AttestationResult(Provider.MOCK, statement.measurement, statement.debug, evidence.claims, stage, made)
 
@@ -323,6 +323,17 @@ class MockPins:
         return MockVerifier(self.root_key, Policy(Provider.MOCK, self.measurements, claims, stage), clock=clock)
 
 
+_CHECKS = {
+    "malformed": "mock evidence, as specified",
+    "endorsement": "the key is endorsed by the pinned root, and the endorsement has not ended",
+    "evidence": f"signed by that key, for this handshake and end, within {MAX_SKEW} s of the time judged by",
+    "measurement": "as pinned",
+    "debug": "off",
+    "key": "endorsed for this stage",
+    "claims": "as pinned",
+}
+
+
 def _attester(key: bytes, claims: bytes) -> MockAttester:
     return MockAttester(MockKey.from_json(key), claims)
 
@@ -339,4 +350,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-PLATFORM = Platform(Provider.MOCK, MockPins.read, MockPins.verifier, _attester, _describe, simulated=True)
+PLATFORM = Platform(Provider.MOCK, MockPins.read, MockPins.verifier, _describe, _CHECKS, _attester, simulated=True)

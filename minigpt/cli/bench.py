@@ -85,7 +85,9 @@ def measure(
         pipelines = {}
         for count in stages:
             progress(f"starting {count} stage{'s' if count > 1 else ''}")
-            pipeline = Pipeline.local(model, count, revision=revision, threads=threads, progress=progress)
+            pipeline = Pipeline.local(
+                model, count, revision=revision, threads=threads, progress=progress, retry_for=0
+            )  # what went on after a death is no measurement
             pipelines[count] = stack.enter_context(pipeline)
         results: dict[int, list[Run]] = {count: [] for count in stages}
         for number in range(runs + 1):

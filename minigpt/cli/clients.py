@@ -51,7 +51,13 @@ def measure(
         for count in stages:
             progress(f"starting {count} stage{'s' if count > 1 else ''}")
             pipeline = Pipeline.local(
-                model, count, revision=revision, threads=threads, connections=max(clients), progress=progress
+                model,
+                count,
+                revision=revision,
+                threads=threads,
+                connections=max(clients),
+                progress=progress,
+                retry_for=0,  # what went on after a death is no measurement
             )
             pipelines[count] = stack.enter_context(pipeline)
         results: Results = {each: [] for each in itertools.product(stages, clients)}

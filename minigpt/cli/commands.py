@@ -29,7 +29,7 @@ from attest.document import (
 from attest.measure import measure
 from attest.providers import Pins
 from attest.providers.mock import MockPins
-from attest.providers.nitro import NitroPins
+from attest.providers.nitro import CODE, REGISTERS, NitroPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients
@@ -161,10 +161,11 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
 
 def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> Pipeline:
     key = None if options.client_key is None else _read_key(options.client_key)
-    sha256, mock = options.manifest_sha256, options.allow_mock
-    return Pipeline.connect(
-        manifest, manifest_sha256=sha256, allow_mock=mock, timeout=options.timeout, client_key=key, **more
-    )
+    same = {
+        name: getattr(options, name)
+        for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout", "handshake_timeout")
+    }
+    return Pipeline.connect(manifest, client_key=key, **same, **more)
 
 
 def _split(options: argparse.Namespace) -> str | int:
@@ -259,27 +260,28 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _pins(options: argparse.Namespace) -> list[Pins]:
-    """The pins of `minigpt plan`: a Nitro image for each stage, or the mock for all of them."""
-    if options.pcrs:
+    """The pins of `minigpt plan`: for each stage a Nitro image, or the mock; or the mock for all of them."""
+    if options.pcrs and "mock" not in options.pcrs:
         if options.root_key is not None or options.measurement:
             raise UsageError("--pcrs pins images instead of the mock: leave out --root-key and --measurement")
-        return [NitroPins(_pcrs(path)) for path in options.pcrs]
+        return [_image(path) for path in options.pcrs]
     if options.root_key is None:
         raise UsageError("give --root-key, the mock's public key; or, for images, --pcrs once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
-    return [MockPins(_public("--root-key", options.root_key), frozenset(measurements))]
+    mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
+    return [mock if path == "mock" else _image(path) for path in options.pcrs or ["mock"]]
 
 
-def _pcrs(path: str) -> tuple[bytes, ...]:
-    """PCR0, PCR1 and PCR2 of an image's description."""
+def _image(path: str) -> NitroPins:
+    """All registers that an image's description has: PCR0, PCR1 and PCR2, and if it is signed, PCR8."""
     try:
         found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]
-        texts = [found[f"PCR{i}"] for i in range(3)]
-        if not all(isinstance(text, str) for text in texts):
+        texts = {index: found[f"PCR{index}"] for index in range(REGISTERS) if index in CODE or f"PCR{index}" in found}
+        if not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
-    return tuple(_hex(f"--pcrs {path}", text, 48) for text in texts)
+    return NitroPins({index: _hex(f"--pcrs {path}", text, 48) for index, text in texts.items()})
 
 
 def _public(flag: str, text: str) -> bytes:
@@ -303,7 +305,8 @@ def status(options: argparse.Namespace) -> int:
     """`minigpt status`: the state that every stage reports, and whether its evidence was accepted; with --watch again
     and again, until Ctrl-C."""
     data = manifest.read(options.manifest)
-    entries = manifest.Manifest.parse(data).stages
+    parsed = manifest.Manifest.parse(data)
+    entries = parsed.stages
     connect = partial(_connect, options, data, text=False, connections=1)
     redraw = options.watch is not None and sys.stdout.isatty()
     with reporting.Looker(connect, entries) as looker:
@@ -312,13 +315,16 @@ def status(options: argparse.Namespace) -> int:
             if options.save_evidence is not None:
                 _save_evidence(Path(options.save_evidence), reports)
             stages = [reporting.state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+            days = parsed.days_left(time.time())
             if options.json:
-                show(json.dumps({"stages": stages}) + "\n")
+                show(json.dumps({"stages": stages, "manifest_expires_days": days}) + "\n")
             else:
                 between = "" if number == 0 else "\n"
                 show((reporting.CLEAR if redraw else between) + reporting.shown(stages))
                 if number == 0 or redraw:
                     _say_if_mock(stages)
+                    if parsed.slow:
+                        say(f"the manifest expires in {days:.1f} days")
             if options.watch is None:
                 break
             time.sleep(options.watch)
@@ -372,7 +378,9 @@ def serve(options: argparse.Namespace) -> int:
     with (
         _pipeline(options, lambda line: log({"message": line}), connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
-        Pipeline(pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1) as watcher,
+        Pipeline(
+            pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1, allow_test_root=True
+        ) as watcher,
     ):
         run(pipeline, watcher, options, api_key, say)
     return 0

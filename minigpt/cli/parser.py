@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
               "(default: tcp://127.0.0.1:5001 and the ports after it)")  # fmt: skip
     option(plan, "--root-key", None, "HEX", str, "the mock's root, as `python -m attest keygen` prints it")
     _repeated(plan, "--measurement", "HEX", "an acceptable measurement; repeatable (default: this code's own)")
-    _repeated(plan, "--pcrs", "FILE", "pin a Nitro image instead of the mock: its description, as "
+    _repeated(plan, "--pcrs", "FILE|mock", "pin a Nitro image instead of the mock: its description, as "
               "scripts/image/build.py or nitro-cli prints it; repeat for each stage")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
     plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
@@ -152,8 +152,8 @@ def _stages(to: argparse.ArgumentParser) -> None:
 
 
 def _retry(to: argparse.ArgumentParser) -> None:
-    option(to, "--retry-for", "30", "S", patience, "seconds to try to go on with an answer for, when a stage has died; "
-           "0 to fail at once")  # fmt: skip
+    text = "seconds to go on trying for when a stage has died; 0 to fail at once"
+    option(to, "--retry-for", "30", "S", patience, text)
 
 
 def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
@@ -161,4 +161,7 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
+    option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "
+            "the manifest pins a platform)")  # fmt: skip
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")
+    _switch(to, "--allow-test-root", "accept roots that are not the vendor's, where the manifest names them: for tests")

@@ -59,6 +59,7 @@ def state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
         "layers": [entry.layers.start, entry.layers.stop],
         "address": str(entry.address),
         "provider": entry.platform.name,
+        "test_root": None if entry.test_root is None else entry.test_root.hex(),
         "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
         "error": report.error or None,
         "exposed": report.exposed or None,
@@ -71,7 +72,8 @@ def place(state: dict[str, Any]) -> str:
     """A stage in a line: where it is, and whether its evidence was accepted."""
     first, end = state["layers"]
     where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address']}"
-    return f"{where}  {state['provider']} evidence {state['evidence']}"
+    root = " under a test's root" if state.get("test_root") else ""
+    return f"{where}  {state['provider']} evidence {state['evidence']}{root}"
 
 
 def shown(states: Sequence[dict[str, Any]]) -> str:

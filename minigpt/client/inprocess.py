@@ -1,5 +1,6 @@
 """A whole model in this process: `minigpt.load`."""
 
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
@@ -45,7 +46,9 @@ class Model(TextModel):
                 rows.append(self._model.logits(hidden))
         return np.concatenate(rows)
 
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
         return self._schedule.run(Sequence(self._model.new_cache(), Terms(1, request.sampling)), request)
 
 

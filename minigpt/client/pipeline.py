@@ -5,6 +5,8 @@ whole before anything is sent: every stage's evidence must be pinned, because th
 other stages are met by measured code that enforces the same manifest.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -31,6 +33,8 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport
 from minigpt.protocol.request import Replies, check_type, span, with_span
 from transport.channel import Deadlines
+
+log = logging.getLogger("minigpt")
 
 TIMEOUT = 150.0  # seconds; more than a stage waits for the next, so that it is the stage which is named
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -61,8 +65,10 @@ class Pipeline(TextModel):
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
         retry_for: float = RETRY_FOR,
+        allow_test_root: bool = False,
+        handshake_timeout: float | None = None,
     ) -> None:
-        check(manifest, allow_mock=allow_mock, client_key=client_key)
+        check(manifest, allow_mock=allow_mock, allow_test_root=allow_test_root, client_key=client_key)
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
             raise ManifestError("the tokenizer is not the one that the manifest pins: use the model's own")
         self.manifest = manifest
@@ -70,7 +76,10 @@ class Pipeline(TextModel):
         self.tokenizer = tokenizer
         self._timeout = timeout
         self._retry_for = retry_for
-        deadlines = Deadlines(connect=connect_timeout, handshake=connect_timeout)
+        handshake = handshake_timeout or (
+            max(connect_timeout, manifests.SLOW_HANDSHAKE) if manifest.slow else connect_timeout
+        )
+        deadlines = Deadlines(connect=connect_timeout, handshake=handshake)
         self._pool = Pool(partial(_dial, manifest, client_key, deadlines, timeout), connections, timeout)
         self._stages: Launcher | None = None
 
@@ -83,8 +92,10 @@ class Pipeline(TextModel):
         model: str | Path | None = None,
         text: bool = True,
         allow_mock: bool = False,
+        allow_test_root: bool = False,
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
+        handshake_timeout: float | None = None,
         client_key: bytes | None = None,
         connections: int = CONNECTIONS,
         retry_for: float = RETRY_FOR,
@@ -98,13 +109,18 @@ class Pipeline(TextModel):
                 is on this machine. Its digest must be the manifest's.
             text: False for token ids only: no tokenizer is looked for.
             allow_mock: accept mock evidence, where the manifest says so. It proves nothing about hardware.
+            allow_test_root: accept roots that are not the vendor's, where the manifest names them. They prove nothing
+                about hardware either, and each is logged.
             timeout: seconds to wait for an answer.
-            connect_timeout: seconds for the connection, and as many for its handshake.
+            connect_timeout: seconds for the connection.
+            handshake_timeout: and for its handshake; by default as many, and 60 where the manifest pins a platform: it
+                makes evidence for each handshake, slowly.
             client_key: a static private key (X25519, 32 bytes), where the manifest lists its clients.
             connections: how many at most, made when needed: a request takes one, and waits (up to `timeout`) for it.
-            retry_for: seconds to try to go on with a request for, when a link or a stage has died or cannot be reached:
-                over a new link, from the token after those that have arrived. Counted until answers come again; 0 to
-                fail at once. Evidence that is refused is never tried again, nor is the first connection.
+            retry_for: seconds to go on trying for, when a link or a stage has died or cannot be reached: over a new
+                link, from the token after those that have arrived. Counted until answers come again; an attempt under
+                way then is brought to its end, which takes up to twice `connect_timeout`. 0 fails at once. Evidence
+                that is refused is never tried again, nor is the first connection.
 
         Raises:
             UsageError: an argument is of a wrong type or out of its range.
@@ -117,15 +133,23 @@ class Pipeline(TextModel):
         check_type("model", model, str, Path, _NONE)
         check_type("text", text, bool)
         check_type("allow_mock", allow_mock, bool)
+        check_type("allow_test_root", allow_test_root, bool)
         check_type("client_key", client_key, bytes, _NONE)
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
+        if handshake_timeout is not None:
+            _check_seconds(handshake_timeout=handshake_timeout)
         _check_retry_for(retry_for)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
         tokenizer = _tokenizer(parsed, model) if text else None
-        pipeline = cls(parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for)
+        pipeline = cls(
+            parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for,
+            allow_test_root, handshake_timeout,
+        )  # fmt: skip
+        for warning in parsed.warnings(time.time()):
+            log.warning("%s", warning)
         pipeline._verify()
         return pipeline
 
@@ -184,7 +208,8 @@ class Pipeline(TextModel):
         """The logits after the prompt's last token, float32 (n_vocab,). Raises as `generate`."""
         ids = encode_prompt(prompt, self.tokenizer, self.config)
         request = Generate(start=0, ids=ids, max_tokens=1, wanted=messages.Wanted.LOGITS)
-        (values,) = [answer.values for answer in self._answers(request, []) if isinstance(answer, Logits)]
+        answers = self._answers(request, [], threading.Event())
+        (values,) = [answer.values for answer in answers if isinstance(answer, Logits)]
         return values
 
     def status(self) -> tuple[StageReport, ...]:
@@ -240,27 +265,31 @@ class Pipeline(TextModel):
         """Makes the first link, and so verifies stage 0."""
         self._pool.give(self._pool.take(), whole=True)
 
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
         resumption = Resumption(request, self.config.n_positions, self._retry_for, interruptions)
         link: StageLink | None = None
         replies: Replies | None = None
         try:
-            while True:
-                self._check_stages()
+            while not cancelled.is_set():
+                if (failure := self.failure) is not None:
+                    raise resumption.end(failure)
                 try:
                     link = self._pool.take(link)
                     rest = resumption.rest()
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
                 except (StageError, RequestRefused) as error:
-                    wait = resumption.fault(error, again=self._pool.renews(link))
-                    replies = None
+                    wait = resumption.fault(error, again=self._pool.may_replace(link))
                     if wait is None and resumption.reason is not None:
                         return resumption.reason
-                    if link is not None:
+                    if link is not None and (replies is None or not replies.over):
                         link.channel.abort()  # but its place is kept
+                    replies = None
                     if not self._pool.rest(wait or 0.0):
                         raise resumption.end(error, "the pipeline was closed meanwhile") from error
+            return Reason.CANCELLED
         finally:
             if link is not None:
                 self._pool.give(link, whole=replies is not None and replies.over)
@@ -305,20 +334,22 @@ def _dial(manifest: Manifest, key: bytes | None, deadlines: Deadlines, timeout: 
     return StageLink(channel, manifest, 0, timeout)
 
 
-def check(manifest: Manifest, *, allow_mock: bool, client_key: bytes | None = None, now: float | None = None) -> None:
+def check(
+    manifest: Manifest,
+    *,
+    allow_mock: bool,
+    allow_test_root: bool = False,
+    client_key: bytes | None = None,
+    now: float | None = None,
+) -> None:
     """Checks that a manifest is acceptable to this client. One unacceptable stage rules out the whole pipeline.
 
     Raises:
-        ManifestError: it has expired, wants evidence that cannot be verified or mock evidence without `allow_mock`, or
-            does not admit this client.
+        ManifestError: it has expired, accepts mock evidence without `allow_mock`, or a root that is not the vendor's
+            without `allow_test_root`, or does not admit this client.
     """
     manifest.check_time(time.time() if now is None else now)
-    manifest.check_verifiable()
-    if manifest.simulated and not allow_mock:
-        raise ManifestError(
-            "the manifest accepts mock evidence, which proves nothing about hardware: "
-            "refused without --allow-mock (allow_mock=True)"
-        )
+    manifest.check_switches(allow_mock=allow_mock, allow_test_root=allow_test_root)
     if manifest.clients is not None and client_key is None:
         raise ManifestError("the manifest admits listed clients only: give the private key of one with --client-key")
 

@@ -44,7 +44,8 @@ class Pool:
         self._changed = threading.Condition(threading.RLock())
 
     def take(self, lost: StageLink | None = None) -> StageLink:
-        """A link that works, to be given back; in the place of one that was `lost`, which is kept if there is no other.
+        """A link that works, to be given back; `lost` itself if it works still, or one in its place, which is kept if
+        there is none.
 
         Raises StageError, UsageError if the pool is closed, and RequestRefused if all links are in use for too long.
         """
@@ -63,7 +64,7 @@ class Pool:
                     )
             if self._closed:
                 raise UsageError("this pipeline is closed: connect again")
-            link = self._idle.pop() if self._idle else None
+            link = lost or (self._idle.pop() if self._idle else None)
             place = _Place()
             self._places.add(place)
         try:
@@ -100,7 +101,7 @@ class Pool:
                 link.channel.abort()
             self._changed.notify_all()
 
-    def renews(self, link: StageLink | None) -> bool:
+    def may_replace(self, link: StageLink | None) -> bool:
         """Whether another link may take the place of one that was lost: not before there ever was one, not once the
         pool is closed, and not in the child of a fork, as the parent goes on."""
         return self.proven and not self._closed and (link is None or link in self._used)

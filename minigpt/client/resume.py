@@ -31,7 +31,7 @@ class Resumption:
         request: as the caller made it.
         n_positions: the model's.
         retry_for: seconds to try for, from a fault until answers come again; 0 to end with the first fault.
-        interruptions: is told of each fault that was got over.
+        interruptions: each fault that the request survives is added to these.
         clock: seconds, never backwards.
         chance: gives a number from 0 to 1.
     """
@@ -102,7 +102,7 @@ class Resumption:
         Raises:
             StageError, RequestRefused: the request ends with this. It says how many tokens had arrived.
         """
-        if not (again and self._retry_for > 0 and self._passes(error)):
+        if not (again and self._retry_for > 0 and self._transient(error)):
             ended = self.end(error)
             raise ended from (None if ended is error else error)
         if self.reason is not None:
@@ -122,8 +122,8 @@ class Resumption:
         self._tries += 1
         return min(wait, left)
 
-    def _passes(self, error: Fault) -> bool:
-        """Whether another link, or the same somewhat later, may do better."""
+    def _transient(self, error: Fault) -> bool:
+        """Whether another link may do better, now or later."""
         if isinstance(error, RequestRefused):  # a place that was had once is worth waiting for
             return error.reason == "draining" or (error.reason == "busy" and bool(self._delivered or self._cause))
         return not isinstance(error, UntrustedStage | MessageError | LateStage)
@@ -139,4 +139,6 @@ class Resumption:
             if not (self._delivered or self._cause):  # it was refused at once: there is nothing to say
                 return error
             return type(error)(text, reason=error.reason, stage=error.stage)
-        return type(error)(text, stage=error.stage)
+        ended = type(error)(text, stage=error.stage)
+        vars(ended).update(vars(error))  # the checks of evidence
+        return ended

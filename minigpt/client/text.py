@@ -4,6 +4,7 @@ Stages know ids only. Stop strings and incomplete characters are handled here, b
 anyway.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -60,7 +61,7 @@ class Generation(Iterator[Token]):
         times: seconds from the request to each token; the same for tokens that arrived together.
         spans: for each token, where its time went: in a pipeline the client's span, then stage by stage. Tokens that
             arrived together share their step's equally. Empty unless requested.
-        interruptions: what interrupted it and was got over, in order: each time it went on over another link.
+        interruptions: the faults that it survived, in order: after each it went on over another link.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Generation(Iterator[Token]):
         tokenizer: Tokenizer | None = None,
         stop: Sequence[str] = (),
         interruptions: Sequence[str] = (),
+        cancelled: threading.Event | None = None,
     ) -> None:
         self.interruptions = interruptions
         self.reason: Reason | None = None
@@ -79,6 +81,7 @@ class Generation(Iterator[Token]):
         self.times: list[float] = []
         self.spans: list[tuple[Span, ...]] = []
         self._answers = answers
+        self._cancelled = cancelled or threading.Event()
         self._request = request
         self._n_positions = config.n_positions
         self._tokenizer = tokenizer
@@ -88,6 +91,8 @@ class Generation(Iterator[Token]):
         self._arrived: deque[tuple[int, float | None, Likely, float, tuple[Span, ...]]] = deque()
 
     def __next__(self) -> Token:
+        if self._cancelled.is_set():
+            self.close()
         if self.reason is not None:
             raise StopIteration
         if not self._arrived:
@@ -122,8 +127,13 @@ class Generation(Iterator[Token]):
         for token, logprob, top in zip(answer.ids, answer.logprobs or [None] * count, tops, strict=True):
             self._arrived.append((token, logprob, top, arrived, spans))
 
+    def cancel(self) -> None:
+        """Makes it end at the next token, or before the next attempt to go on after a death. Any thread may call this,
+        also while another waits for a token."""
+        self._cancelled.set()
+
     def close(self) -> None:
-        """Ends the generation, in every stage."""
+        """Ends the generation, in every stage. Only while no thread waits for a token."""
         self._answers.close()
         if self.reason is None:
             self.reason = Reason.CANCELLED
@@ -246,8 +256,15 @@ class TextModel(ABC):
     tokenizer: Tokenizer | None
 
     @abstractmethod
-    def _answers(self, request: Generate, interruptions: list[str]) -> Generator[Answer, None, Reason]:
-        """Answers to a request, and why it ended; adds what interrupted it, and was got over, to the list."""
+    def _answers(
+        self, request: Generate, interruptions: list[str], cancelled: threading.Event
+    ) -> Generator[Answer, None, Reason]:
+        """Answers to a request, and why it ended.
+
+        Args:
+            interruptions: each fault that the request survives is added to these.
+            cancelled: once it is set, nothing is asked again.
+        """
 
     def generate(
         self,
@@ -285,8 +302,9 @@ class TextModel(ABC):
         )  # fmt: skip
         request = make_request(prompt, self.tokenizer, self.config, options)
         interruptions: list[str] = []
-        answers = self._answers(request, interruptions)
-        return Generation(answers, request, self.config, self.tokenizer, stop, interruptions)
+        cancelled = threading.Event()
+        answers = self._answers(request, interruptions, cancelled)
+        return Generation(answers, request, self.config, self.tokenizer, stop, interruptions, cancelled)
 
     def score(self, prompt: Prompt, top: int = 0) -> list[Token]:
         """How likely the model finds each token of a text, after those before it; the first one's `logprob` is None.
@@ -324,6 +342,7 @@ class TextModel(ABC):
         waiting: asyncio.Future[Token | None] | None = None
 
         async def close() -> None:
+            generation.cancel()
             if waiting is not None:  # a thread may still wait for a token, and only it may touch the generation then
                 await asyncio.wait([waiting])
                 waiting.exception()  # noticed: whoever waited for it was told, or has gone

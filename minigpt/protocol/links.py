@@ -4,12 +4,6 @@ Link 0 leads from a client to stage 0, link i from stage i - 1 to stage i. The m
 at either end; no flag weakens it.
 """
 
-import itertools
-import threading
-import time
-from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,48 +11,38 @@ from attest import (
     AcceptUnattested,
     AttestationError,
     Attester,
-    Binding,
-    Evidence,
-    Provider,
+    EvidenceError,
+    PolicyError,
     Unattested,
     dump_evidence,
 )
 from minigpt.errors import LateStage, MessageError, RequestRefused, StageError, UnreachableStage, UntrustedStage
 from minigpt.protocol import batches, messages
-from minigpt.protocol.batches import NO_ROWS, Batch, Due, Result
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
-from minigpt.protocol.request import Ask, Traffic
+from minigpt.protocol.request import Traffic
 from transport.channel import PROCESS_BUDGET, Budget, Channel, Deadlines
-from transport.errors import Abandoned, Alert, PeerAlert, Silent, TimedOut, TransportError, Unauthentic, Unreachable
+from transport.errors import (
+    Abandoned,
+    Alert,
+    Closed,
+    PeerAlert,
+    Silent,
+    TimedOut,
+    TransportError,
+    Unauthentic,
+    Unreachable,
+)
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
 from transport.session import SILENCE
 
 PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
 PROBE = 2.0  # seconds that it may take to answer
-_FAILURES = {"attestation": UntrustedStage, "unreachable": UnreachableStage}  # other reasons are a StageError
-HALF_A_RECORD = 0.02  # seconds until the rest of one is looked for: what has come of it would end each wait at once
-
-
-class OneAtATime:
-    """An attester that makes one piece of evidence at a time: platforms serve one request at once, and slowly."""
-
-    def __init__(self, attester: Attester) -> None:
-        self._attester = attester
-        self._lock = threading.Lock()
-
-    @property
-    def provider(self) -> Provider:
-        return self._attester.provider
-
-    @property
-    def claims(self) -> bytes:
-        return self._attester.claims
-
-    def attest(self, binding: Binding) -> Evidence:
-        with self._lock:
-            return self._attester.attest(binding)
+_FAILURES: dict[str, type[StageError]] = {
+    "attestation": UntrustedStage,
+    "unreachable": UnreachableStage,
+}  # other reasons are a StageError
 
 
 def calling_end(manifest: Manifest, index: int, attester: Attester | None, static_private: bytes | None = None) -> End:
@@ -104,7 +88,7 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
     try:
         return Channel.connect(manifest.stages[index].address, end, deadlines=deadlines, budget=budget)
     except AttestationError as error:
-        raise UntrustedStage(f"stage {index}: evidence refused: {error}", stage=index) from error
+        raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
             f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
@@ -116,10 +100,21 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
         raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error
 
 
+def _untrusted(error: AttestationError, manifest: Manifest, index: int) -> UntrustedStage:
+    if not isinstance(error, EvidenceError | PolicyError):
+        return UntrustedStage(f"stage {index}: evidence refused: {error}", stage=index)
+    failures = error.failures
+    rest = f" (and {len(failures) - 1} more of its checks failed)" if len(failures) > 1 else ""
+    text = f"stage {index}: evidence refused: {failures[0][1]}{rest}"
+    return UntrustedStage(
+        text, stage=index, failures=failures, checks=[str(check) for check in manifest.checks(index, failures)]
+    )
+
+
 def broken(error: TransportError, index: int) -> StageError:
     """What a failure of the link to stage `index` means to whoever waits for its answer."""
     if isinstance(error, PeerAlert):
-        kind = UntrustedStage if error.code == Alert.ATTESTATION else StageError
+        kind: type[StageError] = UntrustedStage if error.code == Alert.ATTESTATION else StageError
         return kind(f"stage {index} refuses the link: {error}", stage=index)
     if isinstance(error, Unreachable):
         return StageError(f"stage {index} cannot be reached: {error}", stage=index)
@@ -127,7 +122,8 @@ def broken(error: TransportError, index: int) -> StageError:
         return StageError(f"stage {index} {error}", stage=index)
     if isinstance(error, TimedOut):
         return LateStage(f"stage {index} did not answer in time: {error}", stage=index)
-    return StageError(f"stage {index} is gone: {error}", stage=index)
+    kind = UnreachableStage if isinstance(error, Closed) else StageError  # whoever says CLOSE has not died
+    return kind(f"stage {index} is gone: {error}", stage=index)
 
 
 def failed(failure: Failure) -> StageError:
@@ -281,6 +277,8 @@ class StageLink:
         """A stage that fails says so before it hangs up: that is a better reason than the broken pipe."""
         try:
             message = self._read(self.channel.receive(1.0))
+        except Closed as closed:
+            return broken(closed, self.stage)
         except (TransportError, MessageError):
             return broken(error, self.stage)
         return failed(message) if isinstance(message, Failure) else broken(error, self.stage)
@@ -288,107 +286,3 @@ class StageLink:
     def _illegal(self, what: str) -> MessageError:
         self._due = True  # whatever else comes cannot be trusted to be in step
         return MessageError(f"stage {self.stage} {what}", stage=self.stage)
-
-
-class BatchLink(StageLink):
-    """The near end of the link between two stages, which carries the sequences of all clients.
-
-    One thread at a time may send batches, and one receive answers; any may `end` lanes. Once it has failed, it is
-    `dead`, and so are all its lanes.
-    """
-
-    def __init__(self, channel: Channel, manifest: Manifest, stage: int, timeout: float) -> None:
-        super().__init__(channel, manifest, stage, timeout)
-        self.dead: StageError | None = None  # why nothing can be asked any more
-        self._lanes = itertools.count()
-        self._awaited: deque[list[Due]] = deque()
-
-    def open(self) -> int:
-        """The number of a new lane, for the next batch."""
-        return next(self._lanes)
-
-    def send_batch(self, batch: Batch, asks: Sequence[Ask], missing: int = 0) -> None:
-        """Sends a batch whose segments ask for these answers, padded as if `missing` rows more were in it.
-
-        Raises StageError.
-        """
-        if self.dead is not None:
-            raise self.dead
-        if batch.answered:
-            self._awaited.append(list(map(Due, batch.segments, asks)))
-        try:
-            parts = batches.encode(batch)
-            whole = sum(map(len, parts)) + batches.OVERHEAD + 4 * self._config.n_embd * missing if missing else 0
-            self._send(parts, whole)
-        except StageError as error:
-            raise self._died(error) from None
-        except BaseException:  # no memory, for example: answers would be taken for those of this batch
-            self._died(StageError(f"a batch for stage {self.stage} could not be sent", stage=self.stage))
-            raise
-
-    def receive_answers(self, timeout: float | None = None) -> tuple[Result, ...]:
-        """The answers to the first batch that has none yet, one for each segment. Raises StageError."""
-        if self.dead is not None:
-            raise self.dead
-        try:
-            plain = self._receive(timeout)
-            if type(plain) is not list:
-                raise self._illegal(f"sent {messages.name(self._heard(plain))} out of turn")
-            if not self._awaited:
-                raise self._illegal("sent answers that nobody asked for")
-            try:
-                results = batches.decode_answers(plain, self._awaited.popleft(), self._config, self._behind)
-            except MessageError as error:
-                raise self._illegal(f"sent something wrong: {error}") from None
-            return results
-        except StageError as error:
-            raise self._died(error) from None
-
-    def await_answers(self, look: float) -> bool:
-        """Waits until an answer is due, looking every so many seconds; False once the link has ended here.
-
-        Raises StageError if that stage says something unasked.
-        """
-        while self.dead is None:
-            if self._awaited:
-                return True
-            try:
-                if not self.channel.wait(look) or self._awaited:
-                    continue
-                if (news := self._unasked()) is not None:
-                    raise self._illegal(f"sent {messages.name(news)} out of turn")
-                if self.channel.poll():
-                    time.sleep(HALF_A_RECORD)
-            except StageError as error:
-                raise self._died(error) from None
-        return False
-
-    def usable(self) -> bool:
-        """Whether sequences can begin on this link; one that was idle is asked first. Nothing may be under way."""
-        if self.dead is not None or self.stale:
-            return False
-        try:
-            if self.channel.idle >= PROBE_AFTER:
-                self.send_batch(Batch((), NO_ROWS), ())
-                self.receive_answers(PROBE)
-        except StageError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Ends the link, and all its lanes."""
-        if self.dead is None:
-            self.dead = StageError(f"the link to stage {self.stage} is closed", stage=self.stage)
-        self.channel.close()
-
-    def end(self, lanes: Sequence[int]) -> None:
-        """Makes that stage, and those after it, forget sequences."""
-        if self.dead is None and lanes:
-            with suppress(StageError):  # then they are forgotten as well
-                self.send_batch(Batch((), NO_ROWS, (), tuple(lanes)), ())
-
-    def _died(self, error: StageError) -> StageError:
-        if self.dead is None:
-            self.dead = error
-            self.channel.abort()
-        return self.dead

@@ -9,13 +9,14 @@ manifest it runs.
 import datetime
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attest import Attester, Verifier, document
+from attest import Attester, Failure, Verifier, document
 from attest.document import DocumentError, Place
-from attest.providers import Platform
+from attest.providers import TEST_ROOT_WARNING, Check, Platform
 from attest.registry import PLATFORMS
 from minigpt.engine.config import Config
 from minigpt.errors import ConfigError, ManifestError, UsageError
@@ -28,6 +29,9 @@ FORMAT = "minigpt-pipeline-2"
 MAX_MANIFEST = 2**20  # bytes; one of 256 stages is about 150 KB
 MAX_STAGES = 256
 MAX_PINS = 64  # measurements or clients in one list
+MAX_LIFE = datetime.timedelta(days=30)  # of one that pins a platform
+DAYS_LEFT = 3.0  # below which `warnings` has a word about it
+SLOW_HANDSHAKE = 60.0  # seconds that one may take where a platform is asked: a TDX quote may take 30
 SUITES = (1, 2)  # of the link protocol; 2 is 1 with forward secrecy against quantum computers
 
 
@@ -41,6 +45,7 @@ class StageEntry:
     weights_sha256: bytes
     platform: Platform
     pins: Any  # which evidence is acceptable, as the platform reads it
+    test_root: bytes | None = None  # SHA-256 of the root that is believed in place of the vendor's
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ class Manifest:
             raise ManifestError(
                 f"manifest: expires {format_time(self.expires)}, wanted later than issued {format_time(self.issued)}"
             )
+        if self.slow and self.expires - self.issued > MAX_LIFE:
+            raise ManifestError(
+                f"manifest: expires {format_time(self.expires)}, wanted at most {MAX_LIFE.days} days after it was "
+                "issued: it pins a platform, whose clock its host can set back so far"
+            )
         unknown = set(self.suites) - set(SUITES)
         if unknown or len(set(self.suites)) != len(self.suites):
             raise ManifestError(f"manifest.suites: got {list(self.suites)}, wanted some of {list(SUITES)}, each once")
@@ -128,14 +138,37 @@ class Manifest:
         if now >= self.expires.timestamp():
             raise ManifestError(f"the manifest expired on {format_time(self.expires)}: ask its issuer for a new one")
 
-    def check_verifiable(self) -> None:
-        """Raises ManifestError if this version can pin some stage's evidence, but not verify it."""
-        for stage in self.stages:
-            if stage.platform.verifier is None:
-                raise ManifestError(
-                    f"stage {stage.index}: the manifest wants evidence of {stage.platform.name}, which this "
-                    "version cannot verify yet, so nobody would know what runs there: refused"
-                )
+    def check_switches(self, *, allow_mock: bool, allow_test_root: bool) -> None:
+        """Raises ManifestError if it accepts evidence that proves nothing about hardware, and nobody has allowed it."""
+        if self.simulated and not allow_mock:
+            raise ManifestError(
+                "the manifest accepts mock evidence, which proves nothing about hardware: "
+                "refused without --allow-mock (allow_mock=True)"
+            )
+        for word in [] if allow_test_root else self._test_roots():
+            raise ManifestError(f"the manifest: {word}: refused without --allow-test-root (allow_test_root=True)")
+
+    def days_left(self, now: float) -> float:
+        """Days from `now`, in seconds since 1970, until it expires."""
+        return (self.expires.timestamp() - now) / 86_400
+
+    def warnings(self, now: float) -> list[str]:
+        """What whoever uses it should be told at each start."""
+        days = self.days_left(now)
+        rotate = [f"the manifest expires in {days:.1f} days: put a new one in its place"] if days < DAYS_LEFT else []
+        return [*self._test_roots(), *rotate]
+
+    def _test_roots(self) -> list[str]:
+        return [
+            TEST_ROOT_WARNING.format(stage=stage.index, root=stage.test_root.hex())
+            for stage in self.stages
+            if stage.test_root is not None
+        ]
+
+    @property
+    def slow(self) -> bool:
+        """Whether some handshake waits for a platform."""
+        return not all(stage.platform.simulated for stage in self.stages)
 
     def claims(self, index: int) -> bytes:
         """What stage `index` must claim about itself: canonical msgpack, a map with these keys in this order."""
@@ -156,22 +189,28 @@ class Manifest:
         return any(stage.platform.simulated for stage in self.stages)
 
     def attester(self, index: int, key: bytes) -> Attester:
-        """Makes the evidence of stage `index` with a key's file. Raises ManifestError as `check_verifiable`,
-        EvidenceError if it is no such file."""
-        self.check_verifiable()
+        """Makes the evidence of stage `index`, the mock's with a key's file.
+
+        Raises EvidenceError if it is no such file, ManifestError if this version cannot make such evidence.
+        """
         make = self.stages[index].platform.attester
         if make is None:
             raise ManifestError(f"stage {index}: this version cannot make {self.stages[index].platform.name} evidence")
         return make(key, self.claims(index))
 
     def verifier(self, index: int) -> Verifier:
-        """Judges the evidence of stage `index`. Raises ManifestError as `check_verifiable`."""
-        self.check_verifiable()
+        """Judges the evidence of stage `index`."""
+        return self.verifier_at(index, lambda: max(time.time(), self.issued.timestamp()))
+
+    def verifier_at(self, index: int, clock: Callable[[], float]) -> Verifier:
+        """Judges it by another clock, in seconds since 1970."""
         stage = self.stages[index]
-        if stage.platform.verifier is None:
-            raise AssertionError("checked above")
-        clock = lambda: max(time.time(), self.issued.timestamp())  # noqa: E731
-        return stage.platform.verifier(stage.pins, self.claims(index), index, clock)
+        return stage.platform.judge(stage.pins, stage.test_root, self.claims(index), index, clock)
+
+    def checks(self, index: int, failures: Sequence[Failure]) -> list[Check]:
+        """All checks of the evidence of stage `index`, of which these failed."""
+        stage = self.stages[index]
+        return stage.platform.lines(stage.pins, failures)
 
 
 def read(path: str | Path) -> bytes:
@@ -210,13 +249,15 @@ def _stage(index: int, place: Place) -> StageEntry:
     platform = PLATFORMS.get(provider.value) if type(provider.value) is str else None
     if platform is None:
         provider.refuse(" or ".join(f'"{name}"' for name in PLATFORMS))
+    pins, test_root = platform.read(evidence)
     entry = StageEntry(
         index=index,
         layers=range(first, layers[1].integer(first + 1, 2**16)),
         address=address,
         weights_sha256=place.get("weights_sha256").pin(32),
         platform=platform,
-        pins=platform.read_pins(evidence),
+        pins=pins,
+        test_root=test_root,
     )
     place.only("layers", "address", "weights_sha256", "evidence")
     return entry

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from attest import AttestationError, PolicyError, load_evidence
+from attest import AttestationError, EvidenceError, PolicyError, load_evidence
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Token, encode_prompt
+from minigpt.client.text import Generation, Token, encode_prompt
 from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
 from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import Reason, Span, StageReport
@@ -80,6 +79,7 @@ class Service:
         self._canary: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[tuple[StageReport, ...]] | None = None
         self._reports: tuple[StageReport, ...] = ()
+        self._refused: Sequence[str] = ()  # all checks of the evidence that was refused last by ourselves
         self._reported_at = -REPORT
 
     async def encode(
@@ -142,7 +142,9 @@ class Service:
     async def generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
         """An answer, when its turn comes. Closing this cancels it within one token."""
         until = time.monotonic() + BUSY
+        watched: Keywords = {**options, "spans": True}  # for the bytes on each link
         while True:
+            generation = self.pipeline.generate(ids, **watched)
             self.waiting += 1
             try:
                 await self._turns.acquire()
@@ -150,7 +152,7 @@ class Service:
                 self.waiting -= 1
             begun = False
             try:
-                async with aclosing(self._generate(ids, options)) as pieces:
+                async with aclosing(self._generate(generation)) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -163,23 +165,18 @@ class Service:
                     raise
             await asyncio.sleep(AGAIN)
 
-    async def _generate(self, ids: Sequence[int], options: Keywords) -> AsyncGenerator[Piece | End]:
+    async def _generate(self, generation: Generation) -> AsyncGenerator[Piece | End]:
         """One try, with a turn that is given back when its thread has ended."""
         loop = asyncio.get_running_loop()
         # Not bounded: a reader that is slow must not keep a link, and there are no more tokens than positions.
         arrived: asyncio.Queue[Piece | End | None] = asyncio.Queue()
-        cancelled = threading.Event()
-        watched: Keywords = {**options, "spans": True}  # for the bytes on each link
 
         def put(item: Piece | End) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         def work() -> None:
-            generation = self.pipeline.generate(ids, **watched)
             try:
                 for token in generation:
-                    if cancelled.is_set():
-                        return
                     put(Piece(token, generation.spans[-1]))
                 assert generation.reason is not None
                 put(End(generation.reason, len(generation.interruptions)))
@@ -203,7 +200,7 @@ class Service:
                 yield item
             await future
         finally:
-            cancelled.set()
+            generation.cancel()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever wanted it has gone
 
     async def reports(self) -> tuple[StageReport, ...]:
@@ -219,6 +216,7 @@ class Service:
             reports = await asyncio.to_thread(self._watcher.status)
         except (MiniGPTError, AttestationError) as error:
             stage = getattr(error, "stage", None) or 0
+            self._refused = getattr(error, "checks", ())
             reason = "attestation" if isinstance(error, AttestationError) or error.exit_code == 3 else "failed"
             unknown = tuple(StageReport(i, NOT_ASKED, "failed") for i in range(stage))
             reports = (*unknown, StageReport(stage, str(error), reason))
@@ -282,13 +280,16 @@ class Service:
             "model": manifest.model,
             "expires": manifest.expires.isoformat(),
             "simulated": manifest.simulated,
+            "warnings": manifest.warnings(time.time()),
             "stages": stages,
         }
 
     def _attested(self, entry: StageEntry, report: StageReport) -> dict[str, Any]:
         """One stage's. Links were accepted when they were made: here anybody can see by what, and check it again."""
-        verdict, checks = ("FAIL" if report.reason == "attestation" else "UNKNOWN"), [report.error]
-        if not report.error:
+        verdict, checks = "UNKNOWN", [report.error]
+        if report.reason == "attestation":
+            verdict, checks = "FAIL", list((entry.index == 0 and self._refused) or checks)
+        elif not report.error:
             verdict, checks = self._verify(entry, report.evidence)
         return {
             "index": entry.index,
@@ -296,30 +297,27 @@ class Service:
             "address": str(entry.address),
             "provider": entry.platform.name,
             "simulated": entry.platform.simulated,
+            "test_root": None if entry.test_root is None else entry.test_root.hex(),
             "verdict": verdict,
             "checks": checks,
             "evidence": _object(report.evidence),
         }
 
     def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
-        """A verdict on an evidence file, as of the time when it was made, and the reasons: "got …, wanted …" each."""
-        platform, claims = entry.platform, self.pipeline.manifest.claims(entry.index)
+        """A verdict on an evidence file, as of the time when it was made, and a line for each check."""
+        manifest, failures = self.pipeline.manifest, []
         try:
             evidence, binding = load_evidence(text)
-            assert platform.verifier is not None, "or the manifest would not have been accepted"
-            assert platform.describe is not None, "as above"
-            made = datetime.fromisoformat(platform.describe(evidence)["made"]).timestamp()  # ValueError after 9999
-            result = platform.verifier(entry.pins, claims, entry.index, lambda: made).verify(evidence, binding)
-        except PolicyError as error:
-            return "FAIL", list(error.mismatches)
-        except (AttestationError, ValueError) as error:
-            return "FAIL", str(error).split("; ")
-        return "PASS", [
-            "authentic: signed by a key that the manifest trusts for this stage, for the handshake of its link",
-            f"measurement: {result.measurement.hex()}, as pinned",
-            "claims: the manifest, this stage's layers and its weights, as pinned",
-            "debug: off",
-        ]
+            made = datetime.fromisoformat(
+                entry.platform.describe(evidence)["made"]
+            ).timestamp()  # ValueError after 9999
+            manifest.verifier_at(entry.index, lambda: made).verify(evidence, binding)
+        except (EvidenceError, PolicyError) as error:
+            failures = list(error.failures)
+        except ValueError:
+            failures = [("stale", "stale: got a time after the year 9999, wanted one of this calendar")]
+        checks = [str(check) for check in manifest.checks(entry.index, failures)]
+        return "FAIL" if failures else "PASS", checks
 
 
 def _object(text: str) -> Any:

@@ -54,9 +54,12 @@ def parser() -> argparse.ArgumentParser:
         "BLAS threads, pinned (default: one for each core, and fewer beside busy neighbours)",
         few,
     )
+    add("--evidence", "auto|mock|nitro", "what makes this stage's evidence (default: what the manifest wants); another "
+        "than the manifest's is refused", default="auto")  # fmt: skip
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
+    switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)
     add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 32)
     add("--cache-bytes", "N", "bytes of all caches together (default: half of the memory that is free)", positive)
@@ -64,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch", "N", "sequences computed in one pass; 1 for one at a time", few, 32)
     add("--max-handshakes", "N", "handshakes at once; one more ends another", positive, 32)
     add("--answer-timeout", "S", "seconds that the next stage may take for a step", seconds, 120.0)
-    add("--handshake-timeout", "S", "seconds that a handshake may take", seconds, 10.0)
+    add("--handshake-timeout", "S", "seconds that a handshake may take, evidence included (default: 10, or "
+        "60 where the manifest pins a platform)", seconds)  # fmt: skip
     add("--message-timeout", "S", "seconds that a message may take once it has begun", seconds, 60.0)
     add("--idle-timeout", "S", "seconds that a channel may be silent", seconds, 3600.0)
     add("--drain", "S", "seconds that answers may still take after SIGTERM; a second one ends them", seconds, 30.0)

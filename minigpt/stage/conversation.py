@@ -16,9 +16,10 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from attest import AttestationError
-from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UntrustedStage
+from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UnreachableStage, UntrustedStage
 from minigpt.protocol import links, messages
 from minigpt.protocol.messages import Message, StageReport
+from minigpt.stage.evidence import Ticket
 from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
@@ -40,7 +41,7 @@ class State(enum.Enum):
 class Host(Protocol):
     """What a conversation asks of the server that accepted it."""
 
-    def accept(self, sock: Any, source: str) -> Channel: ...
+    def accept(self, conversation: "Conversation") -> Channel: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
@@ -56,13 +57,14 @@ class Conversation:
         self._host = host
         self._name = f"channel {number} ({peer})"
         self._here = f"stage {stage.index}"
-        self._sock = sock
+        self.sock = sock
+        self.ticket: Ticket | None = None  # while it shakes hands
         self._channel: Channel | None = None
 
     def run(self) -> None:
         """Serves the channel until either side ends it. Raises nothing: this is a thread's first function."""
         try:
-            channel = self._channel = self._host.accept(self._sock, self.source)
+            channel = self._channel = self._host.accept(self)
             log.info("%s: open", self._name)
             self._serve(channel)
         except (Closed, Abandoned):
@@ -74,6 +76,11 @@ class Conversation:
             log.error("%s: ended by %s\n%s", self._name, type(error).__name__, where)
         finally:
             self._end()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has done its part of a handshake so far, and waits for this stage's evidence."""
+        return self.ticket is not None and self.ticket.waits
 
     def _enter(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()
@@ -153,7 +160,7 @@ class Conversation:
         """Called by another thread: ends the channel now if it is idle, and wakes it up otherwise."""
         channel = self._channel
         if channel is None:
-            hang_up(self._sock)
+            hang_up(self.sock)
         elif self.state is State.IDLE:
             channel.close()
         else:
@@ -162,10 +169,10 @@ class Conversation:
     def turn_out(self) -> None:
         """Called by another thread: ends the channel, to make room."""
         log.warning("%s: ended for a newcomer", self._name)
-        hang_up(self._sock)
+        hang_up(self.sock)
 
     def _stopped(self) -> StageError:
-        return StageError(f"{self._here} is stopping", stage=self._stage.index)
+        return UnreachableStage(f"{self._here} is stopping", stage=self._stage.index)
 
     def _fail(self, channel: Channel, error: StageError) -> None:
         """Tells the peer what failed, and in which stage; the channel ends with it."""
@@ -182,5 +189,5 @@ class Conversation:
         try:
             self._forget()
         finally:
-            (self._channel or self._sock).close()
+            (self._channel or self.sock).close()
             self._host.forget(self.number)

@@ -44,14 +44,31 @@ def source_of(peer: str) -> str:
     return peer.rpartition(":")[0]
 
 
+class Accounts:
+    """What each source has cost lately, in seconds of whatever it is. For any number of threads."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, tuple[float, float]] = {}  # by source: seconds, and when that was so
+        self._lock = threading.Lock()
+
+    def spend(self, source: str, seconds: float) -> None:
+        with self._lock:
+            self._spent[source] = self.spent(source) + seconds, time.monotonic()
+            if len(self._spent) > SOURCES:
+                del self._spent[min(self._spent, key=self.spent)]
+
+    def spent(self, source: str) -> float:
+        seconds, since = self._spent.get(source, (0.0, 0.0))
+        return seconds * math.exp((since - time.monotonic()) / MEMORY)
+
+
 class Newcomers:
     """Connections whose handshakes have not begun. One thread has them; any thread may `spend`."""
 
     def __init__(self) -> None:
         self._waiting: list[Newcomer] = []  # the oldest first
         self._pace, self._ahead = Pace(SHARE), Pace(SHARE)
-        self._spent: dict[str, tuple[float, float]] = {}  # by source: seconds of the processor, and when that was so
-        self._lock = threading.Lock()
+        self._accounts = Accounts()  # seconds of the processor
 
     def add(self, newcomer: Newcomer) -> Newcomer | None:
         """Returns the one that there is no room for, if so: the latest of the source with the most."""
@@ -96,15 +113,11 @@ class Newcomers:
     def spend(self, source: str, seconds: float) -> None:
         """A handshake has cost `seconds` of the processor."""
         self._pace.spend(seconds)
-        with self._lock:
-            self._spent[source] = self.spent(source) + seconds, time.monotonic()
-            if len(self._spent) > SOURCES:
-                del self._spent[min(self._spent, key=self.spent)]
+        self._accounts.spend(source, seconds)
 
     def spent(self, source: str) -> float:
         """What a source has cost lately."""
-        seconds, since = self._spent.get(source, (0.0, 0.0))
-        return seconds * math.exp((since - time.monotonic()) / MEMORY)
+        return self._accounts.spent(source)
 
     def close(self) -> None:
         for sock, _ in self._waiting:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import IO, TypeVar
 
-from attest import AttestationError, Attester, Binding
+from attest import AttestationError, Attester, Binding, EvidenceError, PolicyError
 from attest.document import DocumentError, read_file, read_private
 from attest.measure import own
 from minigpt.checkpoint import sources, weights
@@ -14,9 +14,10 @@ from minigpt.cli.terminal import progress
 from minigpt.engine import cgroups, threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
-from minigpt.protocol.manifest import MAX_MANIFEST, Manifest, StageEntry
+from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending
+from minigpt.stage.evidence import SHARE, EvidenceQueue
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -26,6 +27,7 @@ log = logging.getLogger("minigpt.stage")
 
 MAX_KEY = 2**16  # bytes of a key's file; a mock key's has 500
 PROVISION = 3600.0  # seconds that a manifest or key may take to come to an address: somebody may send it by hand
+HANDSHAKE = 10.0  # seconds that a handshake may take where no platform is asked
 SENDER = 10.0  # seconds that one who connects there may take to send it
 
 T = TypeVar("T")
@@ -43,13 +45,12 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
-    if options.mock_key is None:
-        raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
-    key = options.mock_key
-    attester = _receive("mock key", key, MAX_KEY, lambda data: manifest.attester(entry.index, data), read_private)
+    attester = _attester(manifest, entry, options)
     listener = _listener(options.listen, entry)
     model = _model(manifest, entry, options.model)
-    _check_own_evidence(manifest, entry.index, attester)
+    handshake = options.handshake_timeout or (SLOW_HANDSHAKE if manifest.slow else HANDSHAKE)
+    evidence = EvidenceQueue(attester, SHARE * handshake)
+    _check_own_evidence(manifest, entry.index, evidence)
     cores = None
     if options.turns is not None:
         cores = _opened(options.turns)
@@ -63,9 +64,9 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         handshakes=options.max_handshakes,
         answer=options.answer_timeout,
         idle=options.idle_timeout,
-        deadlines=Deadlines(handshake=options.handshake_timeout, message=options.message_timeout),
+        deadlines=Deadlines(handshake=handshake, message=options.message_timeout),
     )
-    stage = Stage(manifest, entry.index, model, attester, limits, cores)
+    stage = Stage(manifest, entry.index, model, evidence, limits, cores)
     server = Server(stage, exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     ending.serving(listener.close)  # and `serve` returns
@@ -91,14 +92,26 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
 def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
     """This stage's part of the manifest, if it may be served at all."""
     manifest.check_time(time.time())
-    manifest.check_verifiable()
     index: int = options.index
     if index >= len(manifest.stages):
         raise UsageError(f"--index {index}, but the manifest has {len(manifest.stages)} stages, from 0 on")
-    if manifest.simulated and not options.allow_mock:
-        mock = "the manifest accepts mock evidence, which proves nothing about hardware"
-        raise ManifestError(f"{mock}: refused without --allow-mock")
+    manifest.check_switches(allow_mock=options.allow_mock, allow_test_root=options.allow_test_root)
+    for warning in manifest.warnings(time.time()):
+        log.warning("%s", warning)
     return manifest.stages[index]
+
+
+def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace) -> Attester:
+    """Makes this stage's evidence: the mock's with a key, a platform's with its device."""
+    name = entry.platform.name
+    if options.evidence not in ("auto", name):
+        raise UsageError(f"--evidence {options.evidence}, but the manifest wants {name} of stage {entry.index}")
+    if not entry.platform.simulated:
+        return manifest.attester(entry.index, b"")
+    if options.mock_key is None:
+        raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
+    key = options.mock_key
+    return _receive("mock key", key, MAX_KEY, lambda data: manifest.attester(entry.index, data), read_private)
 
 
 def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
@@ -112,13 +125,23 @@ def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
     return GPT2(manifest.config, entry.layers, loaded.tensors)
 
 
-def _check_own_evidence(manifest: Manifest, index: int, attester: Attester) -> None:
-    """Warns of a stage that no peer will accept: better here than at each of their attempts."""
+def _check_own_evidence(manifest: Manifest, index: int, evidence: EvidenceQueue) -> None:
+    """Warns of a stage that no peer will accept: better here than at each of their attempts.
+
+    Raises AttestationError if there is no evidence to be had: such a stage can serve nobody.
+    """
+    attester = evidence.ticket(first=True)
     binding = Binding("R", attester.provider, bytes(32), bytes(32), attester.claims)
+    began = time.monotonic()
+    made = attester.attest(binding)
+    log.info("own evidence made in %.2f s", time.monotonic() - began)
     try:
-        manifest.verifier(index).verify(attester.attest(binding), binding)
-    except AttestationError as error:
-        log.warning("peers will refuse this stage's evidence: %s", error)
+        manifest.verifier(index).verify(made, binding)
+    except (EvidenceError, PolicyError) as error:
+        log.warning("peers will refuse this stage's evidence:")
+        for check in manifest.checks(index, error.failures):
+            if check.result == "FAIL":
+                log.warning("%s", check)
 
 
 def _opened(place: str | int) -> IO[bytes]:

@@ -15,7 +15,7 @@ from minigpt.stage.layers import Part
 
 
 class Following(Protocol):
-    """What comes after a stage's layers: the rest of the model, as `links.BatchLink` gives it."""
+    """What comes after a stage's layers: the rest of the model, as `batchlink.BatchLink` gives it."""
 
     dead: StageError | None
 

@@ -17,6 +17,7 @@ from minigpt.stage.stage import Stage
 from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
 from transport.errors import TimedOut
+from transport.sockets import has_left
 
 log = logging.getLogger("minigpt.stage")
 
@@ -96,14 +97,18 @@ class Server:
     def _following(self) -> tuple[float, Newcomer | None]:
         with self._lock:
             strangers = self._strangers()
-        full = len(strangers) >= self.stage.limits.handshakes and time.monotonic() - strangers[0].since < YOUNG
+        full = len(strangers) >= self.stage.limits.handshakes and (
+            strangers[0].waits or time.monotonic() - strangers[0].since < YOUNG
+        )
         return self._newcomers.following({one.source for one in strangers}, strangers[0].source if full else None)
 
     def _strangers(self) -> list[Conversation]:
-        """The handshakes under way, those of the source with the most first, and of these the oldest."""
-        found = [one for one in self.open.values() if one.state is State.OPENING]
-        number = Counter(one.source for one in found)
-        return sorted(found, key=lambda one: (-number[one.source], one.since))
+        """The handshakes under way, those of the source with the most first, and of these the oldest; but last those
+        that wait for our evidence, the latest of them first: else, where that is slow, none would ever get it."""
+        found = [(one, one.waits) for one in self.open.values() if one.state is State.OPENING]
+        number = Counter(one.source for one, _ in found)
+        found.sort(key=lambda pair: (-number[pair[0].source], pair[1], -pair[0].since if pair[1] else pair[0].since))
+        return [one for one, _ in found]
 
     def _least_wanted(self) -> Conversation | None:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.
@@ -120,17 +125,22 @@ class Server:
         silent = [one for one in idle if time.monotonic() - one.since > YOUNG]
         return next(iter(strangers + silent), None)
 
-    def accept(self, sock: Any, source: str) -> Channel:
-        """The handshake of a new channel; `source` pays for it."""
-        began = time.thread_time()
-        self.stage.manifest.check_time(time.time())
+    def accept(self, conversation: Conversation) -> Channel:
+        """The handshake of a new channel; its source pays for it."""
+        began, stage, source, sock = time.thread_time(), self.stage, conversation.source, conversation.sock
+        stage.manifest.check_time(time.time())
+        # A listed client is known by its key before it is given evidence; whoever else calls, only after.
+        listed = stage.index == 0 and stage.manifest.clients is not None
+        ticket = conversation.ticket = stage.evidence.ticket(source, lambda: has_left(sock), first=listed)
         try:
-            stage = self.stage
-            end = links.answering_end(stage.manifest, stage.index, stage.attester)
+            end = links.answering_end(stage.manifest, stage.index, ticket)
             most = links.largest(stage.manifest, stage.index)
-            return Channel.accept(sock, end, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most)
+            channel = Channel.accept(sock, end, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most)
         finally:
-            self._newcomers.spend(source, time.thread_time() - began)
+            self._newcomers.spend(source, time.thread_time() - began + ticket.seconds)
+        if stage.index > 0:
+            stage.evidence.know(source)
+        return channel
 
     def forget(self, number: int) -> None:
         with self._lock:

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-from attest import Attester
 from minigpt.engine.model import GPT2
 from minigpt.errors import MiniGPTError
 from minigpt.protocol import links
-from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.batchlink import BatchLink
+from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
+from minigpt.stage.evidence import EvidenceQueue
 from minigpt.stage.layers import Layers
 from minigpt.stage.places import Places
 from minigpt.stage.schedule import Schedule
@@ -42,14 +43,20 @@ class Stage:
     """Stage number `index` of the manifest's pipeline; `cores` as in `Turns`."""
 
     def __init__(
-        self, manifest: Manifest, index: int, model: GPT2, attester: Attester, limits: Limits, cores: IO[bytes] | None
+        self,
+        manifest: Manifest,
+        index: int,
+        model: GPT2,
+        evidence: EvidenceQueue,
+        limits: Limits,
+        cores: IO[bytes] | None,
     ) -> None:
         self.manifest = manifest
         self.index = index
         self.model = model
         self.limits = limits
         self.stopping = threading.Event()  # set when the process ends
-        self.attester = links.OneAtATime(attester)
+        self.evidence = evidence
         self.layers = Layers(model, index, cores)
         self.places = Places(index, limits.sequences, limits.cache_bytes, limits.queue)
         connect = None if model.is_last else self.batch_link
@@ -126,7 +133,7 @@ class Stage:
     def _dial(self) -> Channel:
         self.manifest.check_time(time.time())
         index = self.index + 1
-        end = links.calling_end(self.manifest, index, self.attester)
+        end = links.calling_end(self.manifest, index, self.evidence.ticket(first=True))
         channel = links.dial(self.manifest, index, end, self.limits.deadlines, self.budget)
         log.info("link to stage %d: evidence accepted", index)
         return channel

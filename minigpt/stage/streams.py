@@ -106,12 +106,16 @@ class Stream(io.TextIOBase):
 
 
 def set_up(name: str) -> None:
-    """Puts a `Stream` in place of standard output and error, and logs to the latter."""
+    """Puts a `Stream` in place of standard output and error, and logs to the latter.
+
+    Where both are the same file, as on a terminal, they are one stream: what is written comes in that order.
+    """
     try:
-        streams = [Stream(1), Stream(2)]
+        error = Stream(2)
+        output = error if os.path.samestat(os.fstat(1), os.fstat(2)) else Stream(1)
     except RuntimeError:
         sys.exit(f"{name}: the system gives this process no threads")
-    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, error)
     atexit.register(drain)
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(levelname)s %(message)s")
 

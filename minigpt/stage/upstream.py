@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from minigpt.errors import MessageError, StageError
 from minigpt.protocol import batches, messages
 from minigpt.protocol.batches import Result
-from minigpt.protocol.links import BatchLink
+from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.messages import Answer, Done, Reason, Span
 from minigpt.protocol.request import Traffic, span, with_span
 from minigpt.stage.conversation import Conversation

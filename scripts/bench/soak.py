@@ -302,7 +302,7 @@ def soak(options: argparse.Namespace) -> list[str]:
         trouble = Trouble(pipeline, options.kill, random.Random(options.seed)) if options.kill else None
         while (left := began + seconds - time.monotonic()) > 0 and not hung:
             pids = [os.getpid()] if options.kill else pipeline.pids
-            if not all(map(_runs, pids)):
+            if _died(pipeline) and not options.kill:
                 break
             for found, pid in zip(samples, pids, strict=True):
                 with suppress(OSError):  # it has died this moment
@@ -315,7 +315,7 @@ def soak(options: argparse.Namespace) -> list[str]:
         if not clients.join() or hung:
             wrong.append(f"requests did not end within {options.patience:.0f} s")
         took = time.monotonic() - began
-        dead = [stage for stage, pid in enumerate(pipeline.pids) if not _runs(pid) and not options.kill]
+        dead = [] if options.kill else _died(pipeline)
         wrong += [f"stage {stage} has died" for stage in dead] or _after(pipeline)
         pids = pipeline.pids
     if left := [pid for pid in pids if _runs(pid)]:
@@ -353,6 +353,12 @@ def _runs(pid: int) -> bool:
     with suppress(OSError):
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     return False
+
+
+def _died(pipeline: minigpt.Pipeline) -> list[int]:
+    """The stages that have died, though they may be there again."""
+    state = enumerate(zip(pipeline.pids, pipeline.restarts, strict=True))
+    return [stage for stage, (pid, restarts) in state if restarts or not _runs(pid)]
 
 
 def _after(pipeline: minigpt.Pipeline) -> list[str]:

@@ -12,16 +12,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nitro.pipeline import Rooted, image
 from processes import ROOT, eventually
 
 import minigpt
 from attacks import Seen, Survived, client, require
-from attacks.pipeline import Client, Pipes
+from attacks.pipeline import Client, EnclavePipes, Pipes
 from attacks.proxy import Rule, Tap, honest
+from attest.providers.nitro import NitroPins
 from minigpt.checkpoint.sources import read_config
 from minigpt.protocol import links
 from minigpt.protocol.links import StageLink
@@ -29,6 +32,7 @@ from transport.channel import Deadlines
 
 PATIENCE = 20.0  # seconds for what takes milliseconds on a machine that has nothing else to do
 FLAGS = ("--answer-timeout", "4", "--handshake-timeout", "5")
+INSTANCE = 0x44  # each byte of the PCR4 that is pinned
 TOKENS = 5  # of a run that is graded
 PLAIN_STAGE = client.PLAIN + "\nimport sys\nfrom minigpt.stage.__main__ import main\nsys.exit(main(sys.argv[1:]))"
 _VERDICT = re.compile(r"channel (\d+) \(.*?\): (?:ended by )?(\w+)(.*)")
@@ -66,7 +70,8 @@ class Arena:
         self._made = 0
         self._clients: list[Client] = []
         self._pipes: list[Pipes] = []
-        self.stages = self.start()
+        self._enclaves: EnclavePipes | None = None
+        self.stages: Pipes = self.start()
         self.client = self.start_client()
         self.mark()
 
@@ -83,6 +88,23 @@ class Arena:
             for index in reversed(range(len(made.ports))):
                 made.start(index, *FLAGS, *flags, **({"python": python} if python else {}))
         return made
+
+    @contextmanager
+    def enclaves(self) -> Iterator[EnclavePipes]:
+        """Meanwhile the pipeline under attack is one of Nitro's stages, which pins an instance (PCR4) too."""
+        if self._enclaves is None:
+            pins = [Rooted(NitroPins(image(index).pcrs | {4: bytes([INSTANCE]) * 48})) for index in (0, 1)]
+            made = EnclavePipes(self.folder, self.split, self.where / "enclaves", suites=[self.suite], pins=pins)
+            self._pipes.append(made)
+            for index in (1, 0):
+                made.device(index, "--pcr", f"4={INSTANCE}")
+                made.start(index, *FLAGS)
+            self._enclaves = made
+        usual, self.stages = self.stages, self._enclaves
+        try:
+            yield self._enclaves
+        finally:
+            self.stages = usual
 
     def start_client(self, *flags: str) -> Client:
         """Another client's process."""
@@ -154,7 +176,7 @@ class Arena:
         pipes = stages or self.stages
         for index, proxy in enumerate(pipes.proxies):
             proxy.reset((rules or {}).get(index, honest))
-        order = {"manifest": str(pipes.path), "allow_mock": True, "timeout": timeout, "retry_for": 0} | options
+        order = {"manifest": str(pipes.path), **pipes.options, "timeout": timeout, "retry_for": 0} | options
         requests = [list(one) for one in (ids or [self.prompt()])]
         (client or self.client).order(ids=requests, max_tokens=count, **order)
 

@@ -7,9 +7,11 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nitro.pipeline import Enclaves
 from processes import Stages
 
 from attacks import Survived, client
@@ -51,7 +53,9 @@ class Client:
 
 
 class Pipes(Stages):
-    """The stages of one pipeline behind proxies."""
+    """The stages of one pipeline behind proxies. `options` are what a client needs to connect to it."""
+
+    options: Mapping[str, Any] = {"allow_mock": True}
 
     def __init__(self, folder: Path, split: str, where: Path, **changes: Any) -> None:
         self.proxies = [Proxy() for _ in split.split("+")]
@@ -70,3 +74,9 @@ class Pipes(Stages):
         for proxy in self.proxies:
             proxy.close()
         super().close()
+
+
+class EnclavePipes(Enclaves, Pipes):
+    """The same of Nitro's stages, whose devices sign under the tests' root."""
+
+    options: Mapping[str, Any] = {"allow_test_root": True}

@@ -6,7 +6,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
     link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
-    evidence    attest, evidence, claims, evidence-file, keys
+    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro
     messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -24,14 +24,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import enclaves
 import msgpack
 import numpy as np
+import oracles
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
 import attest
-from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, policy
-from attest.providers import mock
+from attest import AttestationError, Binding, Evidence, EvidenceError, Provider, cbor, der, policy, x509
+from attest.providers import mock, nitro
 from fuzz import handshake, records
 from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
 from minigpt.checkpoint import sources, tokenizer, weights
@@ -116,6 +118,66 @@ def _evidence_file(data: bytes) -> None:
 def _keys(data: bytes) -> None:
     kind = mock.MockRoot if b"minigpt-mock-root" in data else mock.MockKey
     assert kind.from_json(kind.from_json(data).to_json()) == kind.from_json(data)
+
+
+def _cbor(data: bytes) -> None:
+    oracles.cbor_agrees(data, cbor.read(data))
+
+
+def _cbor_seeds() -> list[bytes]:
+    document = enclaves.document(user_data=b"u", nonce=b"", public_key=None)
+    values: list[object] = [None, True, -1, 2**64 - 1, "text", b"bytes", [], {}, {"a": [{1: b"c"}]}, list(range(30))]
+    return [*map(enclaves.cbor, values), b"\xbf\x01\x9f\x02\xff\xff", document, cbor.read(document)[2]]
+
+
+def _der(data: bytes) -> None:
+    """Sequences, sets and explicit tags all the way down; what is accepted has no other encoding."""
+    assert _again(der.Reader(data), 0) == data, "two encodings of one value"
+
+
+def _again(reader: der.Reader, depth: int) -> bytes:
+    parts = []
+    readers = {der.BOOLEAN: "boolean", der.INTEGER: "integer", der.OID: "oid", der.BITS: "named_bits",
+               der.UTC_TIME: "time", der.GENERALIZED_TIME: "time", **dict.fromkeys(der._STRINGS, "text")}  # fmt: skip
+    while reader.more:
+        tag = reader.data[reader.at]
+        if tag & 0x20 and depth < 20:
+            parts.append(enclaves.tlv(tag, _again(reader.inside(tag), depth + 1)))
+            continue
+        if tag in readers:
+            getattr(der.Reader(reader.data[reader.at :]), readers[tag])()
+        parts.append(enclaves.tlv(tag, reader.content(tag)))
+    reader.end()
+    return b"".join(parts)
+
+
+def _x509(data: bytes) -> None:
+    certificate = x509.Certificate.read(data)
+    oracles.certificate_agrees(data, certificate)
+    certificate.is_signed_by(certificate.key)
+
+
+def _certificates() -> list[bytes]:
+    return [*(holder.der for holder in enclaves.CHAIN), enclaves.amd()]
+
+
+def _crl(data: bytes) -> None:
+    oracles.list_agrees(data, x509.Crl.read(data))
+
+
+def _nitro(data: bytes) -> None:
+    """u8: whether it is signed | a payload; or a document."""
+    if data[:1] == b"\1":
+        data = enclaves.sign(data[1:], enclaves.CHAIN[-1].key)
+    statement = nitro.authenticate(data, (), [enclaves.ROOT], enclaves.NOW)
+    nitro.failures(statement, {"pcr0": "00" * 48})
+    assert len(data) <= nitro.MAX_DOCUMENT
+    assert all(0 <= index < 32 and len(value) == 48 for index, value in statement.pcrs.items())
+
+
+def _nitro_seeds() -> list[bytes]:
+    payload = enclaves.cbor(enclaves.fields(nonce=b"n", user_data=b"", public_key=b"k" * 32))
+    return [enclaves.document(nonce=b"n"), b"\1" + payload]
 
 
 # Messages.
@@ -307,14 +369,19 @@ def _manifest(data: bytes) -> None:
 
 
 def _manifest_seeds() -> list[bytes]:
+    simulated = mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))
+    image = nitro.NitroPins(dict.fromkeys((0, 1, 2, 31), b"\1" * 48))
+    made: list[tuple[tuple[int, ...], Any, list[Any]]] = [
+        ((2,), None, [simulated]), ((2, 1), [b"\3" * 32], [simulated, image]),
+    ]  # fmt: skip
     two = Config.from_json(TINY.to_json() | {"n_layer": 2})
     return [
         plan.write(
             config=two, model="tiny", revision=None, tokenizer_sha256=None, layers=[range(1), range(1, 2)],
             weights_sha256=[b"\1" * 32, b"\2" * 32], addresses=["tcp://127.0.0.1:5000", "vsock://16:5000"],
-            pins=[mock.MockPins(ROOT.public, frozenset([MEASUREMENT]))], suites=suites, clients=clients,
+            pins=pins, suites=suites, clients=clients,
         )
-        for suites, clients in (((2,), None), ((2, 1), [b"\3" * 32]))
+        for suites, clients, pins in made
     ]  # fmt: skip
 
 
@@ -498,6 +565,11 @@ TARGETS: dict[str, Target] = {
         _evidence_file, (EvidenceError,), lambda: [attest.dump_evidence(EVIDENCE, BINDING).encode()], "json"
     ),
     "keys": Target(_keys, (EvidenceError,), lambda: [KEY.to_json().encode(), ROOT.to_json().encode()], "json"),
+    "cbor": Target(_cbor, (EvidenceError,), _cbor_seeds),
+    "der": Target(_der, (EvidenceError,), _certificates),
+    "x509": Target(_x509, (EvidenceError,), _certificates),
+    "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)]),
+    "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
     "parts": Target(_array, (DecodeError,), _array_seeds, "msgpack"),

@@ -13,14 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import enclaves
 import msgpack
 import pytest
+from made import SMALL
 
 import attest
 from attest import NO_CLAIMS, Binding, Evidence, Unattested, dump_evidence
 from attest.__main__ import main
 from attest.measure import PACKAGES, measure
-from attest.providers.mock import MockAttester, MockKey, parse_endorsement
+from attest.providers.mock import MockAttester, MockKey, MockPins, parse_endorsement
+from attest.providers.nitro import NitroPins
+from minigpt.launch.plan import write
+from minigpt.protocol.manifest import Manifest
 
 CHECKOUT = Path(attest.__file__).resolve().parent.parent
 CLAIMS = msgpack.packb({"stage": 0, "first_layer": 0, "end_layer": 6, "weights_sha256": b"w" * 32, "note": "\x1b[2J"})
@@ -164,7 +169,7 @@ def test_verify_refuses_everything_else_with_3(keys: Keys) -> None:
         ((moved, *pins), "another handshake"),
         ((short, *pins), "225 bytes"),
         ((nothing, *pins), "none (0)"),
-        ((nitro, *pins), "not supported yet"),
+        ((nitro, *pins), "got nitro (2), wanted mock (1)"),
         ((keys.folder / "root.json", *pins), "minigpt-evidence"),
     ):
         done = run("verify", *arguments)
@@ -194,7 +199,7 @@ def test_show_says_that_it_verifies_nothing(keys: Keys) -> None:
 def test_show_reads_every_provider(keys: Keys) -> None:
     binding = Binding("I", 0, b"h" * 32, b"s" * 32, NO_CLAIMS)
     assert "no evidence" in run("show", keys.save(Unattested().attest(binding), binding)).stdout
-    for provider in (2, 9):
+    for provider in (3, 9):
         binding = Binding("R", provider, b"h" * 32, b"s" * 32, b"\xc1")
         path = keys.save(Evidence(provider, b"\xc1", b"\1\2", (b"\3",)), binding)
         done = run("show", path)
@@ -296,3 +301,106 @@ def test_an_interrupt_is_130_without_a_traceback(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (130, b"", b"")
+
+
+# --- Nitro documents, and manifests ---
+
+PCRS = dict.fromkeys(range(3), b"\7" * 48)
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
+    """A manifest of a Nitro stage and a mock stage."""
+    path = tmp_path_factory.mktemp("pinned") / "manifest.json"
+    mock = MockPins(bytes.fromhex(keys.root), frozenset([bytes.fromhex(keys.measurement)]))
+    path.write_bytes(
+        write(
+            config=SMALL, model="x", revision=None, tokenizer_sha256=None, layers=[range(3), range(3, 4)],
+            weights_sha256=[b"\1" * 32] * 2, addresses=["tcp://127.0.0.1:1", "tcp://127.0.0.1:2"],
+            pins=[NitroPins(PCRS), mock],
+        )
+    )  # fmt: skip
+    return path
+
+
+def results(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The verdict of each check, by its name."""
+    return {line.split(":")[0].split(" ", 1)[1]: line.split(" ")[0] for line in done.stdout.splitlines()[:-1]}
+
+
+def test_verify_prints_a_line_for_each_check_of_a_raw_document(pinned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "document.bin"
+    path.write_bytes(enclaves.document(pcrs=PCRS | {2: b"\x08" * 48}))
+    done = run("verify", path, "--manifest", pinned, "--stage", 0)
+    assert done.returncode == 3
+    assert results(done) == {
+        "malformed": "PASS", "alg": "PASS", "chain": "FAIL", "not-yet-valid": "PASS", "expired": "PASS",
+        "signature": "PASS", "stale": "PASS", "binding": "SKIP", "claims": "SKIP", "debug": "PASS", "pcr0": "PASS",
+        "pcr1": "PASS", "pcr2": "FAIL",
+    }  # fmt: skip
+    assert f"FAIL pcr2: got {'08' * 48}, wanted {'07' * 48}; the application is not what was pinned" in done.stdout
+    assert done.stdout.splitlines()[-1] == "verdict: refused, as of 2027-01-15T12:00:00.000Z"
+    report = json.loads(run("verify", path, "--manifest", pinned, "--stage", 0, "--json").stdout)
+    assert report["verdict"] == "refused"
+    assert {check["check"]: check["result"] for check in report["checks"]} == results(done)
+    late = results(run("verify", path, "--manifest", pinned, "--stage", 0, "--at", "2031-01-01T00:00:00Z"))
+    assert (late["expired"], late["stale"], late["signature"]) == ("FAIL", "FAIL", "PASS")
+    path.write_bytes(enclaves.document()[:-1])
+    assert results(run("verify", path, "--manifest", pinned, "--stage", 0)) == {"malformed": "FAIL"}
+    wrong = run("verify", path, "--manifest", pinned, "--stage", 1)
+    assert wrong.returncode == 3
+    assert "FAIL provider: got a Nitro document, wanted mock evidence" in wrong.stdout
+    shown = run("show", path)
+    assert shown.returncode == 3
+    path.write_bytes(enclaves.document(module_id="\x1b[2J"))
+    shown = run("show", path)
+    assert shown.returncode == 0
+    assert "binding: not checked" in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
+def test_a_genuine_document_is_accepted_by_its_own_pins(vectors: Path, pinned: Path, tmp_path: Path) -> None:
+    sample = vectors / "nitro" / "prod_2022.bin"
+    told = run("show", "--pins", sample)
+    assert told.returncode == 0
+    assert "compare" in told.stderr
+    manifest = json.loads(pinned.read_bytes())
+    manifest["stages"][0]["evidence"] = json.loads(told.stdout)
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(manifest))
+    done = run("verify", sample, "--manifest", path, "--stage", 0)
+    assert done.returncode == 0, done.stdout
+    assert set(results(done).values()) == {"PASS", "SKIP"}
+    assert run("verify", sample, "--manifest", path, "--stage", 0, "--at", "now").returncode == 3
+    assert "debug: got on" in run("show", "--pins", vectors / "nitro" / "debug_2022.bin").stderr
+    (tmp_path / "foreign.bin").write_bytes(enclaves.document())
+    foreign = run("show", "--pins", tmp_path / "foreign.bin")
+    assert (foreign.returncode, foreign.stdout) == (3, "")
+
+
+def test_evidence_files_are_checked_against_a_manifest(keys: Keys, pinned: Path) -> None:
+    from attest.commands import _pinned
+
+    claims = Manifest.parse(pinned.read_bytes()).claims(0)
+    assert _pinned(str(pinned), 0)[2] == claims
+    binding = Binding("R", 2, b"h" * 32, b"s" * 32, claims)
+    document = enclaves.document(
+        pcrs=PCRS, user_data=binding.digest, nonce=binding.handshake_hash, public_key=binding.static_key
+    )
+    path = keys.save(Evidence(2, claims, document, ()), binding)
+    done = results(run("verify", path, "--manifest", pinned, "--stage", 0))
+    assert [name for name, result in done.items() if result != "PASS"] == ["chain"]
+    assert {"binding", "claims", "debug", "pcr0"} <= done.keys()
+    path = keys.save(keys.evidence, BINDING)  # its claims are none of this manifest
+    done = results(run("verify", path, "--manifest", pinned, "--stage", 1))
+    assert done["endorsement"] == done["evidence"] == done["measurement"] == "PASS"
+    assert done["claims"] == done["key"] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--manifest", "m.json"), ("--stage", "0"), ("--root", "11" * 32), ("--manifest", "m.json", "--stage", "0",
+     "--root", "11" * 32), ("--root", "11" * 32, "--measurement", "11" * 48, "--manifest", "m.json", "--stage", "0")],
+)  # fmt: skip
+def test_verify_wants_pins_of_one_kind(words: tuple[str, ...]) -> None:
+    assert run("verify", "x", *words).returncode == 2

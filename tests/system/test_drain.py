@@ -18,6 +18,8 @@ from processes import Stages, eventually
 from serving import Serving
 
 from minigpt.checkpoint import sources
+from minigpt.client.pipeline import Pipeline
+from minigpt.client.resume import DEATHS
 from minigpt.engine.config import Config
 from minigpt.errors import StageError
 from minigpt.protocol import links, messages
@@ -43,6 +45,8 @@ def held(self, hidden, parts):
 GPT2.forward = held
 __main__.main()
 """
+# Tokens take half a second each until then.
+PACED = HELD.replace("while len(hidden) == 1 and not", "if len(hidden) == 1 and not").replace("0.01", "0.5")
 COUNT = 100
 
 
@@ -54,12 +58,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Held(Stages):
     """Stages of which one computes no token after the first until `go`."""
 
-    def __init__(self, folder: Path, split: str, where: Path, held: int, *flags: str) -> None:
+    def __init__(self, folder: Path, split: str, where: Path, held: int, *flags: str, code: str = HELD) -> None:
         super().__init__(folder, split, where)
         self.go = where / "go"
+        self.python = ("-c", code.format(str(self.go)))
         for index in reversed(range(len(self.ports))):
             if index == held:
-                self.start(index, *flags, python=("-c", HELD.format(str(self.go))))
+                self.start(index, *flags, python=self.python)
             else:
                 self.start(index)
 
@@ -232,6 +237,27 @@ def slow(*args):
 GPT2.forward = slow
 __main__.main()
 """
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_answer_survives_any_number_of_stages_that_are_ended_in_order(
+    folder: Path, tmp_path: Path, whole: list[int], victim: int
+) -> None:
+    with (
+        Held(folder, "2+2", tmp_path, 1, code=PACED) as stages,
+        Pipeline.connect(stages.bytes, allow_mock=True, retry_for=120) as made,
+    ):
+        running = made.generate([1, 2, 3], max_tokens=COUNT, draft=0)
+        found = [next(running).id]
+        for times in range(DEATHS + 1):
+            stages.kill(victim, signal.SIGINT)
+            stages.start(victim, python=stages.python)
+            while len(running.interruptions) <= times:
+                found.append(next(running).id)
+        stages.go.touch()
+        found += [token.id for token in running]
+        assert found == whole
+        assert len(running.interruptions) == DEATHS + 1
 
 
 def test_a_client_whose_answer_takes_longer_than_the_drain_is_told(folder: Path, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from made import SMALL, random_tensors, write
 from processes import HOUR, ROOT
 
 import minigpt
+from attest import AttestationError
 from attest.measure import measure
 from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.checkpoint import weights
 from minigpt.engine.config import tensor_shapes
-from minigpt.errors import ManifestError, StageError, UsageError, WeightsMismatch
+from minigpt.errors import StageError, UsageError, WeightsMismatch
 from minigpt.launch.plan import split_layers
 from minigpt.launch.plan import write as write_manifest
 from minigpt.protocol.manifest import Manifest
@@ -219,24 +220,31 @@ def minigpt_command(*words: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_plan_pins_images_by_their_descriptions_and_clients_refuse_them_in_words(
+def test_plan_pins_images_by_their_descriptions_and_nothing_but_an_enclave_serves_them(
     planned: Planned, image: eif.Image, tmp_path: Path
 ) -> None:
     told = tmp_path / "image.json"
     told.write_text(json.dumps(eif.describe(image)))
-    plan = ["plan", "--model", planned.folder, "--split", "1+3", "-o", tmp_path / "nitro.json"]
+    ports = ("--address", "tcp://127.0.0.1:1", "--address", "tcp://127.0.0.1:2")
+    plan = ["plan", "--model", planned.folder, "--split", "1+3", *ports, "-o", tmp_path / "nitro.json"]
     assert minigpt_command(*plan, "--pcrs", told, "--pcrs", told).returncode == 0
     pinned = Manifest.parse((tmp_path / "nitro.json").read_bytes())
-    assert [stage.pins.pcrs for stage in pinned.stages] == [tuple(image.pcrs()[i] for i in range(3))] * 2
-    for run in (
-        minigpt_command("generate", "1 2", "--manifest", tmp_path / "nitro.json", "--allow-mock"),
-        subprocess.run(
-            [sys.executable, "-m", "minigpt.stage", "--manifest", tmp_path / "nitro.json", "--index", "0"],
-            cwd=ROOT, capture_output=True, text=True,
-        ),
-    ):  # fmt: skip
-        assert run.returncode == ManifestError.exit_code
-        assert "nitro, which this version cannot verify" in run.stderr
+    assert [stage.pins.pcrs for stage in pinned.stages] == [image.pcrs()] * 2
+    client = minigpt_command("generate", "1 2", "--manifest", tmp_path / "nitro.json")  # no --allow-mock is needed
+    assert client.returncode != 0
+    assert "127.0.0.1:1" in client.stderr  # it is not refused, only not there
+    stage = subprocess.run(
+        [sys.executable, "-m", "minigpt.stage", "--manifest", tmp_path / "nitro.json", "--index", "0"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert stage.returncode == AttestationError.exit_code
+    assert "/dev/nsm" in stage.stderr
+    mixed = ["--pcrs", "mock", "--pcrs", told, "--root-key", MockRoot.generate().public.hex()]
+    assert minigpt_command(*plan, *mixed).returncode == 0
+    kinds = [stage.platform.name for stage in Manifest.parse((tmp_path / "nitro.json").read_bytes()).stages]
+    assert kinds == ["mock", "nitro"]
+    for words in (["--pcrs", "mock", "--pcrs", told], ["--pcrs", told, "--pcrs", told, *mixed[4:]]):
+        assert minigpt_command(*plan, *words).returncode == UsageError.exit_code
 
 
 @pytest.mark.parametrize(

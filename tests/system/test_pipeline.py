@@ -30,7 +30,8 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.protocol import batches, links
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
-from minigpt.protocol.links import BatchLink, StageLink
+from minigpt.protocol.batchlink import BatchLink
+from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
 from minigpt.protocol.request import Ask, Keywords, Options
@@ -150,7 +151,7 @@ def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Sta
         elif ended == "refused":
             for _ in range(3):
                 with pytest.raises(RequestRefused):
-                    list(made._answers(Generate(0, (10**6,), 3), []))
+                    list(made._answers(Generate(0, (10**6,), 3), [], threading.Event()))
         else:
             next(generation)
         if ended == "closed":
@@ -929,9 +930,11 @@ def test_a_local_pipeline_leaves_no_process_behind(folder: Path, model: minigpt.
 
 def test_a_local_stage_that_dies_is_named(folder: Path) -> None:
     with minigpt.Pipeline.local(str(folder), stages=2, retry_for=0) as made:
+        running = made.generate(IDS[:5], max_tokens=150, draft=0)
+        next(running)
         os.kill(made.pids[1], signal.SIGKILL)
         with pytest.raises(StageError, match="stage 1"):
-            ids(made.generate(IDS[:5], max_tokens=4))
+            ids(running)
 
 
 def test_a_stage_keeps_idle_links_and_never_one_with_an_answer_due(stages: Stages, model: minigpt.Model) -> None:

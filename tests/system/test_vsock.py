@@ -177,7 +177,7 @@ def test_stages_get_manifest_and_key_over_vsock_and_one_that_dies_is_named(tmp_p
             hand_over(address, data)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("stage 0 ready"), stages.log(0)
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as pipeline:
             wanted = ids(minigpt.load(str(folder)).generate([1, 2, 3], max_tokens=5))
             assert ids(pipeline.generate([1, 2, 3], max_tokens=5)) == wanted
             running = pipeline.generate([1, 2, 3], max_tokens=150, draft=0)

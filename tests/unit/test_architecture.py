@@ -53,7 +53,9 @@ MAY_IMPORT = {
     "minigpt.cli.values": set(),
 }  # fmt: skip
 OUTSIDE = {  # of what is not in the standard library
-    "attest.providers.mock": {"Crypto"},
+    "attest.ecdsa": {"Crypto"},
+    "attest.providers": {"Crypto"},
+    "attest.x509": {"Crypto"},
     "attest.policy": {"msgpack"},
     "transport.aead": {"Crypto", "cryptography"},
     "transport.codec": {"msgpack"},
@@ -82,8 +84,10 @@ LAZY = {
     "minigpt.checkpoint.tokenizer": "tokenizers",
     "minigpt.checkpoint.tokenizer_files": "tokenizers",
 }
-KNOW_SOCKETS = {"minigpt.stage", "minigpt.protocol.links", "minigpt.client.pipeline", "minigpt.launch.local",
-                "minigpt.cli.commands"}  # fmt: skip
+KNOW_SOCKETS = {
+    "minigpt.stage", "minigpt.protocol.links", "minigpt.protocol.batchlink", "minigpt.client.pipeline",
+    "minigpt.launch.local", "minigpt.cli.commands",
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

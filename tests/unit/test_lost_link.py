@@ -8,11 +8,11 @@ import pytest
 from chains import Chain, Rest, told
 from made import SMALL, cut, random_tensors
 
-from minigpt.errors import StageError
-from minigpt.protocol import batches
-from minigpt.protocol.links import BatchLink
+from minigpt.errors import StageError, UnreachableStage
+from minigpt.protocol import batches, links
+from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.messages import Generate
-from transport.errors import TimedOut
+from transport.errors import Closed, TimedOut, TransportError, Truncated
 
 
 @pytest.fixture
@@ -73,6 +73,33 @@ def test_a_batch_that_there_is_no_memory_to_send_ends_the_link() -> None:
         link.send_batch(batches.Batch((), batches.NO_ROWS), ())
     assert channel.aborted
     assert link.dead is not None
+
+
+class Parting(Talking):
+    """The peer has hung up, and what it sent before can still be read."""
+
+    def send(self, *_arguments: object) -> None:
+        raise Truncated("broken pipe")
+
+    def receive(self, *_arguments: object, **_more: object) -> object:
+        assert isinstance(self.said, TransportError)
+        raise self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"), [(Closed("the peer has closed the link"), UnreachableStage), (Truncated("reset"), StageError)]
+)
+def test_a_stage_that_closed_its_link_in_order_has_not_died_whoever_notices_it(
+    said: TransportError, kind: type[StageError]
+) -> None:
+    channel, manifest = Parting(said), SimpleNamespace(config=SMALL, stages=[None] * 3)
+    for use in (lambda link: link.send_batch(batches.Batch((), batches.NO_ROWS), ()), BatchLink.receive_answers):
+        link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+        with pytest.raises(StageError) as caught:
+            use(link)
+        assert type(caught.value) is kind
+        assert links.failed(links.failure(caught.value, 1)).args == caught.value.args
+        assert type(links.failed(links.failure(caught.value, 1))) is kind
 
 
 class Halting(Talking):

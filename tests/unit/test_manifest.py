@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import SMALL
 
-from attest.providers.mock import MockPins, MockRoot
-from attest.providers.nitro import NitroPins
+from attest.providers.mock import MockPins, MockRoot, MockVerifier
+from attest.providers.nitro import NitroPins, NitroVerifier
 from minigpt.client.pipeline import Pipeline, _tokenizer, check
 from minigpt.errors import CheckpointError, ManifestError, UsageError
 from minigpt.launch.plan import split_layers, write
@@ -66,25 +66,57 @@ def test_what_is_written_is_read() -> None:
     assert Manifest.parse(written()).clients is None
 
 
-PCRS = [tuple(bytes([16 * stage + i + 1]) * 48 for i in range(3)) for stage in range(2)]
-NITRO = {"provider": "nitro", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
+PCRS = [{i: bytes([16 * stage + i + 1]) * 48 for i in range(3)} for stage in range(2)]
+NITRO = {"provider": "nitro", "covers": "image", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
 
 
-def test_images_are_pinned_one_by_one_and_refused_in_words_as_they_cannot_be_verified() -> None:
-    data = written(pins=list(map(NitroPins, PCRS)))
-    read = Manifest.parse(data)
+def test_images_are_pinned_one_by_one_beside_the_mock_too() -> None:
+    read = Manifest.parse(written(pins=list(map(NitroPins, PCRS))))
     assert [stage.pins.pcrs for stage in read.stages] == PCRS
-    for refused in (
-        read.check_verifiable,
-        lambda: read.verifier(0),
-        lambda: check(read, allow_mock=True, now=ISSUED.timestamp()),
-        lambda: check(
-            Manifest.parse(edited("stages", 1, "evidence", to=NITRO)), allow_mock=True, now=ISSUED.timestamp()
-        ),
-    ):
-        with pytest.raises(ManifestError, match="nitro, which this version cannot verify"):
-            refused()
-    Manifest.parse(written()).check_verifiable()
+    assert not read.simulated
+    check(read, allow_mock=False, now=ISSUED.timestamp())
+    mixed = Manifest.parse(edited("stages", 1, "evidence", to=NITRO | {"pcr16": "00" * 48}))
+    assert [stage.platform.name for stage in mixed.stages] == ["mock", "nitro"]
+    assert [type(mixed.verifier(index)) for index in range(2)] == [MockVerifier, NitroVerifier]
+    assert mixed.simulated
+    with pytest.raises(ManifestError, match="allow_mock"):
+        check(mixed, allow_mock=False, now=ISSUED.timestamp())
+
+
+def test_a_manifest_that_pins_a_platform_lives_at_most_30_days() -> None:
+    written(pins=[NitroPins(PCRS[0])], days=30)
+    written(days=31)
+    simulated = MockPins(ROOT.public, frozenset([b"\x03" * 48]))
+    for pins in ([NitroPins(PCRS[0])], [simulated, NitroPins(PCRS[0])]):
+        with pytest.raises(ManifestError, match="at most 30 days"):
+            written(pins=pins, days=31)
+
+
+def test_a_root_in_place_of_the_vendors_is_believed_alone_and_only_if_allowed() -> None:
+    read = Manifest.parse(edited("stages", 1, "evidence", to=NITRO | {"test_root": "77" * 32}))
+    assert [stage.test_root for stage in read.stages] == [None, b"\x77" * 32]
+    verifier = read.verifier(1)
+    assert isinstance(verifier, NitroVerifier)
+    assert verifier.roots == {b"\x77" * 32}
+    now = ISSUED.timestamp()
+    check(read, allow_mock=True, allow_test_root=True, now=now)
+    with pytest.raises(ManifestError, match=r"stage 1 is believed under a test's root, 77.* without --allow-test-root"):
+        check(read, allow_mock=True, now=now)
+    assert read.warnings(now) == [
+        f"stage 1 is believed under a test's root, {'77' * 32}, which proves nothing about hardware"
+    ]
+    for wrong in ("00" * 32, "77" * 31, "77" * 48, None, ["77" * 32]):
+        with pytest.raises(ManifestError, match=r"evidence.test_root: got"):
+            Manifest.parse(edited("stages", 1, "evidence", to=NITRO | {"test_root": wrong}))
+    with pytest.raises(ManifestError, match="unknown field 'test_root'"):  # the mock's root is its root_key
+        Manifest.parse(edited("stages", 0, "evidence", "test_root", to="77" * 32))
+
+
+def test_whoever_starts_is_warned_below_three_days() -> None:
+    read = Manifest.parse(written())
+    expires = read.expires.timestamp()
+    assert read.warnings(expires - 3.1 * 86_400) == []
+    assert read.warnings(expires - 2.5 * 86_400) == ["the manifest expires in 2.5 days: put a new one in its place"]
 
 
 HEX = "ab" * 32
@@ -121,6 +153,9 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "stages[0].evidence: nitro": (("stages", 0, "evidence", "provider"), "nitro"),
     "stages[0].evidence.pcr1: zero": (("stages", 0, "evidence"), NITRO | {"pcr1": "00" * 48}),
     "stages[0].evidence.pcr0: short": (("stages", 0, "evidence"), NITRO | {"pcr0": "01" * 32}),
+    "stages[0].evidence.pcr3: null": (("stages", 0, "evidence"), NITRO | {"pcr3": None}),
+    "stages[0].evidence.covers": (("stages", 0, "evidence"), NITRO | {"covers": "initdata"}),
+    "stages[0].evidence: covers": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "covers"}),
     "stages[0].evidence: both": (("stages", 0, "evidence"), NITRO | {"root_key": HEX}),
     "stages[0].evidence: pcr2": (("stages", 0, "evidence"), {k: v for k, v in NITRO.items() if k != "pcr2"}),
     "stages[0].evidence.root_key": (("stages", 0, "evidence", "root_key"), "00" * 32),

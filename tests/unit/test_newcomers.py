@@ -132,7 +132,7 @@ def test_accounts_are_bounded_and_the_costliest_are_kept(clock: Clock) -> None:
     door.spend("tcp://a", 1.0)
     for number in range(2 * SOURCES):
         door.spend(f"tcp://{number}", 0.001)
-    assert len(door._spent) == SOURCES
+    assert len(door._accounts._spent) == SOURCES
     assert door.spent("tcp://a") == 1.0
 
 

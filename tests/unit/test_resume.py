@@ -4,9 +4,11 @@ Faults are scripted and the clock is the test's. The links of the second half ar
 this process, which dies after as many answers as a test says.
 """
 
+import asyncio
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +36,8 @@ from minigpt.launch.plan import write
 from minigpt.protocol import messages
 from minigpt.protocol.batches import Terms
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Answer, Cancel, Done, Generate, Logits, Message, Reason, Tokens, Wanted
+from minigpt.protocol.messages import Answer, Cancel, Done, Generate, Logits, Message, Reason, Refusal, Tokens, Wanted
+from minigpt.serve.service import Service
 from minigpt.stage.layers import Layers
 from minigpt.stage.schedule import Schedule
 from minigpt.stage.sequence import Sequence as MadeSequence
@@ -493,9 +496,10 @@ def test_retry_for_0_fails_at_once(tiny: GPT2, manifest: Manifest) -> None:
         list(made.generate([1, 2], max_tokens=6))
 
 
-def test_a_wait_ends_when_the_pipeline_is_closed(tiny: GPT2, manifest: Manifest) -> None:
+def waiting(tiny: GPT2, manifest: Manifest, tokens: int) -> tuple[Pipeline, list[int]]:
+    """A pipeline whose link dies after so many tokens, and whose next one never comes; and its attempts to have one."""
     made = pipeline(manifest, [], retry_for=1e6)
-    script: Iterator[Any] = iter([Dying(tiny, 2)])
+    script: Iterator[Any] = iter([Dying(tiny, tokens)])
     tried: list[int] = []
 
     def dial() -> Any:
@@ -507,6 +511,11 @@ def test_a_wait_ends_when_the_pipeline_is_closed(tiny: GPT2, manifest: Manifest)
 
     made._pool._make = dial
     made._pool.rest = partial(Pool.rest, made._pool)  # type: ignore[method-assign]
+    return made, tried
+
+
+def test_a_wait_ends_when_the_pipeline_is_closed(tiny: GPT2, manifest: Manifest) -> None:
+    made, tried = waiting(tiny, manifest, 2)
     generation = made.generate([1, 2], max_tokens=6)
     found: list[Exception] = []
 
@@ -539,3 +548,118 @@ def test_a_request_keeps_its_place_among_the_connections_while_it_waits(tiny: GP
     assert len(list(made.generate([1, 2], max_tokens=3))) == 3
     assert refused == ["busy"] * 3
     assert len(made._pool._idle) == 1
+
+
+def test_a_generation_that_is_cancelled_while_it_waits_for_a_stage_ends_soon(tiny: GPT2, manifest: Manifest) -> None:
+    made, tried = waiting(tiny, manifest, 2)
+    generation = made.generate([1, 2], max_tokens=6)
+    found: list[Token] = []
+    asking = threading.Thread(target=lambda: found.extend(generation))
+    asking.start()
+    assert eventually(lambda: len(tried) >= 2)
+    generation.cancel()
+    asking.join(60)
+    assert not asking.is_alive()
+    assert len(found) == 2
+    assert generation.reason is Reason.CANCELLED
+    assert not made._pool._used
+
+
+def test_a_task_that_is_cancelled_while_its_stage_is_away_ends_soon(tiny: GPT2, manifest: Manifest) -> None:
+    made, tried = waiting(tiny, manifest, 2)
+
+    async def run() -> None:
+        async def ask() -> None:
+            async for _ in made.agenerate([1, 2], max_tokens=6):
+                pass
+
+        asking = asyncio.create_task(ask())
+        while len(tried) < 2:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asking, 60)
+
+    asyncio.run(run())
+
+
+def test_a_servers_turn_is_free_soon_after_its_client_has_left(tiny: GPT2, manifest: Manifest) -> None:
+    made, tried = waiting(tiny, manifest, 0)
+
+    async def run() -> None:
+        service = Service(made, made, connections=1, queue=1, name="tiny")
+
+        async def ask() -> None:
+            async for _ in service.generate([1, 2], {"max_tokens": 6}):
+                pass
+
+        asking = asyncio.create_task(ask())
+        while len(tried) < 2:
+            await asyncio.sleep(0.01)
+        assert service.running == 1
+        asking.cancel()
+        await asyncio.wait([asking])
+        async with asyncio.timeout(60):
+            while service.running:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_generation_gives_no_more_tokens_and_frees_its_link(tiny: GPT2, manifest: Manifest) -> None:
+    link = Dying(tiny, ENDLESS)
+    made = pipeline(manifest, [link])
+    generation = made.generate([1, 2], max_tokens=6)
+    next(generation)
+    generation.cancel()
+    assert list(generation) == []
+    assert (generation.reason, link.cancelled) == (Reason.CANCELLED, True)
+    assert not made._pool._used
+    assert len(made._pool._idle) == 1
+
+
+def test_a_stage_that_is_given_up_meanwhile_ends_the_request_and_says_how_far_it_got(
+    tiny: GPT2, manifest: Manifest
+) -> None:
+    made, given_up = pipeline(manifest, [Dying(tiny, 2)]), StageError("stage 1 is not started again", stage=1)
+    stages = SimpleNamespace(failure=None, stop=lambda: None)
+    made._stages = stages  # type: ignore[assignment]
+    generation = made.generate([1, 2], max_tokens=6)
+    next(generation), next(generation)
+    stages.failure = given_up
+    with pytest.raises(StageError, match=f"^{given_up}; 2 tokens had arrived$"):
+        next(generation)
+
+
+class Refusing(Dying):
+    """A link whose stage refuses so many requests, because a later stage drains, and then answers."""
+
+    def __init__(self, model: GPT2, times: int) -> None:
+        super().__init__(model, ENDLESS)
+        self._times = times
+
+    def receive(self) -> Message:
+        if len(self.asked) <= self._times:
+            return Refusal(1, "draining", "stage 1 is shutting down")
+        return super().receive()
+
+
+def test_a_link_on_which_a_request_was_refused_is_used_again(tiny: GPT2, manifest: Manifest) -> None:
+    link = Refusing(tiny, 5)  # handshakes cost a stage more than requests that it refuses
+    made = pipeline(manifest, [link], connections=1)
+    assert len(list(made.generate([1, 2], max_tokens=3))) == 3
+    assert len(link.asked) == 6
+    assert not link.ended
+
+
+def test_a_link_that_ended_after_a_refusal_is_replaced(tiny: GPT2, manifest: Manifest) -> None:
+    first, second = Refusing(tiny, 1), Dying(tiny, ENDLESS)
+    made = pipeline(manifest, [first, second], connections=1)
+
+    def rest(seconds: float) -> bool:
+        first.abort()
+        return True
+
+    made._pool.rest = rest  # type: ignore[method-assign]
+    assert len(list(made.generate([1, 2], max_tokens=3))) == 3
+    assert (len(first.asked), len(second.asked)) == (1, 1)

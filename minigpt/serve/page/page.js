@@ -322,7 +322,8 @@ function showStage(stage, now) {
 
 /** What is wrong: got, wanted, and what to do, as the errors say it. */
 function trouble(stage, now) {
-  const text = stage.checks.join("; ");
+  const failed = stage.checks.filter((check) => check.startsWith("FAIL "));
+  const text = (failed.length ? failed : stage.checks).map((check) => check.replace("FAIL ", "")).join("; ");
   const [, what, got, wanted, then] = text.match(/^(.*?):? got (.*?), wanted ([^;]*)(?:; (.*))?$/s) ?? [, text];
   const rows = got ? [make("dt", {}, "Got"), make("dd", {}, got), make("dt", {}, "Wanted"), make("dd", {}, wanted)] : [];
   const remedy = now === "gone" ? "Start it again, and the page will notice."
@@ -331,9 +332,9 @@ function trouble(stage, now) {
 }
 
 function showProof(found) {
-  const mock = stages.some((stage) => stage.simulated);
+  const tests = stages.some((stage) => stage.test_root), mock = tests || stages.some((stage) => stage.simulated);
   const names = [...new Set(stages.map((stage) => stage.provider))].join(", ");
-  const text = `Only this machine and the stages see your text. ${mock ? "Mock evidence: proves nothing about hardware." : `Proved by ${names}.`}`;
+  const text = `Only this machine and the stages see your text. ${mock ? `${tests ? "A test's root" : "Mock evidence"}: proves nothing about hardware.` : `Proved by ${names}.`}`;
   if ($("promise-text").textContent !== text) $("promise-text").textContent = text;
   $("promise").classList.toggle("mock", mock);
   $("mock").hidden = !mock;

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INIT = Path(__file__).with_name("init.py")
-MODULES = ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback")  # in the order of their dependencies
+# In the order of their dependencies. `cuse` makes devices of processes.
+MODULES = ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback", "fuse", "cuse")
 
 
 class NoGuest(Exception):
@@ -108,7 +109,7 @@ def _follow(process: "subprocess.Popen[bytes]", show: bool) -> Result:
 
 
 def _module(root: Path, name: str) -> Path:
-    found = sorted((root / "usr/lib/uml/modules").glob(f"*/kernel/net/vmw_vsock/{name}.ko"))
+    found = sorted((root / "usr/lib/uml/modules").glob(f"*/kernel/**/{name}.ko"))
     if not found:
         raise NoGuest(f"no module {name} below {root / 'usr/lib/uml/modules'}")
     return found[-1]
