@@ -4,12 +4,13 @@ Stages know ids only. Stop strings and incomplete characters are handled here, b
 anyway.
 """
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -139,6 +140,12 @@ class Generation(Iterator[Token]):
             self.reason = Reason.CANCELLED
 
 
+def perplexity(tokens: Sequence[Token]) -> float | None:
+    """Of scored tokens: how many equally likely tokens would be as hard to guess. None if no token has a score."""
+    found = [token.logprob for token in tokens if token.logprob is not None]
+    return math.exp(min(-math.fsum(found) / len(found), 700.0)) if found else None  # beyond that no float is as large
+
+
 def _grouped(top: Likely, count: int) -> list[Likely]:
     """The most likely ids for each of so many tokens."""
     each = len(top) // count
@@ -236,6 +243,15 @@ def ids_in(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def tokens_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[Token]:
+    """A text's tokens, whose texts together are its own."""
+    if tokenizer is None or not ids:
+        return [Token(token, None) for token in ids]
+    stream = tokenizer.stream()
+    *texts, last = [stream.push(token) for token in ids]
+    return [Token(token, text) for token, text in zip(ids, [*texts, last + stream.flush()], strict=True)]
+
+
 def make_request(prompt: Prompt, tokenizer: Tokenizer | None, config: Config, options: Options) -> Generate:
     """The request for a prompt. Raises UsageError for a prompt or an option that makes none."""
     request = options.request(encode_prompt(prompt, tokenizer, config), config)
@@ -320,18 +336,13 @@ class TextModel(ABC):
         found: list[tuple[float | None, Likely]] = [(None, ())]
         if len(ids) > 1:
             request = Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.SCORES, top=top)
-            for answer in self._answers(request, []):
+            for answer in self._answers(request, [], threading.Event()):
                 assert isinstance(answer, Scores), "nothing else answers this"
                 del found[answer.position :]  # over another link they come again
                 found += zip(answer.logprobs, _grouped(answer.top, len(answer.logprobs)), strict=True)
-        texts: list[str | None] = [None] * len(ids)
-        if self.tokenizer is not None:
-            stream = self.tokenizer.stream()
-            texts = [stream.push(token) for token in ids]
-            texts[-1] = (texts[-1] or "") + stream.flush()
         return [
-            Token(token, text, logprob, _named(likely, self.tokenizer))
-            for token, text, (logprob, likely) in zip(ids, texts, found, strict=True)
+            replace(token, logprob=logprob, top=_named(likely, self.tokenizer))
+            for token, (logprob, likely) in zip(tokens_of(ids, self.tokenizer), found, strict=True)
         ]
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
