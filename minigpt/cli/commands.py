@@ -149,7 +149,7 @@ def score(options: argparse.Namespace) -> int:
         surprise = 0.0 if token.logprob is None else 1 - math.exp(token.logprob)
         show(f"{number}  {shaded(json.dumps(name, ensure_ascii=False), surprise)}\n")
     _say_stages(stages)
-    say(f"{len(tokens)} tokens" + (", none with another before it" if found is None else f", perplexity {found:.4f}"))
+    say("1 token, which has none before it" if found is None else f"{len(tokens)} tokens, perplexity {found:.4f}")
     return 0
 
 

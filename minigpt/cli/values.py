@@ -5,6 +5,7 @@ variable counts as unset.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -139,7 +140,9 @@ def bias(text: str) -> tuple[int, float]:
     try:
         if not (token.isascii() and token.isdecimal() and len(token) <= 10):
             raise ValueError
-        return int(token), float(amount)
+        if not math.isfinite(found := float(amount)):
+            raise ValueError
+        return int(token), found
     except ValueError:
         wanted = "a token's id, = and a number, as 464=-100; -100 (never) to 100 (always) is usual"
         raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}") from None

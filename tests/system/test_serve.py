@@ -615,9 +615,10 @@ def test_a_plain_template_is_there_if_asked_for(model: Model) -> None:
             assert (each.token, each.bytes) == (each.top_logprobs[0].token, each.top_logprobs[0].bytes)
         assert likely
         assert client.chat.completions.create(**options, n=2, presence_penalty=1, logit_bias={"5": 1}).choices[1]
-        for bad in ({"logprobs": False, "top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}):
+        bad: list[dict[str, Any]] = [{"logprobs": False, "top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}]
+        for fields in bad:
             with pytest.raises(openai.BadRequestError) as caught:
-                client.chat.completions.create(**options, **bad)
+                client.chat.completions.create(**options, **fields)
             assert caught.value.param == "top_logprobs"
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])

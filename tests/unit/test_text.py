@@ -16,7 +16,7 @@ from made import SMALL, random_tensors, write
 
 import minigpt
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Generation, StopStrings, make_request
+from minigpt.client.text import Generation, StopStrings, Token, make_request, perplexity
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, UsageError
 from minigpt.protocol.messages import Answer, Generate, Reason, Tokens
@@ -283,6 +283,16 @@ def test_scores_have_the_text_of_their_tokens_and_the_first_has_no_probability()
     greedy = list(model.generate([told[0].id], max_tokens=1, top_logprobs=2))
     assert greedy[0].top[0].id == greedy[0].id
     assert greedy[0].logprob is None
+
+
+def test_perplexity_is_e_to_the_mean_surprise_of_what_has_one() -> None:
+    def tokens(*logprobs: float | None) -> list[Token]:
+        return [Token(1, None, logprob) for logprob in logprobs]
+
+    assert perplexity(tokens(None, -1.0, -2.0)) == pytest.approx(math.exp(1.5))
+    assert perplexity(tokens(None, 0.0)) == 1.0
+    assert perplexity(tokens(None)) is perplexity([]) is None
+    assert math.isfinite(perplexity(tokens(None, -1e30)) or math.inf)
 
 
 @pytest.mark.parametrize("top", [-1, 21, 5.0, True, "5", None])
