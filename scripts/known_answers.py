@@ -25,7 +25,7 @@ from attest.providers import nitro, snp, tdx
 from attest.providers.mock import MockAttester, MockKey, MockRoot
 from minigpt.engine.sampling import Sampling
 from minigpt.protocol import batches, messages
-from minigpt.protocol.batches import NO_ROWS, Batch, Result, Segment, Terms
+from minigpt.protocol.batches import NO_ROWS, Batch, Given, Result, Segment, Terms
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import (
     Cancel,
@@ -35,6 +35,7 @@ from minigpt.protocol.messages import (
     Message,
     Reason,
     Refusal,
+    Scores,
     Span,
     Status,
     Tokens,
@@ -219,6 +220,10 @@ def evidence(h: bytes, claims: bytes) -> dict[str, Any]:
 EXAMPLES: dict[str, Message] = {
     "generate": Generate(0, (5, 6, 7), 6, (2047,)),
     "generate_resumed": Generate(0, (5, 6, 7, 464, 3139), 4, (2047,), delivered=2),
+    "generate_penalised": Generate(
+        0, (5, 6, 7), 6, (2047,), Sampling(0.7, 40, 0.95, 7, 0.05, 1.2, 0.5, 0.25, ((464, -100.0), (2047, 2.5))), top=2
+    ),
+    "generate_scores": Generate(0, (5, 6, 7), 1, wanted=Wanted.SCORES, top=1),
     "cancel": Cancel(),
     "status": Status(),
     "done_length": Done(Reason.LENGTH),
@@ -227,11 +232,15 @@ EXAMPLES: dict[str, Message] = {
     "done_cancelled": Done(Reason.CANCELLED),
     "token": Tokens(3, (464,)),
     "tokens": Tokens(3, (464, 3139), (-0.5, -1.25)),
+    "token_top": Tokens(3, (464,), (-0.5,), (), ((464, -0.5), (6, -1.75))),
+    "scores": Scores(1, (-2.5, -0.25), (), ((9, -0.125), (7, -0.25))),
+    "done_scores": Done(Reason.SCORES),
     "refusal": Refusal(0, "busy", "stage 0 is busy with 32 sequences, and 64 wait: try again in 5 s"),
 }
 
 GREEDY = Sampling()
 DRAWN = Sampling(0.7, 40, 0.95, 7)
+PENALISED = Sampling(0.7, 0, 1.0, 7, 0.05, 1.2, 0.5, 0.25, ((0, -100.0), (3, 2.5)))
 ROWS = np.array([[0.5, -1.0], [2.0, 0.25], [-0.125, 4.0], [1.0, 1.5]], np.float32)
 # Batches from stage 0 to stage 1, the last, and the results that answer them; of a model with rows of two numbers and
 # a vocabulary of four ids, for brevity.
@@ -258,6 +267,18 @@ BATCHES: dict[str, tuple[Batch, tuple[Result, ...]]] = {
         Batch((Segment(0, 0, 4, Wanted.LOGITS),), ROWS, ((0, Terms(4, GREEDY, spans=True)),)),
         (Logits(4, np.array([0.25, -2.0, 1.5, 0.0], np.float32), (Span(0.001, 0.0, 0.0, 0.0, 0.0),)),),
     ),
+    # Lane 0 has a prompt of 3, 1, 1 and drew 2, 0, 2, of which the last is fed here. Lane 1 scores 1 and 3.
+    "given": (
+        Batch(
+            (Segment(0, 5, 1, Wanted.TOKEN, Given((2, 0, 2), (1, 3))), Segment(1, 0, 2, Wanted.SCORES, Given((1, 3)))),
+            ROWS[:3],
+            ((0, Terms(8, PENALISED, logprobs=True, top=2)), (1, Terms(3, GREEDY, top=1))),
+        ),
+        (
+            Tokens(6, (3,), (-1.5,), (), ((1, -0.5), (3, -1.5))),
+            Scores(1, (-2.5, -0.25), (), ((0, -0.125), (3, -0.25))),
+        ),
+    ),
     "empty": (Batch((), NO_ROWS), ()),
 }
 
@@ -272,7 +293,7 @@ def exchange(name: str) -> dict[str, Any]:
     fields = {
         "batch": {
             "body": codec.encode(batches.encode(batch)).hex(),
-            "segments": [segment._asdict() for segment in batch.segments],
+            "segments": [segment._asdict() | {"given": segment.given._asdict()} for segment in batch.segments],
             "terms": [{"lane": lane, **dataclasses.asdict(terms)} for lane, terms in batch.terms],
             "ended": batch.ended,
             "hidden": batch.hidden,

@@ -4,10 +4,11 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import fields
 from functools import partial
@@ -37,15 +38,15 @@ from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients
 from minigpt.cli import status as reporting
-from minigpt.cli.terminal import progress, say, visible
+from minigpt.cli.terminal import progress, say, shaded, visible
 from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Generation, ids_in
+from minigpt.client.text import Generation, Token, ids_in, perplexity
 from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.launch import plan as planning
 from minigpt.protocol import manifest
 from minigpt.protocol.messages import StageReport
-from minigpt.protocol.request import Options
+from minigpt.protocol.request import Options, check_top, seed_of
 from minigpt.stage import streams
 from transport.address import Address
 from transport.noise import KeyPair
@@ -61,6 +62,8 @@ def generate(options: argparse.Namespace) -> int:
     """`minigpt generate`: text as it arrives, then a summary; or all of it as one object; or a loop of prompts."""
     prompt = options.prompt
     chosen = {name: value for name, value in vars(options).items() if name in OPTIONS}
+    chosen["logit_bias"] = _biases(options.logit_bias)
+    chosen["logprobs"] |= chosen["top_logprobs"] > 0  # the token itself may not be among the most likely
     if prompt is None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
@@ -68,25 +71,88 @@ def generate(options: argparse.Namespace) -> int:
             raise UsageError("--json needs a PROMPT: a prompt loop prints text")
         return _prompt_loop(options, chosen)
     if prompt == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig")  # a file from Windows may have a byte-order mark
-            prompt = text.replace("\r\n", "\n").removesuffix("\n")  # the newline that ends its last line
-        except UnicodeDecodeError:
-            raise UsageError("standard input is not UTF-8 text") from None
+        prompt = _text(sys.stdin.buffer.read(), "standard input")
     with _pipeline(options) as pipeline:
-        generation = _generation(pipeline, prompt, chosen)
         if options.json:
-            tokens = list(generation)
-            summary = _summary(pipeline, generation)
-            listed = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in tokens]
-            text = None if pipeline.tokenizer is None else "".join(token.text or "" for token in tokens)
-            show(json.dumps({"text": text, "tokens": listed, **summary}) + "\n")
+            answers = [
+                _answer(generation, pipeline) for generation in _generations(pipeline, prompt, chosen, options.n)
+            ]
+            told = answers[0] if options.n == 1 else {"answers": answers}
+            show(json.dumps({**told, "stages": _stage_states(pipeline)}) + "\n")
         else:
-            _print(generation)
-            summary = _summary(pipeline, generation)
-            _say_stages(summary["stages"])
-            _say_pace(summary, pipeline)
-            _say_interruptions(generation)
+            paces = []
+            for generation in _generations(pipeline, prompt, chosen, options.n):
+                _print(generation)
+                paces.append((_figures(generation), generation))
+            _say_stages(_stage_states(pipeline))
+            for figures, generation in paces:
+                _say_pace(figures, pipeline)
+                _say_interruptions(generation)
+    return 0
+
+
+def _biases(pairs: Sequence[tuple[int, float]]) -> dict[int, float]:
+    biases = dict(pairs)
+    if len(biases) < len(pairs):
+        raise UsageError("--logit-bias has an id twice, wanted each once")
+    return biases
+
+
+def _text(data: bytes, where: str) -> str:
+    """The text in a file. Raises UsageError."""
+    try:
+        text = data.decode("utf-8-sig")  # a file from Windows may have a byte-order mark
+    except UnicodeDecodeError:
+        raise UsageError(f"{where} is not UTF-8 text") from None
+    return text.replace("\r\n", "\n").removesuffix("\n")  # the newline that ends its last line
+
+
+def _answer(generation: Generation, pipeline: Pipeline) -> dict[str, Any]:
+    """An answer as --json tells it."""
+    tokens = list(generation)
+    text = None if pipeline.tokenizer is None else "".join(token.text or "" for token in tokens)
+    return {"text": text, "tokens": [_listed(token) for token in tokens], **_figures(generation)}
+
+
+def _listed(token: Token) -> dict[str, Any]:
+    top = [each._asdict() for each in token.top]
+    return {"id": token.id, "text": token.text, "logprob": token.logprob, "top": top}
+
+
+def _generations(pipeline: Pipeline, prompt: str, chosen: dict[str, Any], count: int) -> Iterator[Generation]:
+    """Answers to one prompt, each to be read before the next is asked for."""
+    seed = chosen["seed"]
+    for index in range(count):
+        own = seed if seed is None else seed_of(seed, index)
+        with closing(_generation(pipeline, prompt, chosen | {"seed": own})) as generation:
+            yield generation
+        seed = generation.seed if index == 0 else seed
+
+
+def score(options: argparse.Namespace) -> int:
+    """`minigpt score`: a line for each token, then the perplexity; or all of it as one object."""
+    if options.file == "-":
+        text = _text(sys.stdin.buffer.read(), "standard input")
+    else:
+        try:
+            text = _text(Path(options.file).read_bytes(), options.file)
+        except OSError as error:
+            raise UsageError(f"{options.file}: {error.strerror}") from None
+    check_top("top_logprobs", options.top_logprobs)
+    with _pipeline(options) as pipeline:
+        tokens = pipeline.score(text if pipeline.tokenizer is not None else ids_in(text), options.top_logprobs)
+        stages = _stage_states(pipeline)
+    found = perplexity(tokens)
+    if options.json:
+        show(json.dumps({"tokens": [_listed(token) for token in tokens], "perplexity": found, "stages": stages}) + "\n")
+        return 0
+    for token in tokens:
+        number = f"{'-':>9}" if token.logprob is None else f"{token.logprob:9.4f}"
+        name = str(token.id) if pipeline.tokenizer is None else pipeline.tokenizer.name(token.id)
+        surprise = 0.0 if token.logprob is None else 1 - math.exp(token.logprob)
+        show(f"{number}  {shaded(json.dumps(name, ensure_ascii=False), surprise)}\n")
+    _say_stages(stages)
+    say("1 token, which has none before it" if found is None else f"{len(tokens)} tokens, perplexity {found:.4f}")
     return 0
 
 
@@ -115,9 +181,8 @@ def _prompt_loop(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
         say("Enter continues your text, Ctrl-C cancels an answer, Ctrl-D ends")
         while (prompt := _ask()) is not None:
             try:
-                if prompt:
-                    with closing(_generation(pipeline, prompt, chosen)) as generation:
-                        _print(generation)
+                for generation in _generations(pipeline, prompt, chosen, options.n) if prompt else ():
+                    _print(generation)
                     _say_pace(_figures(generation), pipeline)
                     _say_interruptions(generation)
             except KeyboardInterrupt:
@@ -183,11 +248,6 @@ def _split(options: argparse.Namespace) -> str | int:
         return str(given) if options.split_default else positive(given)
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"stages: {error}") from None
-
-
-def _summary(pipeline: Pipeline, generation: Generation) -> dict[str, Any]:
-    """A summary of a generation: stages, evidence, times, bytes."""
-    return _figures(generation) | {"stages": _stage_states(pipeline)}
 
 
 def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:

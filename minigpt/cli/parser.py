@@ -9,11 +9,14 @@ from typing import Any
 
 import minigpt
 from minigpt.cli.values import (
+    answers,
+    bias,
     counts,
     days,
     few,
     integer,
     natural,
+    number,
     one_of,
     option,
     patience,
@@ -46,6 +49,18 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--temperature", "0", "F", float, "0 takes the most likely token, 1 draws as the model would")
     option(generate, "--top-k", "0", "K", integer, "draw among the K most likely tokens; 0 for all")
     option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
+    option(generate, "--min-p", "0", "P", number, "draw among tokens at least P times as likely as the most likely; 0 "
+           "for all, 0.02 to 0.1 is usual")  # fmt: skip
+    option(generate, "--repetition-penalty", "1", "X", number, "of tokens in the prompt or generated, a number above 0:"
+           " 1.1 to 1.3 is usual, 1 is none")  # fmt: skip
+    option(generate, "--presence-penalty", "0", "X", number, "taken from the logit of a token once generated: -2 to 2"
+           " is usual, 0 is none")  # fmt: skip
+    option(generate, "--frequency-penalty", "0", "X", number, "the same, as often as it was generated; -2 to 2 usual,"
+           " 0 is none")  # fmt: skip
+    generate.add_argument("--logit-bias", action="append", default=[], type=bias, metavar="ID=BIAS", help="add this to "
+                          "a token's logit: -100 never takes it, 100 always; repeatable")  # fmt: skip
+    option(generate, "--n", "1", "N", answers, "answers, one after the other; each after the first has a seed that "
+           "follows from the first one's")  # fmt: skip
     option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
     _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
     option(generate, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
@@ -53,7 +68,21 @@ def parser() -> argparse.ArgumentParser:
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _retry(generate)
     _switch(generate, "--logprobs", "each token's log-probability, in --json")
+    option(generate, "--top-logprobs", "0", "N", integer, "log-probabilities of the N most likely tokens at each place,"
+           " 0 to 20, in --json")  # fmt: skip
     _switch(generate, "--json", "one object instead of text")
+
+    score = _command(commands, "score", "tell how likely the model finds each token of a text")
+    score.add_argument("file", metavar="FILE|-", help="the text, in UTF-8 (- reads it from standard input); for a "
+                       "checkpoint without a tokenizer, token ids")  # fmt: skip
+    _model(score)
+    _stages(score)
+    _manifest(score, required=False)
+    option(score, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
+    _retry(score)
+    option(score, "--top-logprobs", "0", "N", integer, "log-probabilities of the N most likely tokens at each place,"
+           " 0 to 20, in --json")  # fmt: skip
+    _switch(score, "--json", "one object instead of a line for each token")
 
     plan = _command(commands, "plan", "write a pipeline's manifest")
     _model(plan)

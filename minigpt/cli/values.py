@@ -5,6 +5,7 @@ variable counts as unset.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -68,9 +69,25 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number") from None
 
 
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted a number") from None
+
+
 def natural(text: str) -> int:
     """An integer of at least 0."""
     return _at_least(0, text)
+
+
+def answers(text: str) -> int:
+    """How many answers to one prompt."""
+    value = integer(text)
+    if not 1 <= value <= 128:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted 1 (as usual) to 128")
+    return value
 
 
 def positive(text: str) -> int:
@@ -115,6 +132,20 @@ def counts(text: str) -> list[int]:
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted different numbers")
     return values
+
+
+def bias(text: str) -> tuple[int, float]:
+    """A token's id and what is added to its logit, written as ID=BIAS."""
+    token, _, amount = text.partition("=")
+    try:
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+            raise ValueError
+        if not math.isfinite(found := float(amount)):
+            raise ValueError
+        return int(token), found
+    except ValueError:
+        wanted = "a token's id, = and a number, as 464=-100; -100 (never) to 100 (always) is usual"
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}") from None
 
 
 def one_of(*words: str) -> Callable[[str], str]:

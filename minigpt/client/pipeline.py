@@ -30,7 +30,7 @@ from minigpt.protocol import links, messages
 from minigpt.protocol import manifest as manifests
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport, Tokens
+from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport
 from minigpt.protocol.request import Replies, check_type, span, with_span
 from transport.channel import Deadlines
 
@@ -306,7 +306,7 @@ class Pipeline(TextModel):
                 replies.take(message)
                 if isinstance(message, Done):
                     return message.reason
-                assert isinstance(message, Tokens | Logits), "nothing else is a reply"
+                assert isinstance(message, Answer), "nothing else is a reply"
                 resumption.told(message)
                 if request.spans:
                     now, after = time.perf_counter(), link.traffic

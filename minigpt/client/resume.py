@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from minigpt.errors import LateStage, MessageError, RequestRefused, StageError, UnreachableStage, UntrustedStage
-from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Wanted
+from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Scores, Tokens, Wanted
 from minigpt.protocol.request import ending
 
 RETRY_FOR = 30.0  # seconds
@@ -52,6 +52,7 @@ class Resumption:
         self._clock = clock
         self._chance = chance
         self._delivered: list[int] = []
+        self._scored = 0  # ids
         self._asked = self._answered = False
         self._deaths: list[str] = []
         self._cause = ""  # of the interruption that lasts
@@ -65,14 +66,18 @@ class Resumption:
         if not count:
             return request
         ids = (*request.ids, *self._delivered)
-        return replace(request, ids=ids, max_tokens=request.max_tokens - count, delivered=count)
+        delivered = request.delivered + count
+        return replace(request, ids=ids, max_tokens=request.max_tokens - count, delivered=delivered)
 
     def told(self, answer: Answer) -> None:
         """Takes note of an answer, before the caller gets it."""
-        if isinstance(answer, Logits):
-            self._answered = True
-        else:
-            self._delivered += answer.ids
+        match answer:
+            case Logits():
+                self._answered = True
+            case Scores():  # all of them come again over another link: they are soon computed
+                self._scored = answer.position + len(answer.logprobs) - self._request.start
+            case Tokens():
+                self._delivered += answer.ids
         if self._cause:
             self._interruptions.append(self._cause)
             self._cause, self._tries = "", 0
@@ -82,6 +87,8 @@ class Resumption:
         """Why the request is complete, if it is: what was lost then is no more than the word for it."""
         if self._answered:
             return Reason.LOGITS
+        if self._scored == len(self._request.ids):
+            return Reason.SCORES
         if not self._delivered:
             return None
         return ending(self._request, self._n_positions, len(self._delivered), self._delivered[-1])
@@ -124,7 +131,7 @@ class Resumption:
     def end(self, error: Fault, why: str = "") -> Fault:
         """An error of the same kind that also says how far the request got."""
         parts = [str(error)]
-        if self._asked and self._request.wanted is not Wanted.LOGITS:
+        if self._asked and self._request.wanted is Wanted.TOKEN:
             count = len(self._delivered)
             parts.append(f"{count or 'no'} token{'s' if count > 1 else ''} had arrived")
         text = "; ".join([*parts, why] if why else parts)

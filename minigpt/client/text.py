@@ -4,13 +4,14 @@ Stages know ids only. Stop strings and incomplete characters are handled here, b
 anyway.
 """
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Unpack
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,27 +19,37 @@ from numpy.typing import NDArray
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.engine.config import Config
 from minigpt.errors import UsageError
-from minigpt.protocol.messages import Answer, Generate, Logits, Reason, Span
-from minigpt.protocol.request import Keywords, Options, ending
+from minigpt.protocol.messages import Answer, Generate, Likely, Reason, Scores, Span, Tokens, Wanted
+from minigpt.protocol.request import Keywords, Options, check_top, ending
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 
+class Alternative(NamedTuple):
+    """One of the most likely tokens at a position. `text` is that of its id alone, None without a tokenizer."""
+
+    id: int
+    text: str | None
+    logprob: float
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One token, generated or scored.
 
     Attributes:
         id: in the model's vocabulary.
         text: what can be shown now: whole characters, and nothing that may become part of a stop string. So it may be
             empty, or complete earlier tokens. None where the checkpoint has no tokenizer.
-        logprob: natural logarithm of the probability that the model gave it (before temperature, top-k and top-p),
-            None unless requested.
+        logprob: natural logarithm of the probability that the model gave it (before bias, penalties, temperature and
+            filters), None unless requested.
+        top: the most likely tokens at its position, best first, likewise; empty unless requested.
     """
 
     id: int
     text: str | None
     logprob: float | None = None
+    top: tuple[Alternative, ...] = ()
 
 
 class Generation(Iterator[Token]):
@@ -74,10 +85,11 @@ class Generation(Iterator[Token]):
         self._cancelled = cancelled or threading.Event()
         self._request = request
         self._n_positions = config.n_positions
+        self._tokenizer = tokenizer
         self._decoder = tokenizer.stream() if tokenizer is not None else None
         self._stops = StopStrings(stop)
         self._began: float | None = None
-        self._arrived: deque[tuple[int, float | None, float, tuple[Span, ...]]] = deque()
+        self._arrived: deque[tuple[int, float | None, Likely, float, tuple[Span, ...]]] = deque()
 
     def __next__(self) -> Token:
         if self._cancelled.is_set():
@@ -86,7 +98,7 @@ class Generation(Iterator[Token]):
             raise StopIteration
         if not self._arrived:
             self._receive()
-        token, logprob, arrived, spans = self._arrived.popleft()
+        token, logprob, top, arrived, spans = self._arrived.popleft()
         self.times.append(arrived)
         self.spans.append(spans)
         text = None
@@ -98,7 +110,7 @@ class Generation(Iterator[Token]):
             if self._stops.found:
                 self._answers.close()
                 self.reason = Reason.STOP
-        return Token(token, text, logprob)
+        return Token(token, text, logprob, _named(top, self._tokenizer))
 
     def _receive(self) -> None:
         """Waits for the next answer. Raises StopIteration at the end."""
@@ -108,12 +120,13 @@ class Generation(Iterator[Token]):
         except StopIteration as end:
             self.reason = end.value
             raise StopIteration from None
-        if isinstance(answer, Logits):
-            raise TypeError("this request is for logits, not for tokens")
+        if not isinstance(answer, Tokens):
+            raise TypeError("this request is not for tokens")
         arrived, count = time.perf_counter() - self._began, len(answer.ids)
         spans = tuple(Span(*(part / count for part in span)) for span in answer.spans)
-        for token, logprob in zip(answer.ids, answer.logprobs or [None] * count, strict=True):
-            self._arrived.append((token, logprob, arrived, spans))
+        tops = _grouped(answer.top, count)
+        for token, logprob, top in zip(answer.ids, answer.logprobs or [None] * count, tops, strict=True):
+            self._arrived.append((token, logprob, top, arrived, spans))
 
     def cancel(self) -> None:
         """Makes it end at the next token, or before the next attempt to go on after a death. Any thread may call this,
@@ -125,6 +138,25 @@ class Generation(Iterator[Token]):
         self._answers.close()
         if self.reason is None:
             self.reason = Reason.CANCELLED
+
+
+def perplexity(tokens: Sequence[Token]) -> float | None:
+    """Of scored tokens: how many equally likely tokens would be as hard to guess. None if no token has a score."""
+    found = [token.logprob for token in tokens if token.logprob is not None]
+    return math.exp(min(-math.fsum(found) / len(found), 700.0)) if found else None  # beyond that no float is as large
+
+
+def _grouped(top: Likely, count: int) -> list[Likely]:
+    """The most likely ids for each of so many tokens."""
+    each = len(top) // count
+    return [top[place * each : (place + 1) * each] for place in range(count)]
+
+
+def _named(top: Likely, tokenizer: Tokenizer | None) -> tuple[Alternative, ...]:
+    def text(token: int) -> str | None:
+        return None if tokenizer is None else tokenizer.decode([token])
+
+    return tuple(Alternative(token, text(token), logprob) for token, logprob in top)
 
 
 class StopStrings:
@@ -211,6 +243,15 @@ def ids_in(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def tokens_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[Token]:
+    """A text's tokens, whose texts together are its own."""
+    if tokenizer is None or not ids:
+        return [Token(token, None) for token in ids]
+    stream = tokenizer.stream()
+    *texts, last = [stream.push(token) for token in ids]
+    return [Token(token, text) for token, text in zip(ids, [*texts, last + stream.flush()], strict=True)]
+
+
 def make_request(prompt: Prompt, tokenizer: Tokenizer | None, config: Config, options: Options) -> Generate:
     """The request for a prompt. Raises UsageError for a prompt or an option that makes none."""
     request = options.request(encode_prompt(prompt, tokenizer, config), config)
@@ -254,6 +295,12 @@ class TextModel(ABC):
         logprobs: bool = False,
         draft: int | None = None,
         spans: bool = False,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int = 0,
     ) -> Generation:
         """Generates tokens, to be iterated over. Dropping or closing it ends it, in every stage.
 
@@ -265,12 +312,38 @@ class TextModel(ABC):
             RequestRefused: a stage refuses it, and says why.
             StageError: a stage failed, cannot be reached, or timed out.
         """
-        options = Options(max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans)
+        options = Options(
+            max_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft, spans, min_p, repetition_penalty,
+            presence_penalty, frequency_penalty, logit_bias, top_logprobs,
+        )  # fmt: skip
         request = make_request(prompt, self.tokenizer, self.config, options)
         interruptions: list[str] = []
         cancelled = threading.Event()
         answers = self._answers(request, interruptions, cancelled)
         return Generation(answers, request, self.config, self.tokenizer, stop, interruptions, cancelled)
+
+    def score(self, prompt: Prompt, top: int = 0) -> list[Token]:
+        """How likely the model finds each token of a text, after those before it; the first one's `logprob` is None.
+
+        Args:
+            prompt: text, or token ids.
+            top: of how many of the most likely tokens to tell the log-probabilities, 0 to 20.
+
+        Raises as `generate`.
+        """
+        check_top("top", top)
+        ids = encode_prompt(prompt, self.tokenizer, self.config)
+        found: list[tuple[float | None, Likely]] = [(None, ())]
+        if len(ids) > 1:
+            request = Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.SCORES, top=top)
+            for answer in self._answers(request, [], threading.Event()):
+                assert isinstance(answer, Scores), "nothing else answers this"
+                del found[answer.position :]  # over another link they come again
+                found += zip(answer.logprobs, _grouped(answer.top, len(answer.logprobs)), strict=True)
+        return [
+            replace(token, logprob=logprob, top=_named(likely, self.tokenizer))
+            for token, (logprob, likely) in zip(tokens_of(ids, self.tokenizer), found, strict=True)
+        ]
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[Keywords]) -> AsyncGenerator[Token]:
         """As `generate`, for `async for`: each wait for a token is in a thread of its own, and blocks no event loop."""

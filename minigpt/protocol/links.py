@@ -76,9 +76,10 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
 
 def largest(manifest: Manifest, index: int) -> int:
     """Bytes of the largest message that stage `index` takes: all the ids that a Generate can have, so that they are
-    refused in words where the model has fewer positions; or a batch with a chunk and as many tokens as can be."""
-    rows = messages.CHUNK + batches.MAX_SEGMENTS
-    array = 4 * rows * manifest.config.n_embd if index else 4 * messages.MAX_IDS
+    refused in words where the model has fewer positions; or a batch with a chunk and as many tokens as can be, each
+    with the ids that it needs."""
+    rows, config = messages.CHUNK + batches.MAX_SEGMENTS, manifest.config
+    array = 4 * rows * (config.n_embd + config.n_positions) if index else 4 * messages.MAX_IDS
     return min(array + 2**17, MAX_MESSAGE)
 
 

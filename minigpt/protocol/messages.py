@@ -1,6 +1,6 @@
 """The messages between a client and the stages.
 
-    client → stage 0     Generate, Cancel, Reset, Status stage 0 → client     Tokens | Logits, Done, Report
+    client → stage 0     Generate, Cancel, Reset, Status stage 0 → client     Tokens | Logits | Scores, Done, Report
     stage i → i + 1      batches, Reset, Status          stage i + 1 → i      answers, Done, Report
     instead of an answer Refusal: this request is refused; the channel lives
                          Failure: a stage failed; the channel ends
@@ -13,6 +13,7 @@ how many there are, and nothing about their values. docs/protocol.md describes e
 """
 
 import enum
+import sys
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
@@ -20,7 +21,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.engine.sampling import MAX_TEMPERATURE, MAX_TOP_K, Sampling
+from minigpt.engine.sampling import MAX_BIASES, MAX_TEMPERATURE, MAX_TOP, MAX_TOP_K, Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import schema
 
@@ -40,6 +41,7 @@ class Wanted(enum.StrEnum):
     TOKEN = "token"  # the token drawn after the last row
     TOKENS = "tokens"  # the most likely token after each row, up to the first that only a plain step can decide
     LOGITS = "logits"  # the logits of the last row
+    SCORES = "scores"  # for each row, how likely the token is that follows it in the text
 
 
 class Reason(enum.StrEnum):
@@ -51,6 +53,7 @@ class Reason(enum.StrEnum):
     CONTEXT = "context"  # the model's last position is used
     CANCELLED = "cancelled"
     LOGITS = "logits"  # the requested logits were sent
+    SCORES = "scores"  # every token but the first was scored
     RESET = "reset"  # the sequence is forgotten
 
 
@@ -76,7 +79,9 @@ Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
 Drawn = Annotated[tuple[int, ...], schema.numbers("I", 1 + MAX_DRAFT)]
 Floats = Annotated[tuple[float, ...], schema.numbers("d", 1 + MAX_DRAFT)]
 Spans = Annotated[tuple[Span, ...], schema.tuples(Span, MAX_STAGES)]
+Likely = tuple[tuple[int, float], ...]  # token ids and their log-probabilities
 GREEDY = Sampling()
+_FINITE = sys.float_info.max
 SamplingField = Annotated[
     Sampling,
     schema.nested(
@@ -86,6 +91,11 @@ SamplingField = Annotated[
             "top_k": schema.integer(0, MAX_TOP_K),
             "top_p": schema.number(0.0, 1.0),
             "seed": schema.integer(0, 2**64 - 1),
+            "min_p": schema.number(0.0, 1.0, absent=True),
+            "repetition_penalty": schema.number(0.0, _FINITE),
+            "presence_penalty": schema.number(-_FINITE, _FINITE, absent=True),
+            "frequency_penalty": schema.number(-_FINITE, _FINITE, absent=True),
+            "logit_bias": schema.pairs(MAX_BIASES),
         },
     ),
 ]
@@ -94,7 +104,7 @@ WantedField = Annotated[Wanted, schema.choice(Wanted)]
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Feed `ids` from position `start` on, then generate.
+    """Feed `ids` from position `start` on, then generate; or score each of `ids` but the first.
 
     A `start` of 0 begins a sequence, one below its length rewinds it, and one beyond its length is refused.
     """
@@ -111,17 +121,19 @@ class Generate:
     spans: Annotated[bool, schema.boolean(absent=True)] = False
     # How many of the last `ids` were generated for this request before, over a link that was lost.
     delivered: Annotated[int, schema.integer(0, MAX_IDS, absent=True)] = 0
+    # Of how many of the most likely ids to tell the log-probabilities, for each token.
+    top: Annotated[int, schema.integer(0, MAX_TOP, absent=True)] = 0
 
     def __post_init__(self) -> None:
         if self.delivered and not 0 < self.delivered < len(self.ids):
             raise ValueError(f"{self.delivered} of {len(self.ids)} ids delivered: wanted fewer, as a prompt has one")
-        if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS):
-            raise ValueError(f"{self.wanted} wanted: a generation returns tokens one at a time, or logits")
+        if self.wanted not in (Wanted.TOKEN, Wanted.LOGITS, Wanted.SCORES):
+            raise ValueError(f"{self.wanted} wanted: a generation returns tokens one at a time, logits, or scores")
 
     @property
     def most(self) -> int:
         """How many tokens one answer may have."""
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature > 0 or self.sampling.adjusts:
             return 1
         return 1 + (MAX_DRAFT if self.draft is None else self.draft)
 
@@ -131,12 +143,14 @@ class Tokens:
     """The tokens drawn for `position` and the positions after it: one, or several from a drafted step.
 
     `logprobs` is empty unless asked for, and as long as `ids` then; so is `spans`, which begins with the sender's.
+    `top` has as many pairs as were asked for, or as the vocabulary has ids if that is less, for one id after the other.
     """
 
     position: Position
     ids: Drawn
     logprobs: Floats = ()
     spans: Spans = ()
+    top: Annotated[Likely, schema.pairs((1 + MAX_DRAFT) * MAX_TOP)] = ()
 
     def __post_init__(self) -> None:
         if len(self.logprobs) not in (0, len(self.ids)):
@@ -150,6 +164,16 @@ class Logits:
     position: Position
     values: Annotated[NDArray[np.float32], schema.vector(MAX_IDS)]
     spans: Spans = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The log-probabilities of the ids given for `position` and the positions after it, and `top` as in Tokens."""
+
+    position: Position
+    logprobs: Annotated[tuple[float, ...], schema.numbers("d", MAX_IDS)]
+    spans: Spans = ()
+    top: Annotated[Likely, schema.pairs(MAX_IDS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +249,11 @@ class Report:
     stages: Annotated[tuple[StageReport, ...], schema.listed(StageReport, MAX_STAGES)]
 
 
-Answer = Tokens | Logits
-Message = Generate | Tokens | Logits | Done | Refusal | Failure | Cancel | Reset | Status | Report
+Answer = Tokens | Logits | Scores
+Message = Generate | Tokens | Logits | Scores | Done | Refusal | Failure | Cancel | Reset | Status | Report
 
 _KINDS = {
-    "generate": Generate, "token": Tokens, "logits": Logits, "done": Done, "refusal": Refusal,
+    "generate": Generate, "token": Tokens, "logits": Logits, "scores": Scores, "done": Done, "refusal": Refusal,
     "failure": Failure, "cancel": Cancel, "reset": Reset, "status": Status, "report": Report,
 }  # fmt: skip
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -241,7 +265,7 @@ KEYS = frozenset(
     for field, rule in (*rules.items(), ("type", schema.boolean()))
     for name in (field, *rule.names)
 )
-ANSWERS = frozenset({Tokens, Logits, Done, Refusal, Failure, Report})  # what whoever asks may be told
+ANSWERS = frozenset({Tokens, Logits, Scores, Done, Refusal, Failure, Report})  # what whoever asks may be told
 
 
 def name(message: Message) -> str:

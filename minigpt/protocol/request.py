@@ -1,13 +1,15 @@
 """A request: the options of a generation, what each step asks of the stages, when it ends, and where its time goes."""
 
+import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypedDict
 
 from minigpt.engine.config import Config
-from minigpt.engine.sampling import Sampling
+from minigpt.engine.sampling import MAX_TOP, Sampling
 from minigpt.errors import MessageError, UsageError
 from minigpt.protocol import messages
 from minigpt.protocol.messages import (
@@ -15,18 +17,20 @@ from minigpt.protocol.messages import (
     Answer,
     Done,
     Generate,
+    Likely,
     Logits,
     Message,
     Reason,
     Refusal,
+    Scores,
     Span,
     Tokens,
     Wanted,
 )
 
-_WORDS = {
+_WORDS: dict[type, str] = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a string", bytes: "bytes",
-    Path: "a pathlib.Path", list: "a list", tuple: "a tuple", type(None): "None",
+    Mapping: "a dict", Path: "a pathlib.Path", list: "a list", tuple: "a tuple", type(None): "None",
 }  # fmt: skip
 _TYPES: tuple[tuple[str, *tuple[type, ...]], ...] = (  # of the options below
     ("max_tokens", int),
@@ -37,6 +41,11 @@ _TYPES: tuple[tuple[str, *tuple[type, ...]], ...] = (  # of the options below
     ("logprobs", bool),
     ("draft", int, type(None)),
     ("spans", bool),
+    ("min_p", float),
+    ("repetition_penalty", float),
+    ("presence_penalty", float),
+    ("frequency_penalty", float),
+    ("logit_bias", Mapping, type(None)),
 )
 
 Traffic = tuple[float, float, float]  # of a link so far: seconds sealing, seconds opening, bytes carried
@@ -65,6 +74,12 @@ class Keywords(TypedDict, total=False):
     logprobs: bool
     draft: int | None
     spans: bool
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    top_logprobs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,16 @@ class Options:
             stage's own choice (`drafting.DRAFT`). Greedy decoding only. The tokens are the same, and come sooner where
             guesses are right, several at once; their log-probabilities may differ in the last bits.
         spans: return where each token's time went, stage by stage.
+        min_p: draw only among tokens at least so probable relative to the most likely one, 0 to 1; 0 for all.
+        repetition_penalty: of every token in the prompt or generated, a positive logit is divided by it and a negative
+            one multiplied; 1 for none, 1.1 to 1.3 is usual.
+        presence_penalty: subtracted from the logit of every generated token; 0 for none.
+        frequency_penalty: the same, times how often it was generated; 0 for none.
+        logit_bias: for each of these ids, what is added to its logit: -100 never takes it, 100 always.
+        top_logprobs: return the log-probabilities of so many of the most likely tokens, 0 to 20.
+
+    Bias and penalties come before temperature, top_k, top_p and min_p, in that order, and nothing is drafted with them.
+    The log-probabilities returned are the model's own, before all of these.
     """
 
     max_tokens: int = 20
@@ -94,6 +119,12 @@ class Options:
     logprobs: bool = False
     draft: int | None = None
     spans: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    top_logprobs: int = 0
 
     def request(self, ids: tuple[int, ...], config: Config) -> Generate:
         """The message for a prompt of these ids. Raises UsageError for an option of a wrong type or range."""
@@ -106,6 +137,7 @@ class Options:
                 raise UsageError("a stop string is empty, and would end every text at once")
         for name, *kinds in _TYPES:
             check_type(name, getattr(self, name), *kinds)
+        check_top("top_logprobs", self.top_logprobs)
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}, wanted at least 1")
         if self.draft is not None and not 0 <= self.draft <= MAX_DRAFT:
@@ -114,7 +146,11 @@ class Options:
         if seed is None:
             seed = secrets.randbits(32) if self.temperature > 0 else 0
         try:
-            sampling = Sampling(float(self.temperature), self.top_k, float(self.top_p), seed)
+            sampling = Sampling(
+                float(self.temperature), self.top_k, float(self.top_p), seed, float(self.min_p),
+                float(self.repetition_penalty), float(self.presence_penalty), float(self.frequency_penalty),
+                _bias(self.logit_bias or {}, config),
+            )  # fmt: skip
         except (ValueError, OverflowError) as error:  # the latter for an integer beyond all floats
             raise UsageError(str(error)) from None
         return Generate(
@@ -126,7 +162,32 @@ class Options:
             logprobs=self.logprobs,
             draft=self.draft,
             spans=self.spans,
+            top=self.top_logprobs,
         )
+
+
+def _bias(logit_bias: Mapping[int, float], config: Config) -> Likely:
+    """By rising id. Raises UsageError."""
+    for token, amount in logit_bias.items():
+        check_type("an id of logit_bias", token, int)
+        check_type("a number of logit_bias", amount, float)
+        if not 0 <= token < config.vocab_size:
+            raise UsageError(f"logit_bias has the id {token}, wanted one of the model's, 0 to {config.vocab_size - 1}")
+    return tuple((token, float(amount)) for token, amount in sorted(logit_bias.items()))
+
+
+def check_top(name: str, value: int) -> None:
+    """Raises UsageError unless so many most likely tokens can be told."""
+    check_type(name, value, int)
+    if not 0 <= value <= MAX_TOP:
+        raise UsageError(f"{name} is {value}, wanted 0 (none) to {MAX_TOP}; 5 is usual")
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of answer `index` to one prompt: the request's own, then others that follow from it."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(seed.to_bytes(8, "big") + index.to_bytes(8, "big")).digest()[:8], "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +198,15 @@ class Ask:
     sampling: Sampling
     logprobs: bool = False
     spans: bool = False
+    top: int = 0
 
     def fits(self, answer: Answer, start: int, rows: int) -> bool:
         """Whether this may be the answer to a step of `rows` rows from position `start` on."""
         if isinstance(answer, Logits):
             return self.wanted is Wanted.LOGITS and answer.position == start + rows
+        if isinstance(answer, Scores):
+            placed = self.wanted is Wanted.SCORES and answer.position == start + 1
+            return placed and len(answer.logprobs) == rows
         count = len(answer.ids)
         if self.wanted is Wanted.TOKENS:
             placed = answer.position == start + 1 and count <= rows
@@ -165,7 +230,8 @@ class Replies:
         self._request = request
         self._config = config
         self._spans = stages if request.spans else 0
-        self._position = request.start + len(request.ids)  # of the next token
+        # Of the next token, or of the next one that is scored.
+        self._position = request.start + (1 if request.wanted is Wanted.SCORES else len(request.ids))
         self._produced = 0
         self._reason: Reason | None = None  # why only a Done can follow
 
@@ -180,16 +246,19 @@ class Replies:
         if isinstance(message, Refusal) and self._reason is None:
             self.over = True
             raise messages.refused(message)
-        kind = Logits if self._request.wanted is Wanted.LOGITS else Tokens
+        kind: type[Answer] = {Wanted.LOGITS: Logits, Wanted.SCORES: Scores}.get(self._request.wanted, Tokens)
         if self._reason is not None or not isinstance(message, kind):
             raise MessageError(f"stage 0 sent {messages.name(message)} out of turn", stage=0)
         if message.position != self._position:
             raise self._illegal(f"position {message.position}", str(self._position))
-        if isinstance(message, Tokens):
-            self._take_tokens(message)
-        else:
-            self._reason = Reason.LOGITS
-        if (wrong := flaw(message, self._config, self._spans)) is not None:
+        match message:
+            case Tokens():
+                self._take_tokens(message)
+            case Scores():
+                self._take_scores(message)
+            case Logits():
+                self._reason = Reason.LOGITS
+        if (wrong := flaw(message, self._config, self._spans, self._request.top)) is not None:
             raise MessageError(f"stage 0 sent {wrong}", stage=0)
 
     def _take_tokens(self, answer: Tokens) -> None:
@@ -205,22 +274,47 @@ class Replies:
             self._reason = ending(request, self._config.n_positions, self._produced, token)
         self._position += count
 
+    def _take_scores(self, answer: Scores) -> None:
+        left = self._request.start + len(self._request.ids) - self._position
+        if not 1 <= len(answer.logprobs) <= left:
+            raise self._illegal(f"{len(answer.logprobs)} scores", f"1 to {left}, of the ids that have none")
+        self._position += len(answer.logprobs)
+        if len(answer.logprobs) == left:
+            self._reason = Reason.SCORES
+
     @staticmethod
     def _illegal(sent: str, wanted: str) -> MessageError:
         return MessageError(f"stage 0 sent {sent}, wanted {wanted}", stage=0)
 
 
-def flaw(answer: Answer, config: Config, spans: int) -> str | None:
-    """What is wrong with the values in an answer that must have so many spans; None if nothing is."""
+def flaw(answer: Answer, config: Config, spans: int, top: int = 0) -> str | None:
+    """What is wrong with the values in an answer that must have so many spans, and of each token so many of the most
+    likely ones; None if nothing is."""
     if len(answer.spans) != spans:
         return f"{len(answer.spans)} spans, wanted {spans}"
     if isinstance(answer, Logits):
         if len(answer.values) != config.vocab_size:
             return f"{len(answer.values)} logits, wanted one for each of {config.vocab_size} ids"
-    elif max(answer.ids, default=0) >= config.vocab_size:
-        return f"a token id outside the vocabulary, 0 to {config.vocab_size - 1}"
-    elif max(answer.logprobs, default=0.0) > 0:
+        return None
+    count = len(answer.logprobs)
+    if isinstance(answer, Tokens):
+        count = len(answer.ids)
+        if max(answer.ids, default=0) >= config.vocab_size:
+            return f"a token id outside the vocabulary, 0 to {config.vocab_size - 1}"
+    if max(answer.logprobs, default=0.0) > 0:
         return "a log-probability above 0"
+    return _flaw_of_top(answer.top, config, count, min(top, config.vocab_size)) if top or answer.top else None
+
+
+def _flaw_of_top(top: Likely, config: Config, count: int, each: int) -> str | None:
+    if len(top) != count * each:
+        return f"{len(top)} of the most likely ids, wanted {each} for each of {count} tokens"
+    for start in range(0, len(top), each):
+        ids, logprobs = zip(*top[start : start + each], strict=True)
+        if len(set(ids)) < each or max(ids) >= config.vocab_size:
+            return f"most likely ids with one twice, or outside the vocabulary, 0 to {config.vocab_size - 1}"
+        if logprobs[0] > 0 or any(later > earlier for earlier, later in pairwise(logprobs)):
+            return "most likely ids whose log-probabilities are above 0, or do not fall"
     return None
 
 

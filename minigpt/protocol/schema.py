@@ -45,15 +45,15 @@ def integer(low: int, high: int, *, absent: bool = False) -> Field:
     return Field(_same, decode, absent)
 
 
-def number(low: float, high: float) -> Field:
-    """A float from low to high, which are finite."""
+def number(low: float, high: float, *, absent: bool = False) -> Field:
+    """A float from low to high, which are finite. `absent` leaves a 0 out."""
 
     def decode(value: object) -> float:
         if type(value) is not float or not low <= value <= high:  # NaN is in no range
             raise _wrong(value, f"a float from {low} to {high}")
         return value
 
-    return Field(float, decode)
+    return Field(float, decode, absent)
 
 
 def text(limit: int, *, absent: bool = False) -> Field:
@@ -113,6 +113,21 @@ def numbers(kind: str, limit: int) -> Field:
         return unpacked
 
     return Field(lambda values: struct.pack(f"<{len(values)}{kind}", *values), decode)
+
+
+def pairs(limit: int) -> Field:
+    """A tuple of at most `limit` pairs of a token id and a float, packed little-endian; may be absent if empty."""
+    one = struct.Struct("<Id")
+
+    def decode(value: object) -> tuple[tuple[int, float], ...]:
+        if type(value) is not bytes or len(value) % one.size or len(value) > limit * one.size:
+            raise _wrong(value, f"the bytes of at most {limit} pairs of {one.size} bytes")
+        found: tuple[tuple[int, float], ...] = tuple(one.iter_unpack(value))
+        if not all(math.isfinite(amount) for _, amount in found):
+            raise MessageError("got NaN or infinity, wanted finite numbers")
+        return found
+
+    return Field(lambda items: b"".join(one.pack(*item) for item in items), decode, absent=True)
 
 
 def vector(limit: int) -> Field:

@@ -5,24 +5,42 @@ those that would change the text. Every list fails fast: an error for each of a 
 """
 
 import logging
+import sys
 import traceback
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from minigpt.errors import MiniGPTError, RequestRefused, UsageError
 
 MAX_CHOICES = 128  # answers to one request, as in OpenAI's API
-MAX_TOP = 20  # alternatives that a request may ask for, once there are any
+MAX_TOP = 20  # of the most likely tokens that are told, and
+MAX_BIASES = 1024  # ids in logit_bias, as everywhere here
+MAX_TOLD = 2**19  # log-probabilities in one answer's JSON, which is some 80 MB while it is made
 MAX_PARTS = 1024  # messages in a chat, and parts in a message
 _LOG = logging.getLogger("minigpt.serve")
 
+# What a bad value of these is told to be instead.
+_WANTED = {
+    "presence_penalty": "any finite number; 0 is none, -2 to 2 usual",
+    "frequency_penalty": "any finite number; 0 is none, -2 to 2 usual",
+    "repetition_penalty": "any finite number above 0; 1 is none, 1.1 to 1.3 usual",
+    "min_p": "0 (all) to 1; 0.02 to 0.1 is usual",
+    "logprobs": f"0 (each token's own) to {MAX_TOP}; 5 is usual",
+    "top_logprobs": f"0 (none) to {MAX_TOP}; 5 is usual",
+    "logit_bias": f"at most {MAX_BIASES} ids of tokens, each once, and for each any finite number; -100 (never) to 100 "
+    "(always) is usual",
+}
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
-_LATER: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "echo": (False,), "top_logprobs": (0,),
-}  # fmt: skip
 _NEVER: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
@@ -85,6 +103,8 @@ def invalid(errors: Any) -> Problem:
     got = first.get("input")
     shown = str(got)[:40] if isinstance(got, bool | int | float) else type(got).__name__
     wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if not first["type"].startswith("bool"):  # as a chat's logprobs
+        wanted = _WANTED.get(param or "", wanted)
     text = "it is missing" if first["type"] == "missing" else f"got {shown}, wanted {wanted}"
     return Problem(400, f"{'.'.join(place) or 'the body'}: {text}", param=param)
 
@@ -125,6 +145,27 @@ Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX
 Stop = Annotated[str, Field(min_length=1)]
 
 
+def _biases(given: object) -> dict[int, float]:
+    """logit_bias, whose ids are strings in JSON. One error for all of it, of many thousands too."""
+    found: dict[int, float] = {}
+    fits = isinstance(given, dict) and len(given) <= MAX_BIASES
+    for name, bias in given.items() if isinstance(given, dict) and fits else ():
+        right = isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) <= 10
+        right = (
+            right and isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= sys.float_info.max
+        )
+        fits = fits and right and int(name) not in found
+        if not fits:
+            break
+        found[int(name)] = float(bias)
+    if not fits:
+        raise refuse("logit_bias", f"logit_bias: got something else, wanted {_WANTED['logit_bias']}")
+    return found
+
+
+Biases = Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])]
+
+
 class StreamOptions(Model):
     include_usage: bool = False
 
@@ -142,6 +183,11 @@ class Sampled(Body):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Biases = {}
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     best_of: int | None = None
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=4)] = []
@@ -153,12 +199,11 @@ class Sampled(Body):
     @model_validator(mode="before")
     @classmethod
     def _nothing_that_would_change_the_text(cls, data: Any) -> Any:
-        for name, neutral in (_LATER | _NEVER).items():
+        for name, neutral in _NEVER.items():
             given = data.get(name) if isinstance(data, dict) else None
             if given is not None and given not in neutral:
                 shown = f"{name} is {given}" if isinstance(given, bool | int | float) else f"{name} is given"
-                why = "not implemented yet" if name in _LATER else "not supported"
-                raise refuse(name, f"{shown}, which is {why} and would change the answer: leave it out")
+                raise refuse(name, f"{shown}, which is not supported and would change the answer: leave it out")
         return data
 
     @model_validator(mode="after")
@@ -183,18 +228,22 @@ class Completion(Sampled):
         | Ids
         | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
     )
-    max_tokens: int = Field(16, ge=1, lt=2**31)
+    max_tokens: int = Field(16, ge=0, lt=2**31)
+    echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
     @model_validator(mode="after")
     def _not_too_many(self) -> "Completion":
-        if self.logprobs:
-            text = f"logprobs is {self.logprobs}, which is not implemented yet: 0 returns each token's own"
-            raise refuse("logprobs", text)
+        if self.max_tokens == 0 and not self.echo:
+            raise refuse("max_tokens", "max_tokens is 0, wanted at least 1; or 0 with echo, for the prompt alone")
         if len(self.prompts) * self.n > MAX_CHOICES:
             text = f"n is {self.n} for {len(self.prompts)} prompts, wanted at most {MAX_CHOICES} answers in all"
             raise refuse("n", text)
         return self
+
+    @property
+    def top(self) -> int:
+        return self.logprobs or 0
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -225,6 +274,17 @@ class Chat(Sampled):
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> "Chat":
+        if self.top_logprobs and not self.logprobs:
+            raise refuse("top_logprobs", f"top_logprobs is {self.top_logprobs}, which needs logprobs: true")
+        return self
+
+    @property
+    def top(self) -> int:
+        return self.top_logprobs
 
 
 class Tokenize(Body):

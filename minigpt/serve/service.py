@@ -97,7 +97,7 @@ class Service:
             return [tuple(self.tokenizer.encode(str(prompt))) for prompt in prompts]
 
         try:
-            return await self._work(encode)
+            return await self.work(encode)
         except UsageError as error:
             code = "context_length_exceeded" if "positions" in str(error) else None
             raise Problem(400, f"{param}: {error}", param=param, code=code) from None
@@ -107,7 +107,7 @@ class Service:
         if self.tokenizer is None or max(ids, default=0) >= self.config.vocab_size:
             text = f"tokens: wanted ids from 0 to {self.config.vocab_size - 1}, of a model with a tokenizer"
             raise Problem(400, text, param="tokens")
-        return await self._work(partial(self.tokenizer.decode, ids))
+        return await self.work(partial(self.tokenizer.decode, ids))
 
     def token_name(self, token: int) -> str:
         """A token as OpenAI's API names it."""
@@ -115,7 +115,7 @@ class Service:
 
     async def token_names(self, ids: Sequence[int]) -> list[str]:
         """All of them."""
-        return await self._work(lambda: [self.token_name(token) for token in ids])
+        return await self.work(lambda: [self.token_name(token) for token in ids])
 
     def admit(self) -> None:
         """Raises Problem if the queue is full."""
@@ -123,7 +123,7 @@ class Service:
             text = f"{self.running} answers are under way and {self.waiting} requests wait: try again later"
             raise Problem(429, text, code="queue_full")
 
-    async def _work(self, work: Callable[[], T]) -> T:
+    async def work(self, work: Callable[[], T]) -> T:
         """Does it in one of a few threads. Of a request whose client leaves, only what has begun is done."""
         with self.preparing():
             return await asyncio.get_running_loop().run_in_executor(self._workers, work)
@@ -145,11 +145,7 @@ class Service:
         watched: Keywords = {**options, "spans": True}  # for the bytes on each link
         while True:
             generation = self.pipeline.generate(ids, **watched)
-            self.waiting += 1
-            try:
-                await self._turns.acquire()
-            finally:
-                self.waiting -= 1
+            await self._turn()
             begun = False
             try:
                 async with aclosing(self._generate(generation)) as pieces:
@@ -157,16 +153,53 @@ class Service:
                         begun = True
                         yield piece
                 return
-            except StageError:
-                self._token_at, self._reported_at = -FRESH, -REPORT  # what was true before it need not be now
-                raise
-            except RequestRefused as error:
-                if begun or error.reason != "busy" or time.monotonic() > until:
-                    raise
+            except (StageError, RequestRefused) as error:
+                self._failed(error, until if not begun else 0.0)
             await asyncio.sleep(AGAIN)
 
+    async def score(self, ids: Sequence[int], top: int) -> list[Token]:
+        """What the model makes of a text, when its turn comes. Once begun, it is computed, whoever leaves."""
+        until = time.monotonic() + BUSY
+        while True:
+            await self._turn()
+            try:
+                scored = await asyncio.shield(self._start(partial(self.pipeline.score, ids, top)))
+                self._token_at = time.monotonic()
+                return scored
+            except (StageError, RequestRefused) as error:
+                self._failed(error, until)
+            await asyncio.sleep(AGAIN)
+
+    async def _turn(self) -> None:
+        self.waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self.waiting -= 1
+
+    def _failed(self, error: StageError | RequestRefused, until: float) -> None:
+        """Raises it, but for stages that are busy with others' requests: until then they are asked again."""
+        if isinstance(error, StageError):
+            self._token_at, self._reported_at = -FRESH, -REPORT  # what was true before it need not be now
+        elif error.reason == "busy" and time.monotonic() <= until:
+            return
+        raise error
+
+    def _start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Work in a thread, with a turn that is given back when it has ended."""
+
+        def ended(done: asyncio.Future[T]) -> None:
+            self.running -= 1
+            self._turns.release()
+            done.cancelled() or done.exception()  # noticed: whoever wanted it may have gone
+
+        self.running += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future.add_done_callback(ended)
+        return future
+
     async def _generate(self, generation: Generation) -> AsyncGenerator[Piece | End]:
-        """One try, with a turn that is given back when its thread has ended."""
+        """One try."""
         loop = asyncio.get_running_loop()
         # Not bounded: a reader that is slow must not keep a link, and there are no more tokens than positions.
         arrived: asyncio.Queue[Piece | End | None] = asyncio.Queue()
@@ -184,14 +217,8 @@ class Service:
                 generation.close()
                 self.metrics.resumed.inc(len(generation.interruptions))
 
-        def ended(_: object) -> None:
-            self.running -= 1
-            self._turns.release()
-            arrived.put_nowait(None)
-
-        self.running += 1
-        future = loop.run_in_executor(self._threads, work)
-        future.add_done_callback(ended)
+        future = self._start(work)
+        future.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
             while (item := await arrived.get()) is not None:
                 if isinstance(item, Piece):
@@ -201,7 +228,6 @@ class Service:
             await future
         finally:
             generation.cancel()
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever wanted it has gone
 
     async def reports(self) -> tuple[StageReport, ...]:
         """The state of every stage: one that cannot be asked has an `error`. Asked for at most once a second."""

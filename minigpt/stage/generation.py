@@ -8,6 +8,7 @@ Letters: T new positions.
 """
 
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from minigpt.engine import drafting
 from minigpt.engine.config import Config
 from minigpt.engine.drafting import Lookup
 from minigpt.errors import RequestRefused
-from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Answer, Generate, Logits, Reason, Tokens, Wanted
+from minigpt.protocol.batches import NONE_GIVEN, Given
+from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Answer, Generate, Logits, Reason, Scores, Tokens, Wanted
 from minigpt.protocol.request import ending
 
 # If more positions than this were computed in a batch, they are recomputed one by one as soon as nothing is guessed. A
@@ -32,13 +34,15 @@ class Step(NamedTuple):
     start: int  # position of the first row; a smaller one than the sequence's length rewinds it
     ids: NDArray[np.int64]  # (T,)
     wanted: Wanted
+    given: Given = NONE_GIVEN  # what the last stage needs to answer it
 
 
 Steps = Generator[Step, Answer | None, Reason]
 
 
 def check(request: Generate, known: int, config: Config) -> None:
-    """Raises RequestRefused for no ids, a gap after the `known` positions, too many of them, or an unknown id."""
+    """Raises RequestRefused for no ids, a gap after the `known` positions, too many of them, an unknown id, or what
+    needs ids that are not there."""
     start, ids = request.start, request.ids
     end, most = start + len(ids), config.n_positions
     if not ids:
@@ -49,6 +53,12 @@ def check(request: Generate, known: int, config: Config) -> None:
         raise _refused("too-long", f"{end} positions, and the model has {most}: shorten the prompt")
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise _refused("bad-token", f"a token id is outside the vocabulary, 0 to {config.vocab_size - 1}")
+    if request.sampling.logit_bias and request.sampling.logit_bias[-1][0] >= config.vocab_size:  # they rise
+        raise _refused("bad-token", f"logit_bias has an id outside the vocabulary, 0 to {config.vocab_size - 1}")
+    if request.wanted is Wanted.SCORES and len(ids) == 1:
+        raise _refused("bad-request", "one token id: scores need two, because the first has none")
+    if request.sampling.repetition_penalty != 1 and start:
+        raise _refused("bad-request", f"start is {start}: a repetition_penalty needs the whole prompt, from 0 on")
 
 
 def _refused(reason: str, text: str) -> RequestRefused:
@@ -64,16 +74,19 @@ def generation(
         tell: is given each answer of one token, or of several that were drafted.
         alone: whether no other sequence waits for tokens now.
     """
+    if request.wanted is Wanted.SCORES:
+        return (yield from _scoring(request, tell, alone))
     start, ids = request.start, np.asarray(request.ids, np.int64)
     fed = start + len(ids)
     while len(ids) > (size := CHUNK if alone() else SHARED_CHUNK):
         yield Step(start, ids[:size], Wanted.NOTHING)
         start, ids = start + size, ids[size:]
-    answer = yield Step(start, ids, request.wanted)
+    answer = yield Step(start, ids, request.wanted, given(request, request.ids))
     assert answer is not None, "a step that wants an answer has one"
     tell(answer)
     if isinstance(answer, Logits):
         return Reason.LOGITS
+    assert isinstance(answer, Tokens), "a step that wants a token is answered with one"
     produced, reason = 1, ending(request, config.n_positions, 1, answer.ids[0])
     decoding = Decoding(request, answer.ids[0], alone)
     while reason is None:
@@ -87,6 +100,29 @@ def generation(
         produced += len(answer.ids)
         tell(answer)
     return reason
+
+
+def _scoring(request: Generate, tell: Callable[[Answer], None], alone: Callable[[], bool]) -> Steps:
+    """The steps that score all of a request's ids but the first."""
+    start, targets = request.start, request.ids[1:]
+    ids = np.asarray(request.ids[:-1], np.int64)
+    while targets:
+        size = CHUNK if alone() else SHARED_CHUNK
+        answer = yield Step(start, ids[:size], Wanted.SCORES, Given(targets[:size]))
+        assert isinstance(answer, Scores), "a step that wants scores is answered with them"
+        tell(answer)
+        start, ids, targets = start + size, ids[size:], targets[size:]
+    return Reason.SCORES
+
+
+def given(request: Generate, ids: Many[int]) -> Given:
+    """What the last stage must know of the ids so far, the prompt and what was generated since, to draw the next."""
+    sampling = request.sampling
+    if not sampling.penalises or request.wanted is not Wanted.TOKEN:
+        return NONE_GIVEN
+    prompt = len(request.ids) - request.delivered
+    others = set(ids[:prompt]).difference(ids[prompt:]) if sampling.repetition_penalty != 1 else ()
+    return Given(tuple(ids[prompt:]), tuple(sorted(others)))
 
 
 Answering = Generator[Step, Answer | None, Tokens]  # some steps, and what they give
@@ -110,8 +146,9 @@ class Decoding:
     def __init__(self, request: Generate, token: int, alone: Callable[[], bool]) -> None:
         self._alone = alone
         self._draft = drafting.DRAFT if request.draft is None else request.draft
-        if request.sampling.temperature > 0:
+        if request.sampling.temperature > 0 or request.sampling.adjusts:
             self._draft = 0
+        self._request = request
         self._start = request.start
         self._ids = [*request.ids, token]
         self._lookup = Lookup(self._ids) if self._draft else None
@@ -151,7 +188,8 @@ class Decoding:
             yield Step(again, np.asarray([self._ids[again - self._start]], np.int64), Wanted.NOTHING)
         self._plain = position + 1
         self._open = False
-        answer = yield Step(position, np.asarray([self._ids[-1]], np.int64), Wanted.TOKEN)
+        needed = given(self._request, self._ids)
+        answer = yield Step(position, np.asarray([self._ids[-1]], np.int64), Wanted.TOKEN, needed)
         assert isinstance(answer, Tokens), "a step that wants tokens is answered with them"
         self._ids += answer.ids
         return answer
@@ -159,4 +197,5 @@ class Decoding:
 
 def first(answer: Tokens, count: int) -> Tokens:
     """An answer with its first tokens only."""
-    return replace(answer, ids=answer.ids[:count], logprobs=answer.logprobs[:count])
+    each = len(answer.top) // len(answer.ids) if answer.top else 0
+    return replace(answer, ids=answer.ids[:count], logprobs=answer.logprobs[:count], top=answer.top[: count * each])

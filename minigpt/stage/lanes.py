@@ -6,10 +6,12 @@ batch itself is a MessageError, and ends the link.
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
@@ -62,7 +64,7 @@ class Lanes:
             if refusal is None:
                 sequence, _ = self._open[segment.lane]
                 taken.sequences.append(sequence)
-                taken.parts.append(sequence.part(segment.start, rows, segment.wanted))
+                taken.parts.append(sequence.part(segment.start, rows, segment.wanted, segment.given))
                 taken.at.append(index)
         return taken
 
@@ -73,17 +75,24 @@ class Lanes:
         if terms.positions > self._layers.model.config.n_positions:
             raise MessageError(f"terms: got {terms.positions} positions, and the model has fewer")
         model = self._layers.model
+        bias = terms.sampling.logit_bias
+        unknown = bool(bias) and bias[-1][0] >= model.config.vocab_size  # they rise
         size = model.cache_bytes(terms.positions)
         if lane < self._next:
             if (known := self._open.get(lane)) is None:
                 return None  # its segment will be refused
             sequence, place = known
+            if unknown:
+                self.end((lane,))
+                return self._refusal("bad-token", "its logit_bias has an id outside the vocabulary")
             if not place.resume(size):
                 self.end((lane,))
                 return self._refusal("busy", "there is no room for more positions of this sequence")
             sequence.terms = terms
         else:
             self._next += 1
+            if unknown:
+                return self._refusal("bad-token", "its logit_bias has an id outside the vocabulary")
             try:
                 place = self._places.admit(size)
             except RequestRefused as error:
@@ -99,7 +108,7 @@ class Lanes:
 
     def _flaw(self, segment: Segment, rows: NDArray[np.float32] | None) -> Refusal | None:
         """Why a segment is not computed; `rows` are looked at if some of the batch are not finite."""
-        lane, start, count, wanted = segment
+        lane, start, count, wanted, given = segment
         if lane not in self._open:
             return self._refusal("lane", f"lane {lane} is not open: open it with its terms, and not twice")
         sequence, _ = self._open[lane]
@@ -108,11 +117,29 @@ class Lanes:
             return self._refusal("gap", text)
         if start + count > sequence.terms.positions:
             return self._refusal("too-long", f"{start + count} positions, but its terms say {sequence.terms.positions}")
-        if wanted is Wanted.TOKENS and sequence.terms.sampling.temperature > 0:
-            return self._refusal("bad-request", "a token for each row needs greedy decoding")
+        sampling = sequence.terms.sampling
+        if wanted is Wanted.TOKENS and (sampling.temperature > 0 or sampling.adjusts):
+            return self._refusal("bad-request", "a token for each row needs greedy decoding, without penalties or bias")
+        needed = wanted is Wanted.SCORES or (wanted is Wanted.TOKEN and sampling.repetition_penalty != 1)
+        if (needed or any(given)) and (wrong := self._wrong(segment, sampling)) is not None:
+            return wrong
         if rows is not None and not np.isfinite(rows).all():
             return self._refusal("not-finite", "got NaN or infinity: the weights of an earlier stage are damaged")
         return None
+
+    def _wrong(self, segment: Segment, sampling: Sampling) -> Refusal | None:
+        """What is wrong with the ids that are given for a segment, which needs some or has some."""
+        _, start, count, wanted, (ids, prompt) = segment
+        if max((*ids, *prompt), default=0) >= self._layers.model.config.vocab_size:
+            return self._refusal("bad-token", "an id that is given is outside the vocabulary")
+        if wanted is Wanted.SCORES:
+            fits = len(ids) == count and not prompt
+        else:
+            fits = wanted is Wanted.TOKEN and sampling.penalises and 1 <= len(ids) + len(prompt) <= start + count
+        if prompt and fits:
+            rising = all(earlier < later for earlier, later in pairwise(prompt))
+            fits = rising and sampling.repetition_penalty != 1 and not set(ids).intersection(prompt)
+        return None if fits else self._refusal("bad-request", "the ids that are given are not those that it needs")
 
     def _refusal(self, reason: str, text: str) -> Refusal:
         return Refusal(self._layers.index, reason, text)

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from minigpt.engine.crew import fitted
 from minigpt.engine.drafting import settled
 from minigpt.engine.model import GPT2, KVCache
-from minigpt.engine.sampling import logprob, sample
-from minigpt.protocol.batches import Result
-from minigpt.protocol.messages import Logits, Refusal, Tokens, Wanted
+from minigpt.engine.penalties import adjusted
+from minigpt.engine.sampling import Scored, logprob, sample, scored
+from minigpt.engine.scoring import scores
+from minigpt.protocol.batches import NONE_GIVEN, Given, Result
+from minigpt.protocol.messages import Likely, Logits, Refusal, Scores, Tokens, Wanted
 from minigpt.protocol.request import Ask
 from minigpt.stage.meter import Meter
 from minigpt.stage.turns import Turns
@@ -28,6 +30,7 @@ class Part(NamedTuple):
     start: int  # position of the first row; at most the cache's length, which is cut to it
     rows: NDArray[Any]  # (T,) token ids in the first stage, (T, C) hidden states in the others
     ask: Ask
+    given: Given = NONE_GIVEN
 
 
 class Layers:
@@ -77,27 +80,34 @@ class Layers:
             end += len(part.rows)
             if part.ask.wanted is Wanted.TOKENS:
                 chosen += range(end - len(part.rows), end)
-            elif part.ask.wanted is not Wanted.NOTHING:
+            elif part.ask.wanted in (Wanted.TOKEN, Wanted.LOGITS):
                 chosen.append(end - 1)
-        if not chosen:
-            return [None] * len(parts)
-        logits = self.model.logits(hidden if len(chosen) == len(hidden) else hidden[chosen])
+        logits = self.model.logits(hidden if len(chosen) == len(hidden) else hidden[chosen]) if chosen else hidden[:0]
         results: list[Result] = []
-        at = 0
+        at = end = 0
         for part in parts:
-            count = {Wanted.NOTHING: 0, Wanted.TOKENS: len(part.rows)}.get(part.ask.wanted, 1)
-            results.append(self._drawn(logits[at : at + count], part) if count else None)
+            count = {Wanted.NOTHING: 0, Wanted.SCORES: 0, Wanted.TOKENS: len(part.rows)}.get(part.ask.wanted, 1)
+            start, end = end, end + len(part.rows)
+            try:
+                if part.ask.wanted is Wanted.SCORES:
+                    results.append(self._scores(hidden[start:end], part))
+                else:
+                    results.append(self._drawn(logits[at : at + count], part) if count else None)
+            except FloatingPointError:  # of this sequence alone: rows do not depend on each other
+                text = "the logits are not finite: the weights are damaged, or hidden states were"
+                results.append(Refusal(self.index, "not-finite", text))
             at += count
         return results
 
-    def _drawn(self, logits: NDArray[np.float32], part: Part) -> Result:
-        """The result of one part, from the logits (1 or T, V) of its last row, or of each.
+    def _scores(self, hidden: NDArray[np.float32], part: Part) -> Scores:
+        """Of one part, from its hidden states (T, C). Raises FloatingPointError."""
+        told = scores(self.model, hidden, part.given.ids, part.ask.top)
+        return Scores(part.start + 1, tuple(one.logprob for one in told), (), _likely(told))
 
-        A sequence whose logits are not finite fails alone: rows do not depend on each other.
-        """
+    def _drawn(self, logits: NDArray[np.float32], part: Part) -> Result:
+        """Of one part, from the logits (1 or T, V) of its last row, or of each. Raises FloatingPointError."""
         if not np.isfinite(logits).all():
-            text = "the logits are not finite: the weights are damaged, or hidden states were"
-            return Refusal(self.index, "not-finite", text)
+            raise FloatingPointError
         ask, end = part.ask, part.start + len(part.rows)
         if ask.wanted is Wanted.LOGITS:
             return Logits(end, logits[0])
@@ -105,8 +115,18 @@ class Layers:
         position = part.start + 1 if each else end
         ids: list[int] = []
         for row in logits:
+            if ask.sampling.adjusts:
+                row = adjusted(row, ask.sampling, part.given.prompt, part.given.ids)
             token = sample(row, ask.sampling, position + len(ids))
             if each and not settled(row, token):
                 break
             ids.append(token)
+        if ask.top:
+            told = [scored(row, token, ask.top) for row, token in zip(logits, ids, strict=False)]
+            logprobs = tuple(one.logprob for one in told) if ask.logprobs else ()
+            return Tokens(position, tuple(ids), logprobs, (), _likely(told))
         return Tokens(position, tuple(ids), tuple(map(logprob, logits, ids)) if ask.logprobs else ())
+
+
+def _likely(told: list[Scored]) -> Likely:
+    return tuple(pair for one in told for pair in one.top)

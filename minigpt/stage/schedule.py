@@ -153,7 +153,7 @@ class Schedule:
         generation.check(request, sequence.cache.length, config)
         positions = min(request.start + len(request.ids) + request.max_tokens, config.n_positions)
         sequence.cache.reserve(positions)  # at once: piece by piece it would be copied each time
-        sequence.terms = Terms(positions, request.sampling, request.logprobs, request.spans)
+        sequence.terms = Terms(positions, request.sampling, request.logprobs, request.spans, request.top)
         run = Run(sequence, request, lambda run: generation.generation(request, config, run.tell, self._alone))
         with self._inside, self._lock:
             self._runs.add(run)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from minigpt.engine.model import KVCache
 from minigpt.errors import StageError
-from minigpt.protocol.batches import Batch, Result, Segment, Terms
+from minigpt.protocol.batches import NONE_GIVEN, Batch, Given, Result, Segment, Terms
 from minigpt.protocol.messages import CHUNK, SHARED_CHUNK, Wanted
 from minigpt.protocol.request import Ask, Traffic
 from minigpt.stage.layers import Part
@@ -54,8 +54,8 @@ class Sequence:
         """Why this sequence cannot go on, if its link to the next stage has failed."""
         return None if self._link is None else self._link.dead
 
-    def part(self, start: int, rows: NDArray[Any], wanted: Wanted) -> Part:
-        return Part(self.cache, start, rows, self._terms.ask(wanted))
+    def part(self, start: int, rows: NDArray[Any], wanted: Wanted, given: Given = NONE_GIVEN) -> Part:
+        return Part(self.cache, start, rows, self._terms.ask(wanted), given)
 
     def segment(self, link: Following, part: Part, news: list[tuple[int, Terms]]) -> Segment:
         """Where a part stands in the batch for the next stage. Opens a lane there, and adds to `news`, if needed."""
@@ -64,7 +64,7 @@ class Sequence:
         if self._news:
             news.append((self._lane, self._terms))
             self._news = False
-        return Segment(self._lane, part.start, len(part.rows), part.ask.wanted)
+        return Segment(self._lane, part.start, len(part.rows), part.ask.wanted, part.given)
 
     def missing(self, part: Part) -> int:
         """How many rows a part lacks: a long prompt's last chunk is padded like the others, because a size of its own

@@ -194,20 +194,20 @@ def tensors(arena: Arena) -> Seen:
         "one row that is twice as wide": good_batch(arena, Segment(rows=1), data),
         "half a segment": [segment[:-1], *whole[1:]],
         "half of the terms": good_batch(arena, opened=terms()[:-1]),
-        "half of a lane that ended": [*whole[:2], b"\0\0\0", whole[3]],
+        "half of a lane that ended": [*whole[:4], b"\0\0\0", whole[5]],
         "1025 segments": batch(some_rows(arena, 1025), *(Segment(lane) for lane in range(1025)), terms=terms()),
         "a name of a dtype": [*whole, "object"],
         "a part too few": whole[:-1],
-        "16 parts": [*whole, *[b""] * 12],
-        "text for bytes": [*whole[:3], "x" * len(data)],
-        "a list for bytes": [*whole[:3], [1.0, 2.0]],
-        "nothing for bytes": [*whole[:3], None],
+        "16 parts": [*whole, *[b""] * 10],
+        "text for bytes": [*whole[:5], "x" * len(data)],
+        "a list for bytes": [*whole[:5], [1.0, 2.0]],
+        "nothing for bytes": [*whole[:5], None],
         "a batch in a batch": [whole],
         "longer than its terms": batch(some_rows(arena, 17), Segment(rows=17), terms=terms(positions=16)),
         "longer than the model": batch(some_rows(arena, most + 1), Segment(rows=most + 1), terms=opened),
         "terms longer than the model": good_batch(arena, opened=terms(positions=most + 1)),
         "terms without a position": good_batch(arena, opened=terms(positions=0)),
-        "another thing wanted": good_batch(arena, Segment(rows=2, wanted=4)),
+        "another thing wanted": good_batch(arena, Segment(rows=2, wanted=5)),
         "nothing": [],
     }
     return computed_nothing(arena, cases, link=1)
@@ -245,6 +245,19 @@ def numbers(arena: Arena) -> Seen:
         batches[f"temperature {bad}"] = good_batch(arena, opened=terms(temperature=bad))
     for bad in (math.nan, 0.0, 2.0):
         batches[f"top_p {bad}"] = good_batch(arena, opened=terms(top_p=bad))
+    pair = struct.pack("<Id", 1, 1.0)
+    batches |= {
+        "min_p 2": good_batch(arena, opened=terms(min_p=2.0)),
+        "repetition_penalty 0": good_batch(arena, opened=terms(repetition=0.0)),
+        "presence_penalty NaN": good_batch(arena, opened=terms(others=(math.nan, 0.0))),
+        "frequency_penalty inf": good_batch(arena, opened=terms(others=(0.0, math.inf))),
+        "21 likely ids": good_batch(arena, opened=terms(top=21)),
+        "a bias that is not there": good_batch(arena, opened=terms(biases=1)),
+        "a bias of no terms": [*good_batch(arena)[:3], pair, *good_batch(arena)[4:]],
+        "65535 biases": good_batch(arena, opened=terms(biases=2**16 - 1)),
+        "ids of no lane": [good_batch(arena)[0], struct.pack("<4I", 9, 0, 1, 0), *good_batch(arena)[2:]],
+        "2^33 ids": [good_batch(arena)[0], struct.pack("<3I", 0, 2**32 - 1, 2**32 - 1), *good_batch(arena)[2:]],
+    }
     batches["top_k -1"] = good_batch(arena, opened=terms(top_k=2**32 - 1))
     batches["unknown flags"] = good_batch(arena, opened=terms(flags=4))
     seen = [computed_nothing(arena, batches, link=1)]
@@ -400,7 +413,9 @@ def lies_between_stages(arena: Arena, logprobs: bool) -> dict[str, Play]:
             "no result": answers(),
             "two results": answers((1, 1), (1, 1), ids=bytes(8)),
             "1000 results": answers(*[(1, 1)] * 1000, ids=bytes(4000)),
-            "a result of an unknown kind": answers((4, 0)),
+            "a result of an unknown kind": answers((5, 0)),
+            "scores": answers((4, 0), rest=(struct.pack("<d", -1.0), b"", b"", b"")),
+            "likely ids unasked": [*token()[:3], struct.pack("<Id", 0, -1.0), *token()[4:]],
             "half a result": [b"\1", *token()[1:]],
             "half an id": [token()[0], b"\0\0", *token()[2:]],
             "a part too many": [*token(), b""],

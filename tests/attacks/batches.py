@@ -92,7 +92,7 @@ def lanes(arena: Arena) -> Seen:
         twice = batch(rows_of(arena, 2, 1), Segment(2), terms=terms(2) + terms(2, 3) + terms(2, 9))
         require(results(told(other, twice)) == ["token"], "terms that are replaced at once were not taken")
         last = batch(rows_of(arena, 2, 3), Segment(2, 1, 9), terms=b"")
-        require(outcome_of(other, [*last[:3], bytes(4 * 9 * arena.config.n_embd)]) == "refusal: too-long", "terms")
+        require(outcome_of(other, [*last[:5], bytes(4 * 9 * arena.config.n_embd)]) == "refusal: too-long", "terms")
         require(told(owner, go_on)[1] == wanted[1], "a lane's tokens were changed from another link")
         require(outcome_of(owner, batch(more, Segment(5), terms=terms(5))) == "dead", "a lane was opened out of order")
     answer = second.answer()
@@ -142,13 +142,14 @@ def large(arena: Arena) -> Seen:
             require(told(neighbour, batch(one, Segment()))[1] == wanted, "a neighbour's lane was lost")
         with admitted_stage(arena.stages, direct=True) as rogue:
             rogue.say_message(batch(one, Segment(), terms=terms()))
-            flood, sent = rogue.seal_message(b"\x94\xc4\x00\xc4\x00\xc4\x00\xc4\x00"), 0
+            probe = b"\x96" + b"\xc4\x00" * 6
+            flood, sent = rogue.seal_message(probe), 0
             rogue.sock.settimeout(3.0)
             with contextlib.suppress(OSError):
                 while sent < 64 * MB:
                     rogue.sock.sendall(flood)
                     sent += len(flood)
-                    flood = b"".join(rogue.seal_message(b"\x94\xc4\x00\xc4\x00\xc4\x00\xc4\x00") for _ in range(500))
+                    flood = b"".join(rogue.seal_message(probe) for _ in range(500))
             grown = arena.memory(1) - before
             require(told(neighbour, batch(one, Segment()))[1] == wanted, "a neighbour's lane was held up")
             arena.notes.append(
@@ -200,13 +201,13 @@ def harmless(arena: Arena) -> Seen:
                         require(what == f"refusal: {reason}", f"{name}: {what}")
                         require(results(told_now)[::2] == ["logits", "logits"], f"{name}: {results(told_now)}")
                     seen.append(Seen(what, "the others: the same bits" if reason else "the others: the same tokens"))
-                logits = told_now[4]
+                logits = told_now[5]
                 if present and reason is None:  # it was computed with them: then bits may differ, as in any batch
                     size = 4 * arena.config.vocab_size
                     logits = logits[:size] + logits[-size:]
                 after = np.concatenate([rows_of(arena, lane, 1) for lane in (20, 22)])
                 told_after = told(rogue, batch(after, Segment(0, 3, 1, LOGITS), Segment(2, 3, 1, LOGITS)))
-                found[present] = (logits, told_after[4])
+                found[present] = (logits, told_after[5])
         for without, beside in zip(found[False], found[True], strict=True):
             require(len(without) == 8 * arena.config.vocab_size == len(beside), f"{name}: an answer is missing")
             if reason is not None:
@@ -228,7 +229,7 @@ def heard(rogue: Rogue) -> Iterator[list[Segment]]:
     while type(message := rogue.hear_message()) is list:
         if segments(message):
             yield segments(message)
-        elif not message[2]:
+        elif not message[4]:
             rogue.say_message(honest_answer([]))
 
 
@@ -258,7 +259,7 @@ def malicious_next_stage(arena: Arena) -> Seen:
         return honest_answer([*asked, *asked]) if len(asked) > 1 else None
 
     def of_others(asked: list[Segment]) -> list[Any] | None:  # the right number of results, and an id too many
-        return [*honest_answer(asked)[:1], bytes(4 * 3), b"", b"", b"", b""] if len(asked) > 1 else None
+        return [*honest_answer(asked)[:1], bytes(4 * 3), *[b""] * 5] if len(asked) > 1 else None
 
     plays: dict[str, tuple[Callable[[list[Segment]], list[Any] | None], list[tuple[int, ...]]]] = {
         "tokens for a chunk": (chunk, [long]),

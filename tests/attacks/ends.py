@@ -85,7 +85,7 @@ def generate_map(ids: Sequence[int] | bytes, most: int = 3, **changes: Any) -> d
     return made | ({"ids": ids} if isinstance(ids, bytes) else {}) | changes
 
 
-NOTHING, TOKEN, TOKENS, LOGITS = range(4)  # wanted of a segment
+NOTHING, TOKEN, TOKENS, LOGITS, SCORES = range(5)  # wanted of a segment
 
 
 class Segment(NamedTuple):
@@ -98,19 +98,37 @@ class Segment(NamedTuple):
 
 
 def terms(
-    lane: int = 0, positions: int = 16, top_k: int = 0, flags: int = 0, temperature: float = 0.0, top_p: float = 1.0
+    lane: int = 0,
+    positions: int = 16,
+    top_k: int = 0,
+    flags: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top: int = 0,
+    biases: int = 0,
+    min_p: float = 0.0,
+    repetition: float = 1.0,
+    others: Sequence[float] = (0.0, 0.0),
 ) -> bytes:
     """The terms of a lane as they travel."""
-    return struct.pack("<IIIIQdd", lane, positions, top_k, flags, 0, temperature, top_p)
+    penalties = (min_p, repetition, *others)
+    return struct.pack("<IIIBBHQ6d", lane, positions, top_k, flags, top, biases, 0, temperature, top_p, *penalties)
 
 
 def batch(
-    rows: NDArray[np.float32] | bytes, *segments: Segment, terms: bytes = b"", ended: Sequence[int] = ()
+    rows: NDArray[np.float32] | bytes,
+    *segments: Segment,
+    terms: bytes = b"",
+    ended: Sequence[int] = (),
+    given: Sequence[int] = (),
+    biases: bytes = b"",
 ) -> list[Any]:
     """A batch as it travels, whether its parts add up or not."""
     return [
         b"".join(struct.pack("<4I", *segment) for segment in segments),
+        struct.pack(f"<{len(given)}I", *given),
         terms,
+        biases,
         struct.pack(f"<{len(ended)}I", *ended),
         rows if isinstance(rows, bytes) else rows.astype("<f4").tobytes(),
     ]
@@ -121,15 +139,17 @@ def segments(message: Any) -> list[Segment]:
     return [Segment(*fields) for fields in struct.iter_unpack("<4I", message[0])] if type(message) is list else []
 
 
-def answers(*kinds: tuple[int, int], ids: bytes = b"", rest: Sequence[bytes] = (b"", b"", b"", b"")) -> list[Any]:
+def answers(
+    *kinds: tuple[int, int], ids: bytes = b"", rest: Sequence[bytes] = (b"", b"", b"", b""), top: bytes = b""
+) -> list[Any]:
     """Answers to a batch as they travel: kinds of results with their counts; ids, and log-probabilities, spans,
     logits and refusals."""
-    return [b"".join(map(bytes, kinds)), ids, *rest]
+    return [b"".join(map(bytes, kinds)), ids, rest[0], top, *rest[1:]]
 
 
 def results(message: list[Any]) -> list[str]:
     """What each of the answers to a batch is: "nothing", "token", "logits", or "refusal: reason"."""
-    told = iter(msgpack.unpackb(message[5]) if message[5] else ())
+    told = iter(msgpack.unpackb(message[6]) if message[6] else ())
     names = ("nothing", "token", "logits")
     return [
         names[kind] if kind < len(names) else f"refusal: {next(told)[1]}"

@@ -56,7 +56,7 @@ from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, ConfigError, ManifestError, MessageError
 from minigpt.launch import plan
 from minigpt.protocol import batches, manifest, messages
-from minigpt.protocol.batches import Batch, Due, Segment, Terms
+from minigpt.protocol.batches import Batch, Due, Given, Segment, Terms
 from minigpt.protocol.messages import Generate, Logits, Refusal, Report, Span, StageReport, Tokens, Wanted
 from transport import codec, link
 from transport.address import Address
@@ -295,9 +295,13 @@ def _messages(data: bytes) -> None:
 
 def _message_seeds() -> list[bytes]:
     drawn = Sampling(0.7, 40, 0.9, 2**64 - 1)
+    penalised = Sampling(0.7, 40, 0.9, 3, 0.05, 1.2, -0.5, 0.25, ((0, -100.0), (7, 2.5)))
     spans = (messages.Span(0.1, 0.2, 0.3, 0.4, 5.0),)
     said: list[messages.Message] = [
         Generate(0, (1, 2, 3), 5, (2,), drawn, True), Generate(3, (), 1, wanted=Wanted.LOGITS),
+        Generate(0, (1, 2, 3), 5, sampling=penalised, top=2, delivered=1),
+        Generate(0, (1, 2, 3), 1, wanted=Wanted.SCORES, top=20),
+        Tokens(5, (1, 2), (), (), ((1, -0.5), (2, -0.1))), messages.Scores(1, (-0.5,), spans, ((1, -0.5), (2, -0.7))),
         Tokens(5, (1, 2), (-0.1, -0.2), spans), messages.Logits(1, np.ones(3, np.float32)),
         messages.Done(messages.Reason.END), messages.Refusal(0, "busy", "later"), messages.Failure(1, "failed", "x"),
         messages.Cancel(), messages.Reset(), messages.Status(), Report((StageReport(0, evidence="{}"), StageReport(1))),
@@ -334,6 +338,12 @@ def _batch(data: bytes) -> None:
 
 def _batch_seeds() -> list[bytes]:
     drawn = Terms(9, Sampling(0.7, 40, 0.9, 2**64 - 1), logprobs=True, spans=True)
+    penalised = Terms(9, Sampling(0.7, 40, 0.9, 3, 0.05, 1.2, -0.5, 0.25, ((0, -100.0), (7, 2.5))), top=20)
+    given = (
+        Segment(0, 3, 1, Wanted.TOKEN, Given((5, 5), (1, 2))),
+        Segment(7, 3, 1, Wanted.TOKEN),
+        Segment(1, 0, 2, Wanted.SCORES, Given((3, 4))),
+    )
     segments = (
         Segment(0, 0, 2, Wanted.NOTHING),
         Segment(7, 3, 1, Wanted.TOKEN),
@@ -342,6 +352,7 @@ def _batch_seeds() -> list[bytes]:
     rows = np.arange(8, dtype=np.float32).reshape(4, WIDTH)
     made = [
         Batch(segments, rows, ((0, drawn), (7, Terms(2**20, messages.GREEDY))), (1, 2, 3)),
+        Batch(given, rows, ((0, penalised), (7, drawn), (1, penalised))),
         Batch((Segment(1, 5, 4, Wanted.LOGITS),), rows), Batch((), batches.NO_ROWS),
         Batch((), batches.NO_ROWS, (), (4,)),
     ]  # fmt: skip
@@ -350,14 +361,15 @@ def _batch_seeds() -> list[bytes]:
 
 # What the answers answer: of everything that can be wanted one or two.
 DUE = [
-    Due(Segment(lane, 4, rows, wanted), Terms(9, messages.GREEDY, logprobs, spans).ask(wanted))
-    for lane, (rows, wanted, logprobs, spans) in enumerate(
+    Due(Segment(lane, 4, rows, wanted), Terms(9, messages.GREEDY, logprobs, spans, top).ask(wanted))
+    for lane, (rows, wanted, logprobs, spans, top) in enumerate(
         [
-            (1, Wanted.TOKEN, False, False),
-            (1, Wanted.TOKEN, True, True),
-            (3, Wanted.TOKENS, True, False),
-            (2, Wanted.NOTHING, False, False),
-            (2, Wanted.LOGITS, False, True),
+            (1, Wanted.TOKEN, False, False, 0),
+            (1, Wanted.TOKEN, True, True, 2),
+            (3, Wanted.TOKENS, True, False, 1),
+            (2, Wanted.NOTHING, False, False, 0),
+            (2, Wanted.LOGITS, False, True, 0),
+            (2, Wanted.SCORES, False, True, 2),
         ]
     )
 ]
@@ -378,6 +390,10 @@ def _answers(data: bytes) -> None:
         elif ask.wanted is Wanted.LOGITS:
             assert isinstance(result, Logits)
             assert len(result.values) == TINY.vocab_size
+        elif ask.wanted is Wanted.SCORES:
+            assert isinstance(result, messages.Scores)
+            assert (result.position, len(result.logprobs)) == (segment.start + 1, segment.rows)
+            assert all(logprob <= 0 for logprob in result.logprobs)
         else:
             assert isinstance(result, Tokens)
             assert result.position == segment.start + (1 if ask.wanted is Wanted.TOKENS else segment.rows)
@@ -386,11 +402,15 @@ def _answers(data: bytes) -> None:
             assert all(token < TINY.vocab_size for token in result.ids)
             assert len(result.logprobs) == (len(result.ids) if ask.logprobs else 0)
             assert all(logprob <= 0 for logprob in result.logprobs)
-        if isinstance(result, Tokens | Logits):
+        if isinstance(result, Tokens | messages.Scores):
+            count = len(result.ids if isinstance(result, Tokens) else result.logprobs)
+            assert len(result.top) == count * ask.top
+            assert all(token < TINY.vocab_size and logprob <= 0 for token, logprob in result.top)
+        if isinstance(result, messages.Answer):
             assert len(result.spans) == (len(BEHIND) if ask.spans else 0)
     again = batches.encode_answers(results)
     assert again[0][::2] == parts[0][::2], "other kinds of results"
-    assert again[1:5] == parts[1:5], "not what was told"
+    assert again[1:6] == parts[1:6], "not what was told"
     assert _told(batches.decode_answers(again, DUE, TINY, BEHIND)) == _told(results), "not what was said"
 
 
@@ -409,10 +429,13 @@ def _answers_seeds() -> list[bytes]:
     spans = (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))
     logits = Logits(6, np.arange(TINY.vocab_size, dtype=np.float32), spans)
     refused = Refusal(2, "lane", "lane 3 is not open")
+    drawn = Tokens(5, (2,), (-0.5,), spans, ((1, -0.25), (2, -0.5)))
+    scored = messages.Scores(5, (-0.5, -0.1), spans, ((1, -0.25), (2, -0.5), (0, -0.25), (1, -0.5)))
+    drafted = Tokens(5, (0, 1), (-0.1, -0.2), (), ((0, -0.1), (1, -0.2)))
     made: list[list[batches.Result]] = [
-        [Tokens(5, (1,)), Tokens(5, (2,), (-0.5,), spans), Tokens(5, (0, 1), (-0.1, -0.2)), None, logits],
-        [refused, Tokens(5, (2,), (-0.5,), spans), Tokens(5, ()), refused, refused],
-        [refused] * 5,
+        [Tokens(5, (1,)), drawn, drafted, None, logits, scored],
+        [refused, drawn, Tokens(5, ()), refused, refused, scored],
+        [refused] * 6,
     ]
     return [codec.encode(batches.encode_answers(results)) for results in made]
 

@@ -1,6 +1,7 @@
 """The command line, as real processes: what it prints where, and its exit codes."""
 
 import json
+import math
 import os
 import re
 import select
@@ -19,6 +20,7 @@ from processes import ROOT, Stages, alive, eventually
 import minigpt
 from attest.providers.mock import MockRoot
 from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.request import seed_of
 
 PROMPT = "The capital of France is"
 
@@ -62,6 +64,89 @@ def test_json_is_one_object_and_tells_all() -> None:
     again = json.loads(run("generate", PROMPT, "--json", "--max-tokens", "5", "--temperature", "1",
                            "--seed", str(told["seed"])).stdout)  # fmt: skip
     assert again["text"] == told["text"]
+
+
+def test_several_answers_have_seeds_of_their_own_and_their_alternatives() -> None:
+    flags = ("--max-tokens", "4", "--temperature", "1.5", "--json")
+    told = json.loads(run("generate", PROMPT, "--n", "3", "--seed", "7", "--top-logprobs", "2", *flags).stdout)
+    assert [answer["seed"] for answer in told["answers"]] == [seed_of(7, index) for index in range(3)]
+    assert len(told["stages"]) == 2
+    for answer in told["answers"]:
+        assert [len(token["top"]) for token in answer["tokens"]] == [2] * 4
+        for token in answer["tokens"]:
+            assert token["top"][0]["logprob"] >= token["top"][1]["logprob"]
+            assert token["logprob"] <= token["top"][0]["logprob"]
+        again = json.loads(run("generate", PROMPT, "--seed", str(answer["seed"]), *flags).stdout)
+        assert again["text"] == answer["text"]
+    drawn = run("generate", PROMPT, "--n", "2", *flags[:-1])
+    assert drawn.stderr.count("; seed ") == 2
+    assert drawn.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (("--repetition-penalty", "3"), {"repetition_penalty": 3.0}),
+        (("--presence-penalty", "-1.5", "--frequency-penalty", "9"),
+         {"presence_penalty": -1.5, "frequency_penalty": 9.0}),
+        (("--logit-bias", "1534=-100", "--logit-bias", "854=-1e2"), {"logit_bias": {1534: -100.0, 854: -100.0}}),
+        (("--min-p", "0.2", "--temperature", "2", "--seed", "1"), {"min_p": 0.2, "temperature": 2.0, "seed": 1}),
+    ],
+)  # fmt: skip
+def test_the_sampling_is_that_of_generate(tiny: Stages, flags: tuple[str, ...], options: dict[str, Any]) -> None:
+    plain = ("generate", PROMPT, "--manifest", str(tiny.path), "--allow-mock", "--max-tokens", "80")
+    done = run(*plain, *flags)
+    tokens = minigpt.load("tiny").generate(PROMPT, max_tokens=80, **options)
+    assert done.stdout == "".join(token.text or "" for token in tokens) + "\n"
+    assert done.stdout != run(*plain).stdout
+
+
+def test_a_text_is_scored_token_by_token(tiny: Stages, tmp_path: Path) -> None:
+    text = "The capital of France is Paris. Zürich\nliegt."
+    file = tmp_path / "text"
+    file.write_text(text + "\n")
+    wanted = minigpt.load("tiny").score(text, 2)
+    scored = [token.logprob for token in wanted if token.logprob is not None]
+    perplexity = math.exp(-sum(scored) / len(scored))
+    flags = ("--manifest", str(tiny.path), "--allow-mock")
+    told = json.loads(run("score", str(file), *flags, "--json", "--top-logprobs", "2").stdout)
+    assert "".join(token["text"] for token in told["tokens"]) == text
+    assert told["tokens"][0]["logprob"] is None
+    assert [token["logprob"] for token in told["tokens"][1:]] == pytest.approx(scored, abs=1e-4)
+    assert [[each["id"] for each in token["top"]] for token in told["tokens"]] == [
+        [each.id for each in token.top] for token in wanted
+    ]
+    assert told["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    assert len(told["stages"]) == 2
+    for where in (flags, ("--stages", "1")):
+        done = run("score", str(file), *where)
+        lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+        assert (lines[0], len(lines)) == (["-", '"The"'], len(wanted))
+        assert [float(number) for number, _ in lines[1:]] == pytest.approx(scored, abs=2e-4)
+        assert '"\\n"' in done.stdout
+        assert "\x1b" not in done.stdout
+        assert f"{len(wanted)} tokens, perplexity {perplexity:.3f}" in done.stderr
+    command = [sys.executable, "-m", "minigpt", "score", "-", *flags]
+    piped = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert piped.stdout == run("score", str(file), *flags).stdout
+    file.write_text("The")
+    assert json.loads(run("score", str(file), *flags, "--json").stdout)["perplexity"] is None
+    assert "1 token, which has none before it" in run("score", str(file), *flags).stderr
+
+
+def test_a_text_that_cannot_be_scored_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    assert "No such file" in run("score", str(file), code=2).stderr
+    file.write_bytes(b"\xff")
+    assert "is not UTF-8 text" in run("score", str(file), code=2).stderr
+    file.write_text("")
+    assert "empty" in run("score", str(file), code=2).stderr
+    file.write_text("The capital of France. " * 200)
+    assert "512 positions" in run("score", str(file), code=2).stderr
+    file.write_text("5 6 7")
+    assert "wanted 0 (none) to 20; 5 is usual" in run("score", str(file), "--top-logprobs", "21", code=2).stderr
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    assert len(run("score", str(file), "--model", str(folder)).stdout.splitlines()) == 3
 
 
 def test_a_stop_string_ends_the_text_before_it() -> None:
@@ -139,6 +224,22 @@ def test_a_checkpoint_without_a_tokenizer_works_with_ids(tmp_path: Path) -> None
         (("generate", PROMPT, "--temperature", "1e7"), 2, "temperature"),
         (("generate", PROMPT, "--top-p", "nan"), 2, "top_p"),
         (("generate", PROMPT, "--seed", "-1"), 2, "seed"),
+        (
+            ("generate", PROMPT, "--repetition-penalty", "0"),
+            2,
+            "is 0.0, wanted any number above 0; 1 is none, 1.1 to 1.3",
+        ),
+        (("generate", PROMPT, "--presence-penalty", "nan"), 2, "is nan, wanted any finite number; 0 is none, -2 to 2"),
+        (("generate", PROMPT, "--frequency-penalty", "x"), 2, "--frequency-penalty: got 'x', wanted a number"),
+        (("generate", PROMPT, "--min-p", "1.5"), 2, "is 1.5, wanted 0 (all) to 1; 0.02 to 0.1 is usual"),
+        (("generate", PROMPT, "--logit-bias", "5"), 2, "got '5', wanted a token's id, = and a number"),
+        (("generate", PROMPT, "--logit-bias", "a=1"), 2, "-100 (never) to 100 (always) is usual"),
+        (("generate", PROMPT, "--logit-bias", "5=nan"), 2, "-100 (never) to 100 (always) is usual"),
+        (("generate", PROMPT, "--logit-bias", "5=1", "--logit-bias", "5=2"), 2, "an id twice, wanted each once"),
+        (("generate", PROMPT, "--logit-bias", "2048=1"), 2, "wanted one of the model's, 0 to 2047"),
+        (("generate", PROMPT, "--top-logprobs", "21"), 2, "is 21, wanted 0 (none) to 20; 5 is usual"),
+        (("generate", PROMPT, "--n", "0"), 2, "got 0, wanted 1 (as usual) to 128"),
+        (("score",), 2, "FILE"),
         (("generate", PROMPT, "--manifest", "x", "--stages", "2"), 2, "local stages"),
         (("plan", "-o", "x", "--root-key", "ab" * 32, "--address", "nowhere"), 2, "address"),
         (("plan", "-o", "x", "--root-key", "ab" * 32, "--days", "nan"), 2, "days"),

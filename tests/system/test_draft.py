@@ -67,7 +67,7 @@ class Script:
         return 0
 
     def send_batch(self, batch: Batch, asks: Sequence[Ask], missing: int = 0) -> None:
-        ((_, start, rows, wanted),) = batch.segments
+        ((_, start, rows, wanted, _),) = batch.segments
         self.asked.append((start, rows, wanted))
 
     def receive_answers(self) -> tuple[Result, ...]:

@@ -33,6 +33,7 @@ WAIT = 60_000  # ms; the longest that anything may take on a machine that does o
 SEED = 11
 LONG = 4000  # tokens: more than anybody waits for
 
+BARS = "bars => bars.map(bar => bar.style.getPropertyValue('--p'))"
 CONTRAST = (ROOT / "tests" / "data" / "contrast.js").read_text()
 
 
@@ -229,6 +230,10 @@ def test_the_keyboard_is_enough(browser: Any, stages: Stages, address: str) -> N
         page.wait_for_selector("#card:not([hidden])")
         press("ArrowRight")
         assert page.text_content("#card p").startswith("token 2 of 20")
+        probabilities = [float(text) for text in page.eval_on_selector_all("#card i", BARS)]
+        assert 5 <= len(probabilities) <= 6  # the five most likely, and the one drawn
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert page.locator("#card .own").count() == 1
         press("End")
         assert page.text_content("#card p").startswith("token 20 of 20")
         press("Escape")

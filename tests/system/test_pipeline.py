@@ -268,6 +268,29 @@ def test_an_async_generation_that_is_cancelled_gives_its_connection_back(stages:
         assert len(made._pool._idle) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3, "top_logprobs": 20, "logprobs": True},
+        {"temperature": 1.0, "seed": 7, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": -0.5},
+        {"logit_bias": {3: 5.0, 9: -100.0}, "draft": 8, "top_logprobs": 1},
+    ],
+)
+@pytest.mark.parametrize("length", [1, CHUNK + 9])
+def test_penalties_bias_and_likely_tokens_through_stages_are_those_of_one_process(
+    pipeline: Pipeline, model: minigpt.Model, length: int, options: dict[str, Any]
+) -> None:
+    wanted = list(model.generate(IDS[:length], max_tokens=25, **options))
+    assert list(pipeline.generate(IDS[:length], max_tokens=25, **options)) == wanted
+    assert {len(token.top) for token in wanted} == {options.get("top_logprobs", 0)}
+
+
+@pytest.mark.parametrize("length", [1, 2, 97, CHUNK + 2, SMALL.n_positions])
+def test_scores_through_stages_are_those_of_one_process(pipeline: Pipeline, model: minigpt.Model, length: int) -> None:
+    assert pipeline.score(IDS[:length], top=5) == model.score(IDS[:length], top=5)
+    assert ids(pipeline.generate(IDS[:9], max_tokens=3)) == ids(model.generate(IDS[:9], max_tokens=3))
+
+
 def test_the_keywords_of_generate_are_written_alike_everywhere() -> None:
     names = list(inspect.signature(Pipeline.generate).parameters)[2:]
     assert names == [field.name for field in dataclasses.fields(Options)] == list(Keywords.__annotations__)

@@ -108,6 +108,31 @@ def test_sampling_options_are_those_of_generate(client: openai.OpenAI, model: Mo
     assert answer.choices[0].text == text_of(model, PROMPT, **options | {"seed": 2**64 - 1})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.3}, {"presence_penalty": 1.5}, {"frequency_penalty": -0.7}, {"min_p": 0.2},
+     {"logit_bias": {"1534": -100, "854": 3.5}},
+     {"repetition_penalty": 0.9, "presence_penalty": -1, "frequency_penalty": 2, "min_p": 0.05,
+      "logit_bias": {"13": -5}}],
+    ids=str,
+)  # fmt: skip
+def test_penalties_bias_and_min_p_are_those_of_generate(
+    server: Serving, client: openai.OpenAI, model: Model, options: dict[str, Any]
+) -> None:
+    named = {name: options[name] for name in options if name not in ("min_p", "repetition_penalty")}
+    more = {name: options[name] for name in options if name not in named}
+    own = options | ({"logit_bias": {int(token): bias for token, bias in options.get("logit_bias", {}).items()}})
+    texts = set()
+    for settings in ({"temperature": 0.0}, {"temperature": 2.0, "seed": 1}):
+        shared: dict[str, Any] = {"max_tokens": 24, **settings}
+        answer = client.completions.create(model="tiny", prompt=PROMPT, extra_body=more, **named, **shared)
+        assert answer.choices[0].text == text_of(model, PROMPT, **own, **shared)
+        texts |= {answer.choices[0].text, text_of(model, PROMPT, **shared)}
+        events = events_of(server, **options, **shared)
+        assert "".join(event["choices"][0]["text"] for event in events) == answer.choices[0].text
+    assert len(texts) > 2
+
+
 @pytest.mark.parametrize("stop", [".", ["Seine", "."], [" river S", "ABC"]])
 def test_stop_strings_end_the_text(client: openai.OpenAI, model: Model, stop: str | list[str]) -> None:
     wanted = text_of(model, PROMPT, max_tokens=20, stop=[stop] if isinstance(stop, str) else stop)
@@ -211,11 +236,115 @@ def test_a_stream_never_splits_a_character(server: Serving, model: Model) -> Non
 # What small servers get wrong, as far as it is not above.
 
 
-def test_echo_is_refused_and_never_accepted_without_the_prompts_logprobs(client: openai.OpenAI) -> None:
-    error = refused(client.completions.create, echo=True, logprobs=1, max_tokens=1)
-    assert (error.status_code, error.param) == (400, "echo")
-    assert refused(client.completions.create, echo=True).param == "echo"
-    assert refused(client.completions.create, max_tokens=0).param == "max_tokens"
+def scores_of(model: Model, prompt: Any, top: int = 0) -> Any:
+    """What OpenAI's logprobs object says of a prompt."""
+    assert model.tokenizer is not None
+    name = model.tokenizer.name
+    tokens = model.score(prompt, top)
+    likely: list[Any] = [
+        {name(each.id): each.logprob for each in token.top} | {name(token.id): token.logprob or 0.0} for token in tokens
+    ]
+    return [name(token.id) for token in tokens], [token.logprob for token in tokens], [None, *likely[1:]]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two `top_logprobs` say the same, but for last bits: rows that differ in number differ in these."""
+    return len(one) == len(other) and all(
+        (mine is None and yours is None) or mine == pytest.approx(yours, abs=1e-4)
+        for mine, yours in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("top", [0, 1, 5])
+@pytest.mark.parametrize("length", [0, 4])
+def test_echo_has_the_prompts_log_probabilities(client: openai.OpenAI, model: Model, top: int, length: int) -> None:
+    prompts = [PROMPT, "Zürich liegt 東京 a"]
+    answer = client.completions.create(
+        model="tiny", prompt=prompts, echo=True, logprobs=top, max_tokens=length, temperature=0
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        names, logprobs, likely = scores_of(model, prompt, top)
+        told = choice.logprobs
+        assert told is not None
+        assert told.tokens is not None
+        assert told.token_logprobs is not None
+        count = len(names)
+        text = prompt + (text_of(model, prompt, max_tokens=length) if length else "")
+        assert (choice.text, choice.finish_reason) == (text, "length")
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset or []) == count + length
+        assert told.tokens[:count] == names
+        assert told.token_logprobs[0] is None
+        assert told.token_logprobs[1:count] == pytest.approx(logprobs[1:], abs=1e-4)
+        for name, offset in zip(told.tokens, told.text_offset or [], strict=True):
+            assert name.startswith("bytes:") or text[offset:].startswith(name)
+        if not top:
+            assert told.top_logprobs is None
+            continue
+        assert told.top_logprobs is not None
+        assert told.top_logprobs[0] is None
+        assert same(told.top_logprobs[:count], likely)
+        for name, logprob, each in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+            assert each is None or each[name] == logprob  # to the bit: lm-eval compares them with !=
+        for name, each in zip(told.tokens[count:], told.top_logprobs[count:], strict=True):
+            assert max(each.values()) == each[name]
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2 * length
+
+
+def test_an_echo_without_log_probabilities_is_the_prompt_before_its_answer(server: Serving, model: Model) -> None:
+    assert model.tokenizer is not None
+    for prompt in (PROMPT, model.tokenizer.encode(PROMPT)):
+        events = events_of(server, prompt=prompt, echo=True, n=2)
+        for index in range(2):
+            texts = [event["choices"][0]["text"] for event in events if event["choices"][0]["index"] == index]
+            assert texts[0] == PROMPT
+            assert "".join(texts) == PROMPT + text_of(model, PROMPT, max_tokens=12)
+        assert all(event["choices"][0]["logprobs"] is None for event in events)
+
+
+def test_a_streamed_echo_says_what_a_whole_one_does(server: Serving) -> None:
+    fields: dict[str, Any] = {"echo": True, "logprobs": 2, "n": 2, "temperature": 1, "seed": 4}
+    events = events_of(server, **fields)
+    body = {"prompt": PROMPT, "max_tokens": 12, **fields}
+    for choice in server.post("/v1/completions", body).json()["choices"]:
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(each["text"] for each in own) == choice["text"]
+        for name in ("tokens", "text_offset"):
+            assert [value for each in own for value in each["logprobs"][name]] == choice["logprobs"][name]
+        likely = [value for each in own for value in each["logprobs"]["top_logprobs"]]
+        assert same(likely, choice["logprobs"]["top_logprobs"])
+
+
+def test_an_echo_of_ids_that_end_within_a_character_places_what_follows(server: Serving, model: Model) -> None:
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode("a 東")[:-1]
+    body = {"prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 3, "logit_bias": {"1534": 100}}
+    (choice,) = server.post("/v1/completions", body).json()["choices"]
+    first = choice["logprobs"]["text_offset"][len(ids)]
+    assert choice["text"][first:] == " Paris" * 3
+    assert choice["text"][:first].startswith("a ")
+
+
+def test_a_prompt_as_long_as_the_context_is_scored(client: openai.OpenAI, model: Model) -> None:
+    ids = [(7 * place) % 2000 for place in range(512)]
+    answer = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert len(told.token_logprobs) == 513
+    assert told.token_logprobs[1:512] == pytest.approx([token.logprob for token in model.score(ids)][1:], abs=1e-4)
+
+
+def test_no_tokens_without_echo_are_refused(client: openai.OpenAI) -> None:
+    error = refused(client.completions.create, max_tokens=0)
+    assert (error.status_code, error.param) == (400, "max_tokens")
+    assert "with echo" in error.message
+
+
+def test_an_answer_that_would_tell_too_many_numbers_is_refused(client: openai.OpenAI) -> None:
+    error = refused(client.completions.create, logprobs=20, n=128, max_tokens=512)
+    assert (error.status_code, error.param) == (400, "logprobs")
+    assert "wanted at most 524288" in error.message
 
 
 def test_finish_reason_is_null_until_the_end(server: Serving) -> None:
@@ -232,16 +361,26 @@ def test_logprobs_are_those_of_the_model_and_never_a_list_with_holes(client: ope
     assert told.token_logprobs == pytest.approx([token.logprob for token in tokens], abs=1e-4)
     assert told.tokens == [token.text for token in tokens]
     assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(12)]
-    assert told.top_logprobs is None  # once there are alternatives: no null in it, and the same floats
+    assert told.top_logprobs is None
     assert client.completions.create(model="tiny", prompt=PROMPT).choices[0].logprobs is None
 
 
-def test_logprobs_above_0_are_refused_until_they_are_true(client: openai.OpenAI) -> None:
-    for number in (1, 5, 20):
-        error = refused(client.completions.create, logprobs=number)
-        assert (error.status_code, error.param) == (400, "logprobs")
-        assert f"logprobs is {number}, which is not implemented yet" in error.message
-    assert "wanted less than or equal to 20" in refused(client.completions.create, logprobs=21).message
+def test_alternatives_are_those_of_the_model_and_their_floats_those_of_the_tokens(
+    client: openai.OpenAI, model: Model
+) -> None:
+    assert model.tokenizer is not None
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 2}
+    for top in (1, 5, 20):
+        told = client.completions.create(model="tiny", prompt=PROMPT, logprobs=top, **options).choices[0].logprobs
+        assert told is not None
+        assert told.tokens is not None
+        tokens = list(model.generate(PROMPT, logprobs=True, top_logprobs=top, **options))
+        wanted = [{model.tokenizer.name(each.id): each.logprob for each in token.top} for token in tokens]
+        assert told.top_logprobs is not None
+        drawn = [{told.tokens[i]: tokens[i].logprob} for i in range(12)]
+        assert same(told.top_logprobs, [likely | own for likely, own in zip(wanted, drawn, strict=True)])
+        for name, logprob, each in zip(told.tokens, told.token_logprobs or [], told.top_logprobs, strict=True):
+            assert each[name] == logprob
 
 
 def test_a_prompt_that_is_too_long_is_told_the_limit(client: openai.OpenAI) -> None:
@@ -264,9 +403,8 @@ def test_an_unknown_path_is_told_where_text_is(server: Serving, path: str) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("presence_penalty", 0.5), ("frequency_penalty", -1), ("logit_bias", {"5": 1}), ("suffix", "x"), ("best_of", 2),
-     ("min_p", 0.1), ("repetition_penalty", 1.1), ("response_format", {"type": "json_object"}), ("echo", True),
-     ("tools", [{}]), ("ignore_eos", True), ("stop_token_ids", [3]), ("guided_json", {}), ("echo", "yes")],
+    [("suffix", "x"), ("best_of", 2), ("response_format", {"type": "json_object"}), ("tools", [{}]),
+     ("ignore_eos", True), ("stop_token_ids", [3]), ("guided_json", {}), ("echo", "yes")],
 )  # fmt: skip
 def test_what_would_change_the_text_is_refused_by_name(server: Serving, field: str, value: Any) -> None:
     answer = server.post("/v1/completions", {"prompt": PROMPT, field: value})
@@ -291,6 +429,19 @@ def test_what_changes_nothing_is_ignored(server: Serving) -> None:
      ("seed", 2**70, "seed"), ("stream", "yes", "stream"), ("prompt", "", "none empty"), ("prompt", [], "none empty"),
      ("prompt", ["a", 1], "a list of strings"), ("prompt", [1, True], "token ids"), ("prompt", {"a": 1}, "a string"),
      ("prompt", [[]], "none empty"), ("prompt", [99999], "outside the vocabulary"), ("top_k", -2, "got -2"),
+     ("min_p", 1.1, "got 1.1, wanted 0 (all) to 1; 0.02 to 0.1 is usual"), ("min_p", -0.1, "usual"),
+     ("repetition_penalty", 0, "got 0, wanted any finite number above 0; 1 is none, 1.1 to 1.3 usual"),
+     ("repetition_penalty", "1.2", "got str, wanted any finite number above 0"), ("repetition_penalty", -1, "usual"),
+     ("presence_penalty", float("nan"), "wanted any finite number; 0 is none, -2 to 2 usual"),
+     ("frequency_penalty", float("inf"), "wanted any finite number; 0 is none, -2 to 2 usual"),
+     ("presence_penalty", True, "got True, wanted any finite number"),
+     ("logit_bias", [5], "at most 1024 ids"), ("logit_bias", {"a": 1}, "at most 1024 ids"),
+     ("logit_bias", {"5": "1"}, "-100 (never) to 100 (always) is usual"), ("logit_bias", {"5": True}, "usual"),
+     ("logit_bias", {"5": 1, "05": 2}, "each once"), ("logit_bias", {"-1": 1}, "usual"),
+     ("logit_bias", {"5": float("nan")}, "any finite number"), ("logit_bias", {"5": 10**400}, "any finite number"),
+     ("logit_bias", dict.fromkeys(map(str, range(1025)), 1), "at most 1024 ids"),
+     ("logit_bias", {"2048": 1}, "has the id 2048, wanted one of the model's, 0 to 2047"),
+     ("logprobs", 21, "got 21, wanted 0 (each token's own) to 20; 5 is usual"), ("logprobs", -1, "5 is usual"),
      ("prompt", "\ud800", "UTF-8"), ("minigpt", {"spans": True}, "needs stream"), ("logprobs", True, "logprobs")],
 )  # fmt: skip
 def test_a_wrong_value_is_told_what_was_got_and_wanted(server: Serving, field: str, value: Any, says: str) -> None:
@@ -457,6 +608,18 @@ def test_a_plain_template_is_there_if_asked_for(model: Model) -> None:
         assert "".join(event.choices[0].delta.content or "" for event in events) == wanted
         assert {event.object for event in events} == {"chat.completion.chunk"}
         assert events[-1].choices[0].finish_reason in ("length", "stop")
+        likely = client.chat.completions.create(**options, logprobs=True, top_logprobs=3).choices[0].logprobs
+        for each in (likely and likely.content) or []:
+            assert len(each.top_logprobs) == 3
+            assert each.logprob == each.top_logprobs[0].logprob  # greedy: to the bit
+            assert (each.token, each.bytes) == (each.top_logprobs[0].token, each.top_logprobs[0].bytes)
+        assert likely
+        assert client.chat.completions.create(**options, n=2, presence_penalty=1, logit_bias={"5": 1}).choices[1]
+        bad: list[dict[str, Any]] = [{"logprobs": False, "top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}]
+        for fields in bad:
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**options, **fields)
+            assert caught.value.param == "top_logprobs"
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])
         assert caught.value.param == "tools"

@@ -223,3 +223,22 @@ def test_a_file_is_told_nothing_of_it(stages: Stages) -> None:
 def screen(said: str) -> str:
     """What is left of each line once it was cleared."""
     return "\n".join(line.rpartition("\r\x1b[K")[2] for line in said.split("\r\n"))
+
+
+def test_scored_tokens_are_shaded_by_their_surprise(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The capital of France is Tokyo")
+    with Terminal("-m", "minigpt", "score", str(tmp_path / "text"), home=tmp_path) as terminal:
+        code, said = terminal.end()
+    lines = [line for line in said.splitlines() if '"' in line]
+    assert code == 0
+    assert ["\x1b[30;48;5;" in line for line in lines] == ["Tokyo" in line or "France" in line for line in lines]
+    assert lines[-1].endswith('m" Tokyo"\x1b[0m')
+
+
+def test_several_answers_come_one_after_the_other(tmp_path: Path, stages: Stages) -> None:
+    with loop(stages, tmp_path, "--n", "2") as terminal:
+        terminal.read()
+        said = terminal.ask("4 5 6")
+        assert said.count(answer(stages, 4, 5, 6)) == said.count("5 tokens, ended by") == 2
+        terminal.type(CTRL_D)
+        assert terminal.end()[0] == 0

@@ -13,8 +13,8 @@ from made import SMALL
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError
 from minigpt.protocol import batches
-from minigpt.protocol.batches import NO_ROWS, Batch, Due, Result, Segment, Terms
-from minigpt.protocol.messages import MAX_DRAFT, Logits, Refusal, Span, Tokens, Wanted
+from minigpt.protocol.batches import NO_ROWS, Batch, Due, Given, Result, Segment, Terms
+from minigpt.protocol.messages import MAX_DRAFT, Logits, Refusal, Scores, Span, Tokens, Wanted
 from minigpt.protocol.request import Ask
 from transport import codec
 from transport.errors import DecodeError
@@ -22,6 +22,8 @@ from transport.errors import DecodeError
 COLUMNS = SMALL.n_embd
 BEHIND = range(1, 3)
 GREEDY = Sampling()
+BIAS = ((0, -100.0), (2**31 - 1, 2.5))
+PENALISED = Sampling(0.7, 40, 0.9, 3, 0.05, 1.2, -0.5, 0.25, BIAS)
 
 
 def hidden(rows: int) -> np.ndarray:
@@ -37,6 +39,16 @@ BATCHES = [
         hidden(6),
         ((7, Terms(2**20, Sampling(0.7, 40, 0.9, 2**64 - 1), True)), (1, Terms(1, GREEDY, False, True))),
         (3,),
+    ),
+    Batch(
+        (
+            Segment(4, 9, 1, Wanted.TOKEN, Given((5, 5), (1, 2**32 - 1))),
+            Segment(2, 9, 1, Wanted.TOKEN),
+            Segment(3, 0, 2, Wanted.SCORES, Given((7, 8))),
+            Segment(5, 9, 1, Wanted.TOKEN, Given((), (3,))),
+        ),
+        hidden(5),
+        ((4, Terms(16, PENALISED, top=20)), (2, Terms(16, GREEDY)), (5, Terms(9, Sampling(logit_bias=((3, 1.0),))))),
     ),
 ]
 
@@ -54,7 +66,7 @@ def test_the_batch_that_is_sent_is_read(batch: Batch) -> None:
 
 
 def test_only_a_batch_that_ends_lanes_and_does_nothing_else_has_no_answer() -> None:
-    assert [batch.answered for batch in BATCHES] == [True, False, True, True]
+    assert [batch.answered for batch in BATCHES] == [True, False, True, True, True]
 
 
 def parts(**changed: bytes) -> list[bytes]:
@@ -62,7 +74,7 @@ def parts(**changed: bytes) -> list[bytes]:
     batch = Batch(
         (Segment(0, 5, 1, Wanted.TOKEN), Segment(1, 0, 2, Wanted.TOKEN)), hidden(3), ((1, Terms(9, GREEDY)),), (4,)
     )
-    names = ("segments", "terms", "ended", "hidden")
+    names = ("segments", "ids", "terms", "biases", "ended", "hidden")
     return [changed.get(name, bytes(part)) for name, part in zip(names, batches.encode(batch), strict=True)]
 
 
@@ -70,8 +82,29 @@ def segment(*fields: int) -> bytes:
     return struct.pack("<IIII", *fields)
 
 
-def terms(positions: int = 9, top_k: int = 0, flags: int = 0, temperature: float = 0.0, top_p: float = 1.0) -> bytes:
-    return struct.pack("<IIIIQdd", 1, positions, top_k, flags, 0, temperature, top_p)
+def terms(
+    positions: int = 9,
+    top_k: int = 0,
+    flags: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top: int = 0,
+    biases: int = 0,
+    min_p: float = 0.0,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+) -> bytes:
+    numbers = (temperature, top_p, min_p, repetition, presence, frequency)
+    return struct.pack("<IIIBBHQ6d", 1, positions, top_k, flags, top, biases, 0, *numbers)
+
+
+def ids(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def pairs(*told: tuple[int, float]) -> bytes:
+    return b"".join(struct.pack("<Id", *pair) for pair in told)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +115,7 @@ def terms(positions: int = 9, top_k: int = 0, flags: int = 0, temperature: float
         ({"segments": segment(0, 5, 1, 1) + segment(1, 0, 2**32 - 1, 1)}, "rows in a segment"),
         ({"segments": segment(0, 5, 3, 1) + segment(1, 0, 0, 1)}, "0 rows"),
         ({"segments": segment(0, 5, 1, 1) + segment(0, 0, 2, 1)}, "a lane twice"),
-        ({"segments": segment(0, 5, 1, 4) + segment(1, 0, 2, 1)}, "wanted"),
+        ({"segments": segment(0, 5, 1, 5) + segment(1, 0, 2, 1)}, "wanted"),
         ({"segments": segment(0, 5, MAX_DRAFT + 2, 2)}, "rows in a segment"),
         ({"segments": segment(0, 5, 3, 1)[:-1]}, "segments"),
         ({"segments": segment(0, 5, 1, 1) * (batches.MAX_SEGMENTS + 1)}, "segments"),
@@ -101,6 +134,35 @@ def terms(positions: int = 9, top_k: int = 0, flags: int = 0, temperature: float
         ({"terms": terms(top_p=0.0)}, "top_p"),
         ({"terms": terms(top_p=math.nan)}, "top_p"),
         ({"ended": bytes(3)}, "ended"),
+        ({"terms": terms(top=21)}, "top"),
+        ({"terms": terms(min_p=1.5)}, "min_p"),
+        ({"terms": terms(min_p=math.nan)}, "min_p"),
+        ({"terms": terms(repetition=0.0)}, "repetition_penalty"),
+        ({"terms": terms(repetition=math.inf)}, "repetition_penalty"),
+        ({"terms": terms(repetition=math.nan)}, "repetition_penalty"),
+        ({"terms": terms(presence=math.inf)}, "presence_penalty"),
+        ({"terms": terms(frequency=math.nan)}, "frequency_penalty"),
+        ({"terms": terms(biases=1)}, "0 biases, wanted 1"),
+        ({"biases": pairs((1, 1.0))}, "1 biases, wanted 0"),
+        ({"terms": b"", "biases": pairs((1, 1.0))}, "1 biases, wanted 0"),
+        ({"terms": terms(biases=2), "biases": pairs((1, 1.0))}, "1 biases, wanted 2"),
+        ({"terms": terms(biases=1), "biases": pairs((1, 1.0))[:-1]}, "pairs of 12 bytes"),
+        ({"terms": terms(biases=1), "biases": pairs((1, math.nan))}, "NaN"),
+        ({"terms": terms(biases=1), "biases": pairs((2**31, 1.0))}, "logit_bias"),
+        ({"terms": terms(biases=2), "biases": pairs((3, 1.0), (3, 1.0))}, "logit_bias"),
+        ({"terms": terms(biases=2), "biases": pairs((3, 1.0), (2, 1.0))}, "logit_bias"),
+        ({"terms": terms(biases=1025), "biases": pairs(*((i, 1.0) for i in range(1025)))}, "logit_bias"),
+        ({"ids": bytes(3)}, "3 bytes of ids"),
+        ({"ids": ids(0)}, "another number of ids"),
+        ({"ids": ids(0, 0)}, "another number of ids"),
+        ({"ids": ids(0, 0, 0)}, "another number of ids"),
+        ({"ids": ids(0, 1, 0)}, "another number of ids"),
+        ({"ids": ids(0, 0, 2, 7)}, "another number of ids"),
+        ({"ids": ids(0, 2**32 - 1, 2**32 - 1, 7)}, "another number of ids"),
+        ({"ids": ids(0, 0, 1, 7, 9)}, "another number of ids"),
+        ({"ids": ids(2, 0, 1, 7)}, "ids of lane 2"),
+        ({"ids": ids(0, 0, 1, 7, 0, 0, 1, 7)}, "ids of lane 0"),
+        ({"ids": ids(1, 0, 1, 7, 0, 0, 1, 7)}, "ids of lane 0"),
     ],
     ids=str,
 )
@@ -110,9 +172,9 @@ def test_a_batch_whose_parts_disagree_is_refused(changed: dict[str, bytes], reas
         batches.decode(parts(**changed), COLUMNS)
 
 
-@pytest.mark.parametrize("plain", [{}, [], [b""] * 3, [b""] * 5, [b"", b"", b"", "x"], [b"", b"", b"", 7], None])
-def test_what_is_no_array_of_four_byte_strings_is_refused(plain: object) -> None:
-    with pytest.raises(MessageError, match="array of 4"):
+@pytest.mark.parametrize("plain", [{}, [], [b""] * 5, [b""] * 7, [*[b""] * 5, "x"], [*[b""] * 5, 7], None])
+def test_what_is_no_array_of_six_byte_strings_is_refused(plain: object) -> None:
+    with pytest.raises(MessageError, match="array of 6"):
         batches.decode(plain, COLUMNS)
 
 
@@ -124,6 +186,8 @@ DUE = [
     Due(Segment(3, 0, 2, Wanted.LOGITS), Ask(Wanted.LOGITS, GREEDY, False, True)),
     Due(Segment(4, 0, 2, Wanted.TOKEN), Ask(Wanted.TOKEN, GREEDY)),
     Due(Segment(5, 0, 2, Wanted.TOKEN), Ask(Wanted.TOKEN, GREEDY, True)),
+    Due(Segment(6, 4, 2, Wanted.SCORES), Ask(Wanted.SCORES, GREEDY, False, True, 2)),
+    Due(Segment(7, 4, 3, Wanted.TOKENS), Ask(Wanted.TOKENS, GREEDY, top=1)),
 ]
 RESULTS: list[Result] = [
     Tokens(5, (7,)),
@@ -132,6 +196,8 @@ RESULTS: list[Result] = [
     Logits(2, np.linspace(-1, 1, SMALL.vocab_size, dtype=np.float32), SPANS),
     Refusal(2, "busy", "try again in 3 s"),
     Tokens(2, (3,), (-2.5,)),
+    Scores(5, (-0.5, 0.0), SPANS, ((1, -0.5), (2, -0.5), (2, 0.0), (1, -3.0))),
+    Tokens(5, (1, 2), (), (), ((1, -0.25), (2, 0.0))),
 ]
 
 
@@ -168,6 +234,26 @@ def test_the_answers_that_are_sent_are_read() -> None:
         (3, Logits(2, np.zeros(SMALL.vocab_size - 1, np.float32), SPANS)),
         (3, Logits(2, np.full(SMALL.vocab_size, np.nan, np.float32), SPANS)),
         (3, Tokens(2, (1,), (), SPANS)),
+        (0, Scores(5, (-0.5,))),
+        (0, Tokens(5, (7,), (), (), ((1, -0.5),))),
+        (6, Scores(5, (-0.5,), SPANS, ((1, -0.5), (2, -0.5)))),
+        (6, Scores(5, (-0.5,) * 3, SPANS, ((1, -0.5), (2, -0.5)) * 3)),
+        (6, Scores(5, (-0.5, 0.5), SPANS, ((1, -0.5), (2, -0.5)) * 2)),
+        (6, Scores(5, (-0.5, math.nan), SPANS, ((1, -0.5), (2, -0.5)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), (), ((1, -0.5), (2, -0.5)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), SPANS)),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, -0.5), (2, -0.5)))),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, -0.5), (1, -0.5)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, -0.5), (2, -0.25)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, 0.5), (2, -0.25)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, -0.5), (SMALL.vocab_size, -0.5)) * 2)),
+        (6, Scores(5, (-0.5, -0.5), SPANS, ((1, -0.5), (2, -math.inf)) * 2)),
+        (6, Tokens(6, (1,), (), SPANS, ((1, -0.5), (2, -0.5)))),
+        (6, RESULTS[3]),
+        (6, None),
+        (7, Tokens(5, (1, 2))),
+        (7, Tokens(5, (1, 2), (), (), ((1, -0.25),))),
+        (7, Tokens(5, (1, 2), (), (), ((1, -0.25), (2, 0.25)))),
         (4, Refusal(0, "busy", "it speaks for a stage before it")),
         (4, Refusal(3, "busy", "it speaks for a stage that is not there")),
     ],

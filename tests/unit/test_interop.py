@@ -100,7 +100,7 @@ def test_a_client_of_other_code_completes_the_handshake_and_gets_the_tokens(fold
         assert msgpack.unpackb(claims)["manifest"] == hashlib.sha256(stages.bytes).digest()
 
         client.send(1, b"\x01\x00\x00\x01\x80" + bytes(4) + b"\0")  # no evidence, and the claims of a client without
-        sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+        sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "repetition_penalty": 1.0}
         prompt = [5, 6, 7]
         request = {"type": "generate", "start": 0, "ids": struct.pack("<3I", *prompt), "max_tokens": 6, "stop_ids": b"",
                    "sampling": sampling, "logprobs": False, "wanted": "token", "draft": 0}  # fmt: skip
@@ -164,12 +164,17 @@ class Asking:
         self,
         segments: list[tuple[int, int, int, int]],
         hidden: Any = (),
-        terms: list[tuple[int, int, int, int, int, float, float]] | None = None,
+        terms: list[tuple[int, int, int]] | None = None,
         ended: tuple[int, ...] = (),
     ) -> None:
         parts = [
             b"".join(struct.pack("<4I", *segment) for segment in segments),
-            b"".join(struct.pack("<4IQ2d", *one) for one in terms or []),
+            b"",  # no segment here needs ids
+            b"".join(
+                struct.pack("<3I2BHQ6d", lane, positions, 0, flags, 0, 0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+                for lane, positions, flags in terms or []
+            ),
+            b"",
             struct.pack(f"<{len(ended)}I", *ended),
             np.asarray(hidden, "<f4").tobytes(),
         ]
@@ -199,16 +204,16 @@ def test_a_stage_of_other_code_asks_the_next_one_with_batches(folder: Path, tmp_
         link.send(1, attest(link, stages))
         ask = Asking(link)
         ask.send([])
-        assert ask.answers() == [b""] * 6
+        assert ask.answers() == [b""] * 7
 
         # Lane 0 wants a token, lane 1 begins, and lane 7 was never opened.
         mine, theirs = rows(0, prompt), rows(1, other[:2])
         ask.send(
             [(0, 0, 3, TOKEN), (7, 0, 1, TOKEN), (1, 0, 2, NOTHING)],
             np.concatenate([mine, mine[:1], theirs]),
-            [(0, 8, 0, 3, 0, 0.0, 1.0), (1, 8, 0, 0, 0, 0.0, 1.0)],
+            [(0, 8, 3), (1, 8, 0)],
         )
-        results, ids, logprobs, spans, logits, refusals = ask.answers()
+        results, ids, logprobs, top, spans, logits, refusals = ask.answers()
         assert results == bytes([1, 1, 3, 0, 0, 0])
         assert struct.unpack("<I", ids) == (plain[0],)
         cache = last.new_cache()
@@ -218,7 +223,7 @@ def test_a_stage_of_other_code_asks_the_next_one_with_batches(folder: Path, tmp_
         seconds = struct.unpack("<5d", spans)
         assert seconds[0] > 0
         assert seconds[1:] == (0.0, 0.0, 0.0, 0.0)
-        assert logits == b""
+        assert (top, logits) == (b"", b"")
         ((stage, reason, _),) = msgpack.unpackb(refusals)
         assert (stage, reason) == (1, "lane")
 
@@ -228,19 +233,19 @@ def test_a_stage_of_other_code_asks_the_next_one_with_batches(folder: Path, tmp_
         ask.send([(1, 2, 2, LOGITS)], theirs, ended=(0,))
         results, ids, *_ = ask.answers()
         assert (results, struct.unpack("<I", ids)) == (b"\x01\x01", (plain[1],))
-        results, _, _, _, logits, _ = ask.answers()
+        results, _, _, _, _, logits, _ = ask.answers()
         assert (results, len(logits)) == (b"\x02\x00", 4 * 97)
         whole = minigpt.load(str(folder)).logits(other)[-1]
         np.testing.assert_allclose(np.frombuffer(logits, "<f4"), whole, atol=1e-4)
 
         # Nothing answers a batch that only ends lanes; a lane's number is not used again.
         ask.send([], ended=(1,))
-        ask.send([(1, 0, 1, TOKEN)], mine, [(1, 8, 0, 0, 0, 0.0, 1.0)])
+        ask.send([(1, 0, 1, TOKEN)], mine, [(1, 8, 0)])
         results, *_, refusals = ask.answers()
         assert (results, msgpack.unpackb(refusals)[0][1]) == (b"\x03\x00", "lane")
 
         # A lane that is not the next one ends the link, and so would any other broken batch.
-        ask.send([(9, 0, 1, TOKEN)], mine, [(9, 8, 0, 0, 0, 0.0, 1.0)])
+        ask.send([(9, 0, 1, TOKEN)], mine, [(9, 8, 0)])
         failure = msgpack.unpackb(link.receive()[1])
         assert (failure["type"], failure["stage"], failure["reason"]) == ("failure", 1, "failed")
         assert link.receive()[0] == 4

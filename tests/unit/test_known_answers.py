@@ -292,7 +292,7 @@ def test_the_example_of_a_generate_is_the_map_beside_it() -> None:
         "ids": struct.pack("<3I", 5, 6, 7),
         "max_tokens": 6,
         "stop_ids": struct.pack("<I", 2047),
-        "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0},
+        "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "repetition_penalty": 1.0},
         "logprobs": False,
         "wanted": "token",
         "draft": 0,
@@ -311,43 +311,75 @@ def test_the_examples_of_a_batch_and_its_answers_are_the_mixed_ones(name: str) -
     assert body == of("messages", "batches", "mixed", name, "body")
 
 
-WANTED = ["nothing", "token", "tokens", "logits"]
+WANTED = ["nothing", "token", "tokens", "logits", "scores"]
+NAMES = ["mixed", "logits", "given", "empty"]
 
 
-@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_batch_has_the_fields_beside_it_as_the_page_describes_it(name: str) -> None:
     batch = ANSWERS["messages"]["batches"][name]["batch"]
     parts = msgpack.unpackb(bytes.fromhex(batch["body"]))
+    given = [number for (number,) in struct.iter_unpack("<I", parts[1])]
+    biases = [list(pair) for pair in struct.iter_unpack("<Id", parts[3])]
+
+    def ids_of(lane: int) -> dict[str, list[int]]:
+        if given[:1] != [lane]:
+            return {"ids": [], "prompt": []}
+        _, prompt, ids = given[:3]
+        found = {"prompt": given[3 : 3 + prompt], "ids": given[3 + prompt : 3 + prompt + ids]}
+        del given[: 3 + prompt + ids]
+        return found
+
+    def biases_of(count: int) -> list[list[float]]:
+        found = biases[:count]
+        del biases[:count]
+        return found
+
     segments = [
-        {"lane": lane, "start": start, "rows": rows, "wanted": WANTED[wanted]}
+        {"lane": lane, "start": start, "rows": rows, "wanted": WANTED[wanted], "given": ids_of(lane)}
         for lane, start, rows, wanted in struct.iter_unpack("<4I", parts[0])
     ]
     terms = [
         {
             "lane": lane,
             "positions": positions,
-            "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+            "sampling": {
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "seed": seed,
+                "min_p": min_p,
+                "repetition_penalty": repetition,
+                "presence_penalty": presence,
+                "frequency_penalty": frequency,
+                "logit_bias": biases_of(count),
+            },
             "logprobs": bool(flags & 1),
             "spans": bool(flags & 2),
+            "top": top,
         }
-        for lane, positions, top_k, flags, seed, temperature, top_p in struct.iter_unpack("<4IQ2d", parts[1])
-    ]
+        for (
+            lane, positions, top_k, flags, top, count, seed, temperature, top_p, min_p, repetition, presence, frequency
+        ) in struct.iter_unpack("<IIIBBHQ6d", parts[2])
+    ]  # fmt: skip
     assert (segments, terms) == (batch["segments"], batch["terms"])
-    assert [lane for (lane,) in struct.iter_unpack("<I", parts[2])] == batch["ended"]
-    assert [list(row) for row in struct.iter_unpack("<2f", parts[3])] == batch["hidden"]
+    assert given == biases == []
+    assert [lane for (lane,) in struct.iter_unpack("<I", parts[4])] == batch["ended"]
+    assert [list(row) for row in struct.iter_unpack("<2f", parts[5])] == batch["hidden"]
     assert len(batch["hidden"]) == sum(segment["rows"] for segment in segments)
 
 
-@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+@pytest.mark.parametrize("name", NAMES)
 def test_answers_have_the_fields_beside_them_as_the_page_describes_them(name: str) -> None:
     batch, answers = (ANSWERS["messages"]["batches"][name][half] for half in ("batch", "answers"))
     parts = msgpack.unpackb(bytes.fromhex(answers["body"]))
     terms = {one["lane"]: one for one in batch["terms"]}
     ids, logprobs, spans, logits = (
         [number for (number,) in struct.iter_unpack(kind, part)]
-        for kind, part in zip(("<I", "<d", "<d", "<f"), parts[1:5], strict=True)
+        for kind, part in zip(("<I", "<d", "<d", "<f"), (*parts[1:3], *parts[4:6]), strict=True)
     )
-    refusals = msgpack.unpackb(parts[5]) if parts[5] else []
+    top = [list(pair) for pair in struct.iter_unpack("<Id", parts[3])]
+    refusals = msgpack.unpackb(parts[6]) if parts[6] else []
 
     def take(numbers: list[Any], count: int) -> list[Any]:
         taken, numbers[:] = numbers[:count], numbers[count:]
@@ -364,15 +396,19 @@ def test_answers_have_the_fields_beside_them_as_the_page_describes_them(name: st
         else:
             told = [take(spans, 5)] if asked["spans"] else []  # of one stage, the last
             if kind == 1:
-                drawn = {"position": end, "ids": take(ids, count)}
+                drawn = {"position": end, "ids": take(ids, count), "top": take(top, count * min(asked["top"], 4))}
                 results.append(drawn | {"logprobs": take(logprobs, count) if asked["logprobs"] else [], "spans": told})
+            elif kind == 4:
+                rows = segment["rows"]
+                scored = {"position": segment["start"] + 1, "logprobs": take(logprobs, rows), "spans": told}
+                results.append(scored | {"top": take(top, rows * min(asked["top"], 4))})
             else:
                 results.append({"position": end, "values": take(logits, 4), "spans": told})
     assert results == answers["results"]
-    assert [ids, logprobs, spans, logits, refusals] == [[]] * 5
+    assert [ids, logprobs, top, spans, logits, refusals] == [[]] * 6
 
 
-@pytest.mark.parametrize("name", ["mixed", "logits", "empty"])
+@pytest.mark.parametrize("name", NAMES)
 def test_batches_and_answers_in_our_own_code(name: str) -> None:
     batch, results = known_answers.BATCHES[name]
     found = batches.decode(codec.decode_parts(of("messages", "batches", name, "batch", "body")), 2)
@@ -380,7 +416,7 @@ def test_batches_and_answers_in_our_own_code(name: str) -> None:
     assert found.hidden.tolist() == batch.hidden.tolist()
     terms = dict(batch.terms)
     known = {1: Terms(16, Sampling())}  # the lane that was open before
-    due = [Due(segment, (terms | known)[segment.lane].ask(segment.wanted)) for segment in batch.segments]
+    due = [Due(segment, (known | terms)[segment.lane].ask(segment.wanted)) for segment in batch.segments]
     config = Config(vocab_size=4, n_positions=512, n_embd=2, n_layer=2, n_head=1, n_inner=8, eos_token_id=())
     plain = codec.decode_parts(of("messages", "batches", name, "answers", "body"))
     assert list(map(repr, batches.decode_answers(plain, due, config, range(1, 2)))) == list(map(repr, results))

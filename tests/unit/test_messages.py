@@ -1,6 +1,8 @@
 """Messages: what is sent is what is read, and nothing else is read."""
 
 import dataclasses
+import math
+import struct
 import tracemalloc
 import typing
 
@@ -12,13 +14,14 @@ from hypothesis import strategies as st
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Span, StageReport, Tokens
+from minigpt.protocol.messages import Done, Generate, Logits, Reason, Report, Scores, Span, StageReport, Tokens
 from transport import codec
 
 EXAMPLES: list[messages.Message] = [
     Generate(3, (1, 2, 2**32 - 1), 20, (50256,), Sampling(0.7, 40, 0.9, 2**64 - 1), True),
     Tokens(9, (7,), (-0.5,), (Span(0.1, 0.2, 0.3, 0.4, 5.0), Span(1.0, 0.0, 0.0, 0.0, 0.0))),
     Logits(4, np.linspace(-1, 1, 7, dtype=np.float32)),
+    Scores(1, (-0.5, 0.0)),
     Done(Reason.CONTEXT),
     messages.Refusal(1, "busy", "try again"),
     messages.Failure(2, "failed", "gone"),
@@ -33,6 +36,14 @@ EXAMPLES: list[messages.Message] = [
             StageReport(1, "unreachable", "failed"),
         )
     ),
+]
+
+BIAS = ((0, -100.0), (7, 2.5))
+MORE: list[messages.Message] = [  # with fields that may be left out
+    Generate(0, (1, 2), 9, sampling=Sampling(1.0, 0, 1.0, 5, 0.1, 1.2, -0.5, 0.25, BIAS), top=20, delivered=1),
+    Generate(0, (1, 2), 1, wanted=messages.Wanted.SCORES, top=1),
+    Tokens(9, (7, 8), (), (), ((7, -0.5), (3, -0.5), (8, -0.25), (2**32 - 1, -9.5))),
+    Scores(1, (-0.5, 0.0), (), ((7, -0.5), (8, 0.0))),
 ]
 
 
@@ -55,7 +66,7 @@ def test_there_is_an_example_of_every_message() -> None:
     assert {type(example) for example in EXAMPLES} == set(typing.get_args(messages.Message))
 
 
-@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("message", EXAMPLES + MORE, ids=lambda message: type(message).__name__)
 def test_what_is_sent_is_what_is_read(message: messages.Message) -> None:
     assert same(messages.decode(carried(message)), message)
 
@@ -73,7 +84,7 @@ def test_anything_else_is_a_message_error(value: object) -> None:
         messages.decode(value)
 
 
-@given(st.sampled_from(EXAMPLES), st.data())
+@given(st.sampled_from(EXAMPLES + MORE), st.data())
 def test_a_field_of_another_value_is_read_or_refused_and_never_anything_else(
     message: messages.Message, data: st.DataObject
 ) -> None:
@@ -93,6 +104,49 @@ def test_a_field_too_many_or_too_few_is_refused(message: messages.Message) -> No
     for name in value.keys() - {"type"}:
         with pytest.raises(MessageError, match="wanted exactly"):
             messages.decode({key: value[key] for key in value if key != name})
+
+
+def pairs(*told: tuple[int, float]) -> bytes:
+    return b"".join(struct.pack("<Id", *pair) for pair in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("min_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 0),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1),
+        ("presence_penalty", math.inf),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", -math.inf),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", [(1, 2.0)]),
+        ("logit_bias", bytes(11)),
+        ("logit_bias", pairs((1, 2.0), (1, 3.0))),
+        ("logit_bias", pairs((2, 2.0), (1, 3.0))),
+        ("logit_bias", pairs((1, math.nan))),
+        ("logit_bias", pairs((1, math.inf))),
+        ("logit_bias", pairs((2**31, 1.0))),
+        ("logit_bias", pairs(*((token, 1.0) for token in range(1025)))),
+    ],
+)
+def test_what_no_draw_can_have_is_refused(name: str, bad: object) -> None:
+    value = carried(MORE[0])
+    messages.decode(value)
+    with pytest.raises(MessageError, match=name):
+        messages.decode(value | {"sampling": value["sampling"] | {name: bad}})
+
+
+@pytest.mark.parametrize("top", [-1, 21, 1.0, True, "1"])
+def test_no_more_likely_ids_can_be_asked_for_than_are_told(top: object) -> None:
+    with pytest.raises(MessageError, match="top"):
+        messages.decode(carried(MORE[0]) | {"top": top})
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5), st.lists(st.floats(-99, 0), min_size=1, max_size=1))

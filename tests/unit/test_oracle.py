@@ -4,6 +4,7 @@ test_golden.py holds the same comparisons with stored answers, for where torch i
 """
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import ODD, SMALL, odd, random_tensors, write
+from chains import Chain, told
+from made import ODD, SMALL, cut, odd, random_tensors, write
 
 import minigpt
 from minigpt.checkpoint import sources, weights
+from minigpt.client.text import Token, perplexity
 from minigpt.engine.config import Config
 from minigpt.engine.model import GPT2
+from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError
+from minigpt.protocol.messages import CHUNK, Generate, Scores, Tokens, Wanted
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: pip install the extra `reference`")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -127,16 +132,21 @@ def test_the_embedded_model() -> None:
     assert ids == wanted.tolist()
 
 
-def test_gpt2_small_with_random_weights() -> None:
-    config = Config()
-    tensors = random_tensors(config, seed=3)
-    model = GPT2(config, range(config.n_layer), tensors)
+def oracle_of_tensors(tensors: dict[str, Any]) -> Any:
+    """Of GPT-2 small's shape."""
     with torch.device("meta"):
         oracle = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     copies = {f"transformer.{name}": torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
     copies["lm_head.weight"] = copies["transformer.wte.weight"]
     oracle.load_state_dict(copies, assign=True)
-    oracle.eval()
+    return oracle.eval()
+
+
+def test_gpt2_small_with_random_weights() -> None:
+    config = Config()
+    tensors = random_tensors(config, seed=3)
+    model = GPT2(config, range(config.n_layer), tensors)
+    oracle = oracle_of_tensors(tensors)
     prompt = [464, 3139, 286, 4881, 318]
     cached = [5] + [1] * 10
     ids = prompt + random_ids(config, 10)
@@ -152,6 +162,84 @@ def test_gpt2_small_with_random_weights() -> None:
     with torch.inference_mode():
         wanted = oracle(torch.tensor([full]), logits_to_keep=1).logits[0].numpy()
     assert_close(last, wanted)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("bounds", [(), (2,), (1, 3)], ids=str)
+def test_scores_through_stages_are_the_oracles(name: str, bounds: tuple[int, ...], tmp_path: Path) -> None:
+    try:
+        folder = sources.local("tiny") if name == "tiny" else write(tmp_path, SMALL, random_tensors(SMALL))
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    oracle, config = oracle_of(folder), sources.read_config(folder)
+    stages = cut(config, dict(weights.load(folder, config, range(config.n_layer)).tensors), *bounds)
+    for count in (2, 40, CHUNK + 30, config.n_positions):
+        ids = random_ids(config, count, seed=count)
+        answers, _ = told(Chain(stages).run(Generate(0, tuple(ids), 1, wanted=Wanted.SCORES, top=5)))
+        rows = torch.from_numpy(expected(oracle, ids[:-1])).double().log_softmax(-1)
+        got = [logprob for answer in answers if isinstance(answer, Scores) for logprob in answer.logprobs]
+        top = [pair for answer in answers if isinstance(answer, Scores) for pair in answer.top]
+        assert_close(np.array(got), rows[range(count - 1), ids[1:]].numpy())
+        assert_close(np.array([p for _, p in top]).reshape(-1, 5), rows.topk(5).values.numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "GPT-2 small's shape"])
+def test_the_perplexity_of_twenty_texts_through_stages_is_the_oracles(name: str) -> None:
+    """Per token, as transformers' own loss has it; some texts are longer than a chunk."""
+    tensors: dict[str, Any]
+    if name == "tiny":
+        try:
+            folder = sources.local("tiny")
+        except CheckpointError as error:
+            pytest.skip(str(error))
+        oracle, config = oracle_of(folder), sources.read_config(folder)
+        tensors = dict(weights.load(folder, config, range(config.n_layer)).tensors)
+        model = minigpt.load("tiny")
+        texts = [
+            [token.id for token in model.generate("The", max_tokens=20 * seed, temperature=1.5, seed=seed)]
+            for seed in range(1, 20)
+        ]
+        texts = [ids for ids in texts if len(ids) > 1]
+    else:
+        config = Config()
+        tensors = random_tensors(config, seed=3)
+        oracle = oracle_of_tensors(tensors)
+        texts = [random_ids(config, 2 + 3 * seed, seed) for seed in range(18)] + [random_ids(config, CHUNK + 9)]
+    texts += [random_ids(config, config.n_positions, seed) for seed in range(20 - len(texts))]
+    assert len(texts) == 20
+    losses = []
+    for ids in texts:
+        with torch.inference_mode():
+            losses.append(float(oracle(torch.tensor([ids]), labels=torch.tensor([ids])).loss))
+    for bounds in ((), (4,), (2, 9)):
+        stages = cut(config, tensors, *bounds)
+        for ids, loss in zip(texts, losses, strict=True):
+            answers, _ = told(Chain(stages).run(Generate(0, tuple(ids), 1, wanted=Wanted.SCORES)))
+            scores = [score for answer in answers if isinstance(answer, Scores) for score in answer.logprobs]
+            assert len(scores) == len(ids) - 1
+            found = perplexity([Token(0, None, score) for score in scores])
+            assert found is not None
+            assert math.log(found) == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_greedy_text_with_a_repetition_penalty_through_stages_is_the_oracles(prompts: int) -> None:
+    try:
+        folder = sources.local("tiny")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    oracle, config = oracle_of(folder), sources.read_config(folder)
+    stages = cut(config, dict(weights.load(folder, config, range(config.n_layer)).tensors), 4)
+    sampling = Sampling(repetition_penalty=1.2)
+    for seed in range(prompts):
+        prompt = random_ids(config, 5 + seed % 7, seed)
+        with torch.inference_mode():
+            wanted = oracle.generate(
+                torch.tensor([prompt]), max_new_tokens=30, do_sample=False, repetition_penalty=1.2, eos_token_id=None
+            )[0, len(prompt) :].tolist()
+        answers, _ = told(Chain(stages).run(Generate(0, tuple(prompt), 30, sampling=sampling)))
+        assert [token for answer in answers if isinstance(answer, Tokens) for token in answer.ids] == wanted
 
 
 @pytest.mark.parametrize("which", ["config", "one", "several", "none", "left out"])

@@ -7,13 +7,17 @@ import pytest
 from made import SMALL
 
 from minigpt.cli.terminal import visible
+from minigpt.engine.sampling import Sampling
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import messages
-from minigpt.protocol.messages import Done, Failure, Generate, Logits, Reason, Refusal, Span, Tokens, Wanted
+from minigpt.protocol.messages import Done, Failure, Generate, Logits, Reason, Refusal, Scores, Span, Tokens, Wanted
 from minigpt.protocol.request import Replies, flaw
 
 STOP, V = 7, SMALL.vocab_size
 REQUEST = Generate(0, (1, 2), 3, (STOP,))
+TOP = Generate(0, (1,), 1, top=2)
+BIASED = Generate(0, (1, 2), 3, sampling=Sampling(logit_bias=((1, 2.0),)), draft=8)
+SCORED = Generate(0, (1, 2, 3), 1, wanted=Wanted.SCORES, top=1)
 SPAN = Span(0.1, 0.0, 0.0, 0.0, 5.0)
 
 
@@ -33,6 +37,9 @@ def taken(request: Generate, *said: messages.Message, cancelled: bool = False) -
         (Generate(0, (1,) * SMALL.n_positions, 3), [Tokens(SMALL.n_positions, (1,)), Done(Reason.CONTEXT)]),
         (Generate(0, (1,), 1, logprobs=True), [Tokens(1, (1,), (-0.5,)), Done(Reason.LENGTH)]),
         (Generate(0, (1,), 1, spans=True), [Tokens(1, (1,), (), (SPAN, SPAN)), Done(Reason.LENGTH)]),
+        (Generate(0, (1,), 1, top=2), [Tokens(1, (1,), (), (), ((1, -0.5), (0, -0.5))), Done(Reason.LENGTH)]),
+        (SCORED, [Scores(1, (-0.5,), (), ((1, -0.5),)), Scores(2, (0.0,), (), ((1, 0.0),)), Done(Reason.SCORES)]),
+        (SCORED, [Scores(1, (-0.5, -1.0), (), ((1, -0.5), (1, 0.0))), Done(Reason.SCORES)]),
     ],
 )
 def test_tokens_come_in_order_and_then_the_end_that_the_request_implies(
@@ -65,6 +72,25 @@ def test_tokens_come_in_order_and_then_the_end_that_the_request_implies(
         (REQUEST, [Tokens(2, (STOP,)), Done(Reason.LENGTH)], 'wanted one by "end"'),
         (REQUEST, [Tokens(2, (STOP,)), Refusal(0, "busy", "later")], "out of turn"),
         (REQUEST, [messages.Report(())], "out of turn"),
+        (REQUEST, [Scores(2, (-0.5,))], "out of turn"),
+        (REQUEST, [Tokens(2, (1,), (), (), ((1, -0.5),))], "1 of the most likely ids, wanted 0"),
+        (TOP, [Tokens(1, (1,))], "0 of the most likely ids, wanted 2"),
+        (TOP, [Tokens(1, (1,), (), (), ((1, -0.5),))], "1 of the most likely ids, wanted 2"),
+        (TOP, [Tokens(1, (1,), (), (), ((1, -0.5), (1, -0.5)))], "one twice"),
+        (TOP, [Tokens(1, (1,), (), (), ((1, -0.5), (V, -0.5)))], "outside the vocabulary"),
+        (TOP, [Tokens(1, (1,), (), (), ((1, -0.5), (2, -0.25)))], "do not fall"),
+        (TOP, [Tokens(1, (1,), (), (), ((1, 0.5), (2, -0.25)))], "above 0"),
+        (BIASED, [Tokens(2, (1, 2))], "2 tokens at once"),
+        (SCORED, [Scores(2, (-0.5,), (), ((1, -0.5),))], "position 2, wanted 1"),
+        (SCORED, [Scores(1, ())], "0 scores"),
+        (SCORED, [Scores(1, (-0.5,) * 3, (), ((1, -0.5),) * 3)], "3 scores, wanted 1 to 2"),
+        (SCORED, [Scores(1, (0.5,), (), ((1, -0.5),))], "above 0"),
+        (SCORED, [Scores(1, (-0.5,))], "0 of the most likely ids, wanted 1"),
+        (SCORED, [Scores(1, (-0.5,), (SPAN, SPAN), ((1, -0.5),))], "2 spans, wanted 0"),
+        (SCORED, [Tokens(3, (1,))], "out of turn"),
+        (SCORED, [Scores(1, (-0.5,), (), ((1, -0.5),)), Done(Reason.SCORES)], "wanted more tokens"),
+        (SCORED, [Scores(1, (-0.5,) * 2, (), ((1, -0.5),) * 2), Done(Reason.LOGITS)], 'wanted one by "scores"'),
+        (SCORED, [Scores(1, (-0.5,) * 2, (), ((1, -0.5),) * 2), Scores(3, (-0.5,))], "out of turn"),
     ],
 )
 def test_anything_else_is_a_fault_of_stage_0(request_: Generate, said: list[messages.Message], why: str) -> None:

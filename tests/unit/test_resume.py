@@ -331,6 +331,21 @@ PROMPTS: dict[str, tuple[str, Any]] = {
     "seeded": ("The capital of France is", {"max_tokens": 12, "temperature": 0.9, "top_k": 50, "seed": 11}),
     "drafted": ("The capital of France is Paris. " * 2 + "The capital of France is", {"max_tokens": 24, "draft": 6}),
     "with log-probabilities": ("Once upon a time", {"max_tokens": 8, "logprobs": True}),
+    "with likely ids": ("Once upon a time", {"max_tokens": 8, "top_logprobs": 3}),
+    "penalised": ("The capital of France is Paris. The capital of", {"max_tokens": 12, "repetition_penalty": 1.3}),
+    "penalised and seeded": (
+        "The capital of France is",
+        {
+            "max_tokens": 12,
+            "temperature": 0.9,
+            "seed": 11,
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.5,
+            "repetition_penalty": 1.1,
+            "min_p": 0.01,
+            "logit_bias": {5: 3.0},
+        },
+    ),
 }
 
 
@@ -352,6 +367,7 @@ def test_a_text_goes_on_over_a_death_after_any_answer_as_if_there_had_been_none(
         for token, other in zip(found, whole, strict=True):
             assert (token.logprob is None) == (other.logprob is None)
             assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [one.id for one in token.top] == [one.id for one in other.top]
         assert generation.reason is once.reason
         assert len(generation.times) == len(generation.spans) == len(whole)
         assert first.ended
@@ -412,6 +428,17 @@ def test_logits_are_asked_for_again(tiny: GPT2, manifest: Manifest) -> None:
     wanted = pipeline(manifest, [Dying(tiny, ENDLESS)]).logits([1, 2, 3])
     assert (pipeline(manifest, [Dying(tiny, 0), Dying(tiny, ENDLESS)]).logits([1, 2, 3]) == wanted).all()
     assert (pipeline(manifest, [Dying(tiny, 1)]).logits([1, 2, 3]) == wanted).all()  # only its Done was lost
+
+
+@pytest.mark.parametrize("count", [2, 257, 300, 512])
+def test_scores_are_asked_for_again(tiny: GPT2, manifest: Manifest, count: int) -> None:
+    ids = [(7 * place) % 500 for place in range(count)]
+    wanted = pipeline(manifest, [Dying(tiny, ENDLESS)]).score(ids, top=2)
+    assert [token.id for token in wanted] == ids
+    for answers in range(-(-(count - 1) // 256) + 1):  # after all of them, only the Done was lost
+        links = [Dying(tiny, answers), Dying(tiny, ENDLESS)]
+        assert pipeline(manifest, links).score(ids, top=2) == wanted
+        assert len(links[1].asked) == (answers * 256 < count - 1)
 
 
 def test_a_second_death_ends_the_request_and_the_next_one_has_a_link(tiny: GPT2, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from minigpt.engine.sampling import Sampling, logprob, sample
+from minigpt.engine.sampling import MAX_TOP, RUN, Sampling, logprob, sample, scored
 
 LOGITS = np.random.default_rng(5).standard_normal(5000).astype(np.float32) * 3
 logits_arrays = arrays(np.float32, st.integers(1, 60), elements=st.floats(-30, 30, width=16))  # 16 bits: many ties
@@ -28,7 +28,9 @@ def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
         excess = cumulative - sampling.top_p * total
         if excess > 1e-14 * total or (exact and excess >= 0):  # below that, rounding may decide either way
             break
-    return kept if sampling.top_p < 1 else set(order)
+    kept = kept if sampling.top_p < 1 else set(order)
+    least = sampling.min_p * (1 - 1e-14)
+    return {token for token, weight in zip(order, weights, strict=True) if token in kept and weight >= least}
 
 
 @given(logits_arrays)
@@ -45,17 +47,18 @@ def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray) -> None:
     st.sampled_from([0.3, 1.0, 2.5]),
     st.integers(0, 70),
     st.sampled_from([1.0, 0.95, 0.5, 1e-9]),
+    st.sampled_from([0.0, 1e-300, 0.05, 0.5, 1.0]),
     st.integers(0, 2**64 - 1),
     st.integers(0, 2048),
 )
 def test_a_draw_is_among_those_the_filters_leave(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float, seed: int, position: int
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
 ) -> None:
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p)
     assert sample(logits, sampling, position) in allowed(logits, sampling)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 200, "top_p": 0.7}])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 200, "top_p": 0.7}])
 def test_draws_follow_the_distribution(filters: dict) -> None:
     logits = LOGITS[:300]
     counts = np.zeros(300)
@@ -80,6 +83,19 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     assert len(set(first)) > 10
 
 
+@pytest.mark.parametrize(
+    ("sampling", "wanted"),
+    [
+        (Sampling(0.8, seed=3), [4671, 4523, 871, 2919, 1650, 2488, 803, 2488]),
+        (Sampling(1.2, 40, seed=4), [4430, 2204, 4523, 2522, 615, 3868, 3830, 185]),
+        (Sampling(1.0, top_p=0.9, seed=5), [3600, 2964, 4430, 4953, 2522, 2668, 1650, 944]),
+        (Sampling(2.0, 300, 0.7, seed=6), [182, 4430, 4300, 2059, 3782, 4392, 4256, 3035]),
+    ],
+)
+def test_a_seed_draws_what_it_has_always_drawn(sampling: Sampling, wanted: list[int]) -> None:
+    assert [sample(LOGITS, sampling, position) for position in range(8)] == wanted
+
+
 def test_the_generator_is_philox_by_its_published_definition() -> None:
     """Philox4x64-10 in plain integers (Salmon et al., 2011, figure 2), its first word as a number in [0, 1)."""
     seed, position, mask = 12345678901234567890, 37, 2**64 - 1
@@ -101,6 +117,37 @@ def test_log_probabilities_sum_to_one(logits: np.ndarray) -> None:
     assert math.isclose(sum(math.exp(logprob(logits, token)) for token in range(len(logits))), 1, rel_tol=1e-12)
 
 
+ties = st.sampled_from([-2.0, 0.0, 1.0])
+many = arrays(np.float32, st.integers(1, 5 * RUN), elements=ties | st.floats(-30, 30, width=16), fill=ties)
+
+
+@given(many, st.integers(0, MAX_TOP), st.integers(0, 5 * RUN))
+def test_the_most_likely_are_told_best_first_and_of_equal_ones_the_lowest_id(
+    logits: np.ndarray, top: int, token: int
+) -> None:
+    token %= len(logits)
+    told = scored(logits, token, top)
+    order = sorted(range(len(logits)), key=lambda one: (-logits[one], one))
+    assert [one for one, _ in told.top] == order[:top]
+    best = float(logits.max())
+    log_sum = best + math.log(math.fsum(math.exp(float(logit) - best) for logit in logits))
+    for one, value in ((token, told.logprob), *told.top):
+        assert math.isclose(value, float(logits[one]) - log_sum, rel_tol=1e-12, abs_tol=1e-12)
+    assert told.logprob == logprob(logits, token) == dict(told.top).get(token, told.logprob)
+
+
+@given(many, st.integers(1, 5 * RUN), st.integers(0, 2**64 - 1))
+def test_top_k_keeps_the_lowest_ids_of_equal_ones(logits: np.ndarray, top_k: int, seed: int) -> None:
+    flat = Sampling(1e6, top_k, seed=seed)
+    assert {sample(logits, flat, position) for position in range(20)} <= allowed(logits, flat)
+
+
+@pytest.mark.parametrize("top", [-1, 21])
+def test_only_so_many_of_the_most_likely_are_told(top: int) -> None:
+    with pytest.raises(ValueError, match=f"top is {top}, wanted 0 .none. to 20; 5 is usual"):
+        scored(LOGITS, 0, top)
+
+
 def test_one_token_alone_is_certain() -> None:
     logits = np.array([-np.inf, 3, -np.inf], np.float32)
     assert logprob(logits, 1) == 0
@@ -111,6 +158,8 @@ def test_one_token_alone_is_certain() -> None:
 def test_logits_that_are_no_numbers_are_not_sampled_from(bad: list[float]) -> None:
     with pytest.raises(FloatingPointError, match="logit"):
         sample(np.array(bad, np.float32), Sampling(), 0)
+    with pytest.raises(FloatingPointError, match="logit"):
+        scored(np.array(bad, np.float32), 0, 1)
 
 
 @pytest.mark.parametrize(

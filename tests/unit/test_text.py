@@ -1,5 +1,8 @@
 """Text on the client's side: stop strings, whole characters, and arguments that make no request."""
 
+import hashlib
+import math
+import re
 from array import array
 from collections.abc import Generator
 from pathlib import Path
@@ -13,10 +16,11 @@ from made import SMALL, random_tensors, write
 
 import minigpt
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Generation, StopStrings, make_request
+from minigpt.client.text import Generation, StopStrings, Token, make_request, perplexity
+from minigpt.engine.sampling import Sampling
 from minigpt.errors import CheckpointError, UsageError
 from minigpt.protocol.messages import Answer, Generate, Reason, Tokens
-from minigpt.protocol.request import Options
+from minigpt.protocol.request import Options, seed_of
 
 PIECES = st.lists(st.text("ab\n", max_size=4), max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -114,6 +118,9 @@ def test_closing_it_cancels_the_request() -> None:
     assert (made.reason, closed, list(made)) == (Reason.CANCELLED, [True], [])
 
 
+PENALTIES = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 @pytest.mark.parametrize(
     ("prompt", "options"),
     [
@@ -154,6 +161,17 @@ def test_closing_it_cancels_the_request() -> None:
         ([1], {"max_tokens": None}),
         ([1], {"temperature": float("nan")}),
         ([1], {"top_p": float("nan")}),
+        *(([1], {name: value}) for name in PENALTIES for value in ("1", True, None, [1.0], 10**400, float("nan"))),
+        *(([1], {name: float("inf")}) for name in PENALTIES),
+        *(([1], {"min_p": value}) for value in (-0.1, 1.1)),
+        *(([1], {"repetition_penalty": value}) for value in (0, 0.0, -1)),
+        *(([1], {"top_logprobs": value}) for value in (-1, 21, 5.0, True, "5", None)),
+        *(
+            ([1], {"logit_bias": value})
+            for value in (5, "x", [(1, 2.0)], {"1": 2.0}, {True: 2.0}, {1.0: 2.0}, {-1: 2.0})
+        ),
+        *(([1], {"logit_bias": {1: value}}) for value in ("2", None, True, float("nan"), float("inf"), 10**400)),
+        ([1], {"logit_bias": {SMALL.vocab_size: 1.0}}),
     ],
     ids=str,
 )
@@ -209,6 +227,78 @@ def test_a_path_is_a_folder(tmp_path: Path) -> None:
     for interface in (minigpt.load, Pipeline.local):
         with pytest.raises(CheckpointError, match="no such folder"):
             interface(Path("someone/model"))
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"min_p": 2}, "min_p is 2.0, wanted 0 (all) to 1; 0.02 to 0.1 is usual"),
+        (
+            {"repetition_penalty": 0},
+            "repetition_penalty is 0.0, wanted any number above 0; 1 is none, 1.1 to 1.3 usual",
+        ),
+        ({"presence_penalty": math.inf}, "presence_penalty is inf, wanted any finite number; 0 is none, -2 to 2 usual"),
+        ({"logit_bias": {97: 1}}, "logit_bias has the id 97, wanted one of the model's, 0 to 96"),
+        ({"top_logprobs": 21}, "top_logprobs is 21, wanted 0 (none) to 20; 5 is usual"),
+    ],
+    ids=str,
+)
+def test_an_error_says_what_was_given_what_is_wanted_and_what_is_usual(option: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(text)}$"):
+        make_request([1], None, SMALL, Options(**option))
+
+
+def test_biases_are_sent_by_rising_id() -> None:
+    assert make_request([1], None, SMALL, Options(logit_bias={7: 1, 2: -100})).sampling.logit_bias == (
+        (2, -100.0),
+        (7, 1.0),
+    )
+    assert make_request([1], None, SMALL, Options(logit_bias={})).sampling == Sampling()
+
+
+def test_the_seeds_of_several_answers_follow_from_the_first() -> None:
+    assert seed_of(5, 0) == 5
+    assert seed_of(5, 1) == int.from_bytes(hashlib.sha256(bytes(7) + b"\5" + bytes(7) + b"\1").digest()[:8], "big")
+    assert len({seed_of(5, index) for index in range(100)}) == 100
+
+
+def test_scores_have_the_text_of_their_tokens_and_the_first_has_no_probability() -> None:
+    model = minigpt.load("tiny")
+    text = "The capital of France is Paris."
+    told = model.score(text, top=3)
+    assert "".join(token.text or "" for token in told) == text
+    assert (told[0].logprob, told[0].top) == (None, ())
+    assert model.tokenizer is not None
+    for token in told[1:]:
+        assert token.logprob is not None
+        assert len(token.top) == 3
+        assert max(token.logprob, *(one.logprob for one in token.top)) == token.top[0].logprob <= 0
+        assert [one.text for one in token.top] == [model.tokenizer.decode([one.id]) for one in token.top]
+    assert told[-1].id in [one.id for one in told[-1].top]
+    plain = model.score([token.id for token in told])
+    assert [(token.id, token.logprob) for token in plain] == [(token.id, token.logprob) for token in told]
+    assert {token.top for token in plain} == {()}
+    (only,) = model.score([5])
+    assert (only.id, only.logprob) == (5, None)
+    greedy = list(model.generate([told[0].id], max_tokens=1, top_logprobs=2))
+    assert greedy[0].top[0].id == greedy[0].id
+    assert greedy[0].logprob is None
+
+
+def test_perplexity_is_e_to_the_mean_surprise_of_what_has_one() -> None:
+    def tokens(*logprobs: float | None) -> list[Token]:
+        return [Token(1, None, logprob) for logprob in logprobs]
+
+    assert perplexity(tokens(None, -1.0, -2.0)) == pytest.approx(math.exp(1.5))
+    assert perplexity(tokens(None, 0.0)) == 1.0
+    assert perplexity(tokens(None)) is perplexity([]) is None
+    assert math.isfinite(perplexity(tokens(None, -1e30)) or math.inf)
+
+
+@pytest.mark.parametrize("top", [-1, 21, 5.0, True, "5", None])
+def test_no_more_likely_tokens_are_scored_than_are_told(top: Any) -> None:
+    with pytest.raises(UsageError, match=r"^top is "):
+        minigpt.load("tiny").score([1, 2], top=top)
 
 
 def test_a_seed_is_drawn_when_it_is_needed_and_told() -> None:

@@ -2,7 +2,7 @@
 // What comes from outside gets into the page by textContent only.
 "use strict";
 
-const ALTERNATIVES = 0; // how many other tokens to ask for at each place; the server computes none yet
+const ALTERNATIVES = 5; // how many of the most likely tokens to ask for at each place
 const POLL = 2000; // ms between looks at the pipeline
 const MINUTE = 60000 / POLL; // looks in a chart
 const STEP = 220; // ms that a pulse takes from one box to the next: slow motion, a token takes a few
