@@ -172,6 +172,7 @@ def test_a_stage_with_wrong_evidence_serves_nobody(
 ) -> None:
     stages.device(index, *flags)
     stages.start_all()
+    assert eventually(lambda: f"FAIL {name}: got" in stages.log(index))  # the log may come after "ready"
     assert "peers will refuse this stage's evidence" in stages.log(index)
     assert [line for line in stages.log(index).splitlines() if f"FAIL {name}: got" in line and sentence in line]
     with pytest.raises(UntrustedStage) as caught, connect(stages, retry_for=0) as pipeline:

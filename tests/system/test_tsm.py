@@ -69,8 +69,9 @@ def test_a_pipeline_of_guests_gives_the_tokens_of_one_process(
         assert ids(pipeline) == expected
         assert [report.error for report in pipeline.status()] == ["", ""]
     for index in (0, 1):
-        assert "peers will refuse" not in stages.log(index)
+        assert eventually(lambda index=index: "evidence\n" in stages.log(index))  # of the line that it is ready
         assert "own evidence made in" in stages.log(index)
+        assert "peers will refuse" not in stages.log(index)
     allowed = ("--manifest", stages.path, "--allow-test-root")
     assert generate(stages).returncode == 3  # without the switch
     status = says("minigpt", "status", *allowed, "--save-evidence", tmp_path)
@@ -110,8 +111,8 @@ def test_a_guest_with_wrong_evidence_serves_nobody(stages: Guests, index: int, f
     name = name or CODE[stages.kind]
     stages.device(index, *flags)
     stages.start_all()
+    assert eventually(lambda: f"FAIL {name}: got" in stages.log(index))  # the log may come after "ready"
     assert "peers will refuse this stage's evidence" in stages.log(index)
-    assert f"FAIL {name}: got" in stages.log(index)
     with pytest.raises(UntrustedStage) as caught, connect(stages) as pipeline:
         ids(pipeline)
     assert caught.value.stage == index
