@@ -25,6 +25,7 @@ def test_a_few_clients_for_some_seconds_lose_nothing_and_leave_nothing(stages: s
     assert [line.split(":")[0] for line in lines[4:-1]] == [f"stage {index}" for index in range(int(stages))]
 
 
+@pytest.mark.slow
 def test_a_few_clients_whose_stages_are_killed_lose_nothing_and_leave_nothing() -> None:
     command = [*SOAK, *LOOSE, "--minutes", "0.5", "--kill", "12", "--seed", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
