@@ -68,9 +68,11 @@ Tolerance = Callable[[float], float]  # the most that is allowed in the end, by 
 
 
 def look(pid: int) -> Sample:
-    """Raises OSError if the process is gone."""
+    """Raises OSError if the process is gone, or has ended and nobody has collected it yet: then it has no memory."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    if "VmRSS" not in fields:
+        raise ProcessLookupError(f"process {pid} has ended")
     try:
         descriptors = len(os.listdir(f"/proc/{pid}/fd"))
     except PermissionError:

@@ -172,11 +172,11 @@ class Arena:
         client: Client | None = None,
         **options: Any,
     ) -> None:
-        """As `run`, and does not wait for its end. The client goes on over no other link: the attack is on this one."""
+        """As `run`, and does not wait for its end."""
         pipes = stages or self.stages
         for index, proxy in enumerate(pipes.proxies):
             proxy.reset((rules or {}).get(index, honest))
-        order = {"manifest": str(pipes.path), **pipes.options, "timeout": timeout, "retry_for": 0} | options
+        order = {"manifest": str(pipes.path), **pipes.options, "timeout": timeout} | options
         requests = [list(one) for one in (ids or [self.prompt()])]
         (client or self.client).order(ids=requests, max_tokens=count, **order)
 

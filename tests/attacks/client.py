@@ -1,7 +1,7 @@
 """The client's process: runs orders, each with a pipeline of its own, and says what came of it. Lines of JSON.
 
     order     {"manifest": path, "ids": [[…], …], "max_tokens": n, "repeat": n, "asks": n, "fork": [[…], …],
-               and the options of Pipeline.connect}
+               and the options of Pipeline.connect: "retry_for" is 0 unless given, for an attack is on one link}
     answer    {"tokens": [[…], …], "whole": bool, "error": null | [kind, text, exit code], "seconds": s}
 
 One request for each list of ids, all of them "repeat" times, on one link. Before them, as many questions for the
@@ -42,7 +42,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     tokens: list[list[int]] = []
     error, whole, began = None, False, time.monotonic()
     try:
-        with minigpt.Pipeline.connect(path, **order) as pipeline:
+        with minigpt.Pipeline.connect(path, **{"retry_for": 0} | order) as pipeline:
             for _ in range(asks):
                 pipeline.status()
             for number, ids in enumerate(requests):

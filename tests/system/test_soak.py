@@ -64,3 +64,12 @@ def test_a_look_at_a_process_counts_its_descriptors() -> None:
         assert soak.look(os.getpid()).descriptors == (before.descriptors or 0) + 1
     assert before.memory > 10**7
     assert before.threads >= 1
+
+
+def test_a_process_that_has_ended_is_not_looked_at() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it stays, without memory, until it is collected
+        with pytest.raises(ProcessLookupError, match="has ended"):
+            soak.look(ended.pid)
+    with pytest.raises(OSError):
+        soak.look(ended.pid)
