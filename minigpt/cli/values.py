@@ -168,17 +168,14 @@ def picture(text: str) -> str:
     return text
 
 
-def descriptor(text: str) -> int:
-    """The number of an open descriptor, written as fd:N."""
+def place(text: str) -> str | int:
+    """The number of an open descriptor, written as fd:N; or else a file or an address."""
+    if not text.startswith("fd:"):
+        return text
     number = text.removeprefix("fd:")
-    if number == text or not (number.isascii() and number.isdecimal() and len(number) < 8):
+    if not (number.isascii() and number.isdecimal() and len(number) < 8):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted fd: and the number of an open descriptor")
     return int(number)
-
-
-def place(text: str) -> str | int:
-    """A descriptor, written as fd:N; or else a file or an address."""
-    return descriptor(text) if text.startswith("fd:") else text
 
 
 def _at_least(least: int, text: str) -> int:

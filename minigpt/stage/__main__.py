@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 import minigpt
-from minigpt.cli.values import blame, descriptor, few, natural, option, place, positive, seconds
+from minigpt.cli.values import blame, few, natural, option, place, positive, seconds
 from minigpt.errors import MiniGPTError, shortage
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending, leave
@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         "take turns at computing with the stages that name the same file: they share the cores",
         place,
     )
-    add("--ready", "fd:N", "where to write the line that says that it serves (default: standard output)", descriptor)
+    add("--ready", "FILE|fd:N", "where to write the line that says that it serves (default: standard output); a file "
+        "is there as long as it does", place)  # fmt: skip
     switch("--until-eof", "end when standard input does, so that a parent that dies takes its stages along")
     return options
 

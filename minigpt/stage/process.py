@@ -18,6 +18,7 @@ from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, St
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
+from minigpt.stage.readiness import Readiness
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
+    readiness = Readiness(options.ready)
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
@@ -72,15 +74,12 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     ending.serving(listener.close)  # and `serve` returns
     try:
         line = f"stage {entry.index} ready: {layers}, {listener.address}"
-        if options.ready is None:
-            print(line, flush=True)
-        else:
-            with open(options.ready, "w") as ready:
-                print(line, file=ready)
+        readiness.serves(line)
         size, kind = model.nbytes / 1e6, entry.platform.name
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         stage.open_ahead()
         server.serve(listener)
+        readiness.ends()
         server.drain(options.drain, ending.now)
     finally:
         ending.begin()
