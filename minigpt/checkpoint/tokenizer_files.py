@@ -51,7 +51,10 @@ _COMPONENTS: dict[str, tuple[str | None, ...]] = {
     "post_processor": (None, "ByteLevel", "TemplateProcessing"),
     "decoder": ("ByteLevel",),
 }
-_PARTS_OF_SEQUENCE = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+_PARTS_OF_SEQUENCE = {
+    "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors",
+    "decoder": "decoders",
+}  # fmt: skip
 _MODEL = (
     "type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
     "ignore_merges", "vocab", "merges",
@@ -200,6 +203,8 @@ def _check_component(place: str, component: object) -> None:
         parts = component.get(_PARTS_OF_SEQUENCE[place])
         if not isinstance(parts, list) or any(not isinstance(part, dict) or part.get("type") == kind for part in parts):
             _refuse(WHOLE, f"{place}: a Sequence without its list of parts, or in another")
+        if place == "decoder" and len(parts) != 1:  # a token's bytes are decoded once
+            _refuse(WHOLE, f"decoder: a Sequence of {len(parts)} parts, wanted ByteLevel alone")
         for part in parts:
             _check_component(place, part)
     elif kind not in _COMPONENTS[place]:

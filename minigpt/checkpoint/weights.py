@@ -15,7 +15,7 @@ lie in memory as `linalg.by_columns` says.
 The digest is SHA-256 over, for each tensor in the order of its name (bytewise, without the prefix `transformer.`),
 
     u16 length of the name, the name
-    u8 length of the dtype, the dtype as safetensors spells it: F32, F16 or BF16
+    u8 length of the dtype, the dtype as safetensors spells it: F32, F16, BF16 or F64
     u8 number of dimensions, each dimension as u64
     SHA-256 of the stored bytes
 
@@ -49,7 +49,8 @@ BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: few enough to b
 READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
 
 _ALIGN = 16  # numbers: a tensor begins with a cache line
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_PLAIN = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")  # a name of a file beside the index
 _DOMAIN = b"minigpt-weights-v1\0"
 _PREFIX = "transformer."
 _HEAD = "lm_head.weight"
@@ -96,7 +97,7 @@ def load(folder: Path, config: Config, layers: range, progress: Callable[[str], 
         if places[name].shape != shape:
             raise CheckpointError(f"tensor {name}: got shape {places[name].shape!s:.80}, the config wants {shape}")
         if places[name].dtype not in _DTYPES:
-            raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16 or BF16")
+            raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16, BF16 or F64")
     tied = places["wte.weight"] if config.tie_word_embeddings and layers.stop == config.n_layer else None
     head = _stored_head(folder, tied) if tied else None
     tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
@@ -149,7 +150,8 @@ def _read(name: str, place: _Stored, tensor: Array) -> bytes:
         if place.dtype == "BF16":  # the upper half of a float32
             target[:] = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
         else:
-            target[:] = stored
+            with np.errstate(over="ignore", under="ignore"):  # as torch rounds a float64
+                target[:] = stored
     return digest.digest()
 
 
@@ -244,7 +246,7 @@ def _index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
     for name, file_name in entries.items():
-        if not isinstance(file_name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", file_name):
+        if not isinstance(file_name, str) or not _PLAIN.fullmatch(file_name):
             got = f"tensor {name!r:.80} is in {file_name!r:.80}"
             raise CheckpointError(f"{path}: {got}, wanted a *.safetensors file beside it")
     return entries

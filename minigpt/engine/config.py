@@ -86,10 +86,10 @@ _ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-# Parts of field names by which variants of GPT-2 say that they compute something else.
+# How words in the names of fields begin by which variants of GPT-2 say that they compute something else.
 _FOREIGN = re.compile(
-    r"auto_map|cross_attention|encoder_decoder|pruned_heads|quantization|rope|rotary|alibi|expert|moe|multi_?query"
-    r"|attention_head_type|key_value_heads|kv_head|sliding|parallel_residual|adapter|softcap|position_embedding_type"
+    r"(?<![a-z])(?:auto_map|cross_attention|encoder_decoder|pruned_heads|quantization|rope|rotary|alibi|expert|moe|multi_?query"
+    r"|attention_head_type|key_value_heads|kv_head|sliding|parallel_residual|adapter|softcap|position_embedding_type)"
 )
 _LARGEST = 2**24  # of any count in a config: a hundred times GPT-2 XL's, and far from overflowing an index
 _LARGEST_DEPTH = 1024  # of n_layer: twenty times GPT-2 XL's; each layer is a dozen names, before there is any tensor
@@ -107,10 +107,16 @@ def _refuse_other_models(data: Mapping[str, Any]) -> None:
     if not isinstance(architectures, list) or any(name not in known for name in architectures):
         raise ConfigError(f"config: architectures is {_short(architectures)}, wanted one of {', '.join(known)}")
     for name, value in data.items():
-        absent = value in _ABSENT or (isinstance(value, list | dict) and not value)
-        if _FOREIGN.search(str(name)) and not absent:
+        if _FOREIGN.search(str(name)) and not _absent(value):
             field = f"{_short(name)} is {_short(value)}"
             raise ConfigError(f"config: {field}, which this engine does not support: wanted it absent")
+
+
+def _absent(value: object) -> bool:
+    """Whether a field's value says that there is no such thing, as a block of empty blocks does."""
+    if isinstance(value, dict):
+        return all(map(_absent, value.values()))
+    return value in _ABSENT or value == []
 
 
 def _checked(name: str, value: object, wanted: type) -> object:

@@ -209,6 +209,15 @@ def test_an_index_of_two_opinions_is_refused(tmp_path: Path) -> None:
         assert "a key appears twice" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["part one.safetensors", "teil-ß-1.safetensors", "モデル.safetensors", "-1.safetensors"]
+)
+def test_a_shard_may_have_any_plain_name(tmp_path: Path, name: str) -> None:
+    store(tmp_path / name, json.dumps(header()))
+    index(tmp_path, dict.fromkeys(TENSORS, name))
+    assert_loaded(tmp_path)
+
+
 def test_a_huge_index_is_refused(tmp_path: Path) -> None:
     with (tmp_path / weights.INDEX).open("wb") as file:
         file.truncate(2**36)

@@ -329,6 +329,8 @@ def test_the_published_config_is_accepted() -> None:
         ({"eos_token_id": [3, 5]}, {"eos_token_id": (3, 5)}),
         ({"eos_token_id": None}, {"eos_token_id": ()}),
         ({"vocab_size": 100}, {"eos_token_id": ()}),
+        ({"property_names": ["a"], "resize_strategy": 3}, {}),  # words of other models lie inside of these
+        ({"adapters": {"adapters": {}, "config_map": {}, "fusions": {}}}, {}),  # there are none
     ],
 )
 def test_fields_are_read(fields: dict, expected: dict) -> None:
@@ -347,7 +349,8 @@ def test_fields_are_read(fields: dict, expected: dict) -> None:
         ("eos_token_id", -1), ("eos_token_id", [1, "x"]), ("eos_token_id", True), ("pruned_heads", {"0": [1]}),
         ("quantization_config", {"bits": 4}), ("auto_map", {"AutoModel": "x.Y"}), ("multi_query", True),
         ("position_embedding_type", "relative_key"), ("rope_theta", 10000.0), ("is_encoder_decoder", True),
-        ("attention_head_type", "multiquery"), ("n_ctx", "x"), ("n_positions", 0),
+        ("attention_head_type", "multiquery"), ("adapters", {"config_map": {"a": "pfeiffer"}}), ("use_rope", True),
+        ("n_ctx", "x"), ("n_positions", 0),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(field: str, value: object) -> None:

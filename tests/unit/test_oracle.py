@@ -91,7 +91,7 @@ def test_odd_configurations_at_every_position(name: str, tmp_path: Path) -> None
     assert_close(logits(model, ids, [1] * len(ids)), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", ["30KB", "1GB"])
 def test_checkpoints_that_transformers_saves(tmp_path: Path, dtype: Any, size: str) -> None:
     torch.manual_seed(0)

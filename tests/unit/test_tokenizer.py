@@ -327,6 +327,8 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"
         ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [SPLIT]}, "Split"),
         ("post_processor", {"type": "BertProcessing", "sep": ["a", 0], "cls": ["a", 0]}, "BertProcessing"),
         ("decoder", {"type": "Sequence", "decoders": []}, "Sequence"),
+        ("decoder", {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Fuse"}]}, "Sequence"),
+        ("decoder", {"type": "Sequence", "decoders": [{"type": "Fuse"}]}, "Fuse"),
     ],
     ids=str,
 )

@@ -85,6 +85,8 @@ class Maker:
         if self.often(0.2):
             digits = {"type": "Digits", "individual_digits": True}
             document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, document["pre_tokenizer"]]}
+        if self.often(0.2):
+            document["decoder"] = {"type": "Sequence", "decoders": [document["decoder"]]}
         document["model"]["ignore_merges"] = self.often(0.2)
         document["post_processor"] = self.draw.choice([None, document["post_processor"], BOS_FIRST])
         return document
