@@ -176,6 +176,15 @@ def descriptor(text: str) -> int:
     return int(number)
 
 
+def located(text: str) -> tuple[int, str]:
+    """A stage's number and its address, written as I=ADDRESS."""
+    index, _, address = text.partition("=")
+    if not (index.isascii() and index.isdecimal() and len(index) <= 3):
+        wanted = "a stage's number, = and an address, as 0=tcp://127.0.0.1:9000"
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}")
+    return int(index), address
+
+
 def place(text: str) -> str | int:
     """A descriptor, written as fd:N; or else a file or an address."""
     return descriptor(text) if text.startswith("fd:") else text
