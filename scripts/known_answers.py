@@ -104,14 +104,13 @@ def manifest() -> str:
     stages = [
         {
             "layers": [6 * index, 6 * index + 6],
-            "address": f"tcp://127.0.0.1:{5001 + index}",
             "weights_sha256": run(0xE0 + index).hex(),
             "evidence": pins,
         }
         for index in range(2)
     ]
     fields = {
-        "format": "minigpt-pipeline-2",
+        "format": "minigpt-pipeline-3",
         "messages": 2,
         "issued": "2026-01-01T00:00:00Z",
         "expires": "2027-01-01T00:00:00Z",

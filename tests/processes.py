@@ -20,6 +20,8 @@ from attest.measure import measure
 from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.launch.plan import split_layers, write
+from minigpt.protocol import addresses
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
 
 HOUR = 3600 * 1000  # milliseconds
@@ -98,13 +100,16 @@ class Stages:
             "tokenizer_sha256": found.digest if found else None,
             "layers": layers,
             "weights_sha256": [weights.load(folder, config, part).digest for part in layers],
-            "addresses": [f"tcp://127.0.0.1:{port}" for port in self.ports],
             "pins": [MockPins(self.root.public, frozenset([measurement or measure(ROOT)]))],
         }
+        served = changes.pop("places", [f"tcp://127.0.0.1:{port}" for port in self.ports])
         self.bytes = write(**fields | changes)
         self.manifest = Manifest.parse(self.bytes)
         self.path = where / "pipeline.json"
         self.path.write_bytes(self.bytes)
+        self.places = Path(addresses.beside(self.path))
+        self.places.write_bytes(addresses.write(served, len(layers)))
+        self.addresses = Addresses(len(layers), self.places)
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self._logs = [tempfile.TemporaryFile() for _ in layers]  # noqa: SIM115 — closed in `close`
 
@@ -135,7 +140,7 @@ class Stages:
         """Starts a stage."""
         with self._socket(self.ports[index]) as listener:
             listener.listen()
-            options: dict[str, Any] = {"--manifest": self.path, "--model": self.folder}
+            options: dict[str, Any] = {"--manifest": self.path, "--places": self.places, "--model": self.folder}
             if self.manifest.stages[index].platform.simulated:
                 options["--mock-key"] = more.get("key") or self.key(index)
             options |= {"--listen": f"fd:{listener.fileno()}", "--threads": 1, "--index": index}

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -44,7 +45,8 @@ from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, ids_in, perplexity
 from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.launch import plan as planning
-from minigpt.protocol import manifest
+from minigpt.protocol import addresses, manifest
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.messages import StageReport
 from minigpt.protocol.request import Options, check_top, seed_of
 from minigpt.stage import streams
@@ -216,9 +218,11 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
     if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
         if local:
             raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
-        return _connect(options, options.manifest, model=options.model, retry_for=options.retry_for, **more)
-    for flag in ("manifest_sha256", "client_key"):
-        if not isinstance(getattr(options, flag), Variable | None):
+        return _connect(
+            options, options.manifest, places=options.places, model=options.model, retry_for=options.retry_for, **more
+        )
+    for flag in ("manifest_sha256", "places", "place", "client_key"):
+        if not isinstance(getattr(options, flag) or None, Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
@@ -233,7 +237,14 @@ def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) ->
         name: getattr(options, name)
         for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout", "handshake_timeout")
     }
-    return Pipeline.connect(manifest, client_key=key, **same, **more)
+    return Pipeline.connect(manifest, place=_located(options), client_key=key, **same, **more)
+
+
+def _located(options: argparse.Namespace) -> dict[int, str]:
+    places = dict(options.place)
+    if len(places) < len(options.place):
+        raise UsageError("--place has a stage twice, wanted each once")
+    return places
 
 
 def _split(options: argparse.Namespace) -> str | int:
@@ -252,7 +263,7 @@ def _split(options: argparse.Namespace) -> str | int:
 
 def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:
     stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
-    return [reporting.state(entry, report) for entry, report in stages]
+    return [reporting.state(entry, report, pipeline.addresses.shown(entry.index)) for entry, report in stages]
 
 
 def _figures(generation: Generation) -> dict[str, Any]:
@@ -300,24 +311,30 @@ def _say_interruptions(generation: Generation) -> None:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """`minigpt plan`: writes a manifest, and prints its digest."""
+    """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
     for address in options.address:
         Address.parse(address)
+    checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
+    layers = planning.split_layers(sources.read_config(checkpoint.folder).n_layer, split)
+    served = options.address or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
+    places = addresses.write(served, len(layers))
     with progress() as tell:
         data = planning.plan(
-            sources.find(options.model or "tiny", options.revision),
-            _split(options),
+            checkpoint,
+            split,
             pins=_pins(options),
-            addresses=options.address,
             suites=options.suite or [2],
             clients=[_public("--client", text) for text in options.client] or None,
             days=options.days,
             progress=tell,
         )
-    write_file(options.output, data)
+    beside = addresses.beside(options.output)
+    if not os.path.exists(options.output) or os.path.isfile(options.output):  # there is no beside /dev/stdout
+        write_file(beside, places)
+    write_file(options.output, data)  # last: whoever waits for it can use both
     show(hashlib.sha256(data).hexdigest() + "\n")
-    for stage in manifest.Manifest.parse(data).stages:
-        say(f"stage {stage.index}  layers {stage.layers.start}-{stage.layers.stop - 1}  {stage.address}")
+    for index, (part, address) in enumerate(zip(layers, served, strict=True)):
+        say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
     return 0
 
@@ -391,14 +408,19 @@ def status(options: argparse.Namespace) -> int:
     data = manifest.read(options.manifest)
     parsed = manifest.Manifest.parse(data)
     entries = parsed.stages
-    connect = partial(_connect, options, data, text=False, connections=1)
+    places = options.places or addresses.beside(options.manifest)
+    where = Addresses(len(entries), places, _located(options))
+    connect = partial(_connect, options, data, places=places, text=False, connections=1)
     redraw = options.watch is not None and sys.stdout.isatty()
     with reporting.Looker(connect, entries) as looker:
         for number in itertools.count():
             reports = looker.look()
             if options.save_evidence is not None:
                 _save_evidence(Path(options.save_evidence), reports)
-            stages = [reporting.state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+            stages = [
+                reporting.state(entry, report, where.shown(entry.index))
+                for entry, report in zip(entries, reports, strict=True)
+            ]
             days = parsed.days_left(time.time())
             if options.json:
                 show(json.dumps({"stages": stages, "manifest_expires_days": days}) + "\n")
@@ -463,7 +485,14 @@ def serve(options: argparse.Namespace) -> int:
         _pipeline(options, lambda line: log({"message": line}), connections=options.connections) as pipeline,
         # One more link, which never waits for a generation, asks for the stages' state.
         Pipeline(
-            pipeline.manifest, None, True, WATCH, client_key=client_key, connections=1, allow_test_root=True
+            pipeline.manifest,
+            pipeline.addresses,
+            None,
+            True,
+            WATCH,
+            client_key=client_key,
+            connections=1,
+            allow_test_root=True,
         ) as watcher,
     ):
         run(pipeline, watcher, options, api_key, say)

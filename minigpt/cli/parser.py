@@ -15,6 +15,7 @@ from minigpt.cli.values import (
     days,
     few,
     integer,
+    located,
     natural,
     number,
     one_of,
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
            " 0 to 20, in --json")  # fmt: skip
     _switch(score, "--json", "one object instead of a line for each token")
 
-    plan = _command(commands, "plan", "write a pipeline's manifest")
+    plan = _command(commands, "plan", "write a pipeline's manifest, and its places beside it")
     _model(plan)
     _stages(plan)
     _repeated(plan, "--address", "ADDR", "a stage's address, tcp://host:port or vsock://cid:port, for each stage "
@@ -106,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
     option(plan, "--days", "30", "N", days, "how long it is valid")
-    plan.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
+    plan.add_argument("-o", "--output", required=True, metavar="FILE.json", help="where to write the "
+                      "manifest; the stages' addresses are written to FILE.places.json")  # fmt: skip
 
     status = _command(commands, "status", "report the state of every stage of a pipeline")
     _manifest(status, required=True)
@@ -202,6 +204,9 @@ def _retry(to: argparse.ArgumentParser) -> None:
 def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--manifest", None, "FILE", str, "the manifest of a running pipeline", required=required)
     option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
+    option(to, "--places", None, "FILE", str, "where its stages are (default: X.places.json for a manifest X.json)")
+    to.add_argument("--place", action="append", default=[], type=located, metavar="I=ADDR", help="where stage I is, "
+                    "whatever the places say: a relay before stage 0, for example; repeatable")  # fmt: skip
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
     option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "

@@ -52,12 +52,12 @@ def exit_code(reports: Sequence[StageReport]) -> int:
     return StageError.exit_code if any(report.error for report in reports) else 0
 
 
-def state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
-    """A stage for --json: what the manifest says about it, and what was found."""
+def state(entry: StageEntry, report: StageReport, address: str | None) -> dict[str, Any]:
+    """A stage for --json: what the manifest says about it, where it is as far as is known, and what was found."""
     return {
         "stage": entry.index,
         "layers": [entry.layers.start, entry.layers.stop],
-        "address": str(entry.address),
+        "address": address,
         "provider": entry.platform.name,
         "test_root": None if entry.test_root is None else entry.test_root.hex(),
         "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
@@ -71,7 +71,7 @@ def state(entry: StageEntry, report: StageReport) -> dict[str, Any]:
 def place(state: dict[str, Any]) -> str:
     """A stage in a line: where it is, and whether its evidence was accepted."""
     first, end = state["layers"]
-    where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address']}"
+    where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address'] or '-'}"
     root = " under a test's root" if state.get("test_root") else ""
     return f"{where}  {state['provider']} evidence {state['evidence']}{root}"
 

@@ -178,6 +178,15 @@ def place(text: str) -> str | int:
     return int(number)
 
 
+def located(text: str) -> tuple[int, str]:
+    """A stage's number and its address, written as I=ADDRESS."""
+    index, _, address = text.partition("=")
+    if not (index.isascii() and index.isdecimal() and len(index) <= 3):
+        wanted = "a stage's number, = and an address, as 0=tcp://127.0.0.1:9000"
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}")
+    return int(index), address
+
+
 def _at_least(least: int, text: str) -> int:
     value = integer(text)
     if value < least:

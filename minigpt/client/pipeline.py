@@ -26,8 +26,9 @@ from minigpt.client.resume import RETRY_FOR, Resumption
 from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
-from minigpt.protocol import links, messages
+from minigpt.protocol import addresses, links, messages
 from minigpt.protocol import manifest as manifests
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport
@@ -51,6 +52,7 @@ class Pipeline(TextModel):
 
     Attributes:
         manifest: what the pipeline is.
+        addresses: where its stages are, as far as this end knows.
         config: the model's.
         tokenizer: None where the client has none for this model; prompts are then token ids.
     """
@@ -58,6 +60,7 @@ class Pipeline(TextModel):
     def __init__(
         self,
         manifest: Manifest,
+        addresses: Addresses,
         tokenizer: Tokenizer | None = None,
         allow_mock: bool = False,
         timeout: float = TIMEOUT,
@@ -72,6 +75,7 @@ class Pipeline(TextModel):
         if tokenizer is not None and manifest.tokenizer_sha256 not in (None, tokenizer.digest):
             raise ManifestError("the tokenizer is not the one that the manifest pins: use the model's own")
         self.manifest = manifest
+        self.addresses = addresses
         self.config = manifest.config
         self.tokenizer = tokenizer
         self._timeout = timeout
@@ -80,7 +84,7 @@ class Pipeline(TextModel):
             max(connect_timeout, manifests.SLOW_HANDSHAKE) if manifest.slow else connect_timeout
         )
         deadlines = Deadlines(connect=connect_timeout, handshake=handshake)
-        self._pool = Pool(partial(_dial, manifest, client_key, deadlines, timeout), connections, timeout)
+        self._pool = Pool(partial(_dial, manifest, addresses, client_key, deadlines, timeout), connections, timeout)
         self._stages: Launcher | None = None
 
     @classmethod
@@ -89,6 +93,8 @@ class Pipeline(TextModel):
         manifest: str | Path | bytes,
         *,
         manifest_sha256: str | None = None,
+        places: str | Path | None = None,
+        place: dict[int, str] | None = None,
         model: str | Path | None = None,
         text: bool = True,
         allow_mock: bool = False,
@@ -105,6 +111,10 @@ class Pipeline(TextModel):
         Args:
             manifest: its file, or its bytes. It is your root of trust: get it over a channel that you trust, or
             manifest_sha256: pin its digest, in hex.
+            places: the file that says where the stages are; by default X.places.json beside a manifest's file X.json.
+                It is read again for each link, and need not be trusted: at a wrong place the handshake fails.
+            place: addresses of single stages, by their numbers, which go before those of the file: of a relay before
+                stage 0, for example. This end needs stage 0's only.
             model: where to find the tokenizer: a folder, "tiny" or a hub id; by default what the manifest names, if it
                 is on this machine. Its digest must be the manifest's.
             text: False for token ids only: no tokenizer is looked for.
@@ -123,13 +133,18 @@ class Pipeline(TextModel):
                 that is refused is never tried again, nor is the first connection.
 
         Raises:
-            UsageError: an argument is of a wrong type or out of its range.
+            UsageError: an argument is of a wrong type or out of its range, or the places are not acceptable.
             ManifestError: the manifest is malformed, expired, or not acceptable. Nothing was connected.
             UntrustedStage: the evidence of stage 0 was refused.
             StageError: stage 0 cannot be reached.
         """
         check_type("manifest", manifest, str, Path, bytes)
         check_type("manifest_sha256", manifest_sha256, str, _NONE)
+        check_type("places", places, str, Path, _NONE)
+        check_type("place", place, dict, _NONE)
+        for index, address in (place or {}).items():
+            check_type("a stage's number in place", index, int)
+            check_type("an address in place", address, str)
         check_type("model", model, str, Path, _NONE)
         check_type("text", text, bool)
         check_type("allow_mock", allow_mock, bool)
@@ -143,13 +158,17 @@ class Pipeline(TextModel):
         parsed = Manifest.parse(data)
         if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
+        if places is None and not isinstance(manifest, bytes):
+            places = addresses.beside(manifest)
+        where = Addresses(len(parsed.stages), places, place)
         tokenizer = _tokenizer(parsed, model) if text else None
         pipeline = cls(
-            parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for,
+            parsed, where, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for,
             allow_test_root, handshake_timeout,
         )  # fmt: skip
         for warning in parsed.warnings(time.time()):
             log.warning("%s", warning)
+        where.of(0)  # what is wrong with the places is said now
         pipeline._verify()
         return pipeline
 
@@ -195,8 +214,10 @@ class Pipeline(TextModel):
         processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
             tokenizer = tokenizers.load(checkpoint.folder)
-            manifest = processes.manifest
-            pipeline = cls(manifest, tokenizer, True, timeout, connect_timeout, None, connections, retry_for)
+            pipeline = cls(
+                processes.manifest, processes.addresses, tokenizer, True, timeout, connect_timeout, None, connections,
+                retry_for,
+            )  # fmt: skip
             pipeline._stages = processes
             pipeline._verify()
         except BaseException:
@@ -327,10 +348,10 @@ class Pipeline(TextModel):
             replies.take(link.receive())
 
 
-def _dial(manifest: Manifest, key: bytes | None, deadlines: Deadlines, timeout: float) -> StageLink:
+def _dial(manifest: Manifest, where: Addresses, key: bytes | None, deadlines: Deadlines, timeout: float) -> StageLink:
     """A new link to stage 0. No method: a pipeline that nobody refers to must end, and its pool refers to this."""
     manifest.check_time(time.time())
-    channel = links.dial(manifest, 0, links.calling_end(manifest, 0, None, key), deadlines)
+    channel = links.dial(manifest, where, 0, links.calling_end(manifest, 0, None, key), deadlines)
     return StageLink(channel, manifest, 0, timeout)
 
 

@@ -3,24 +3,23 @@
 from typing import Protocol
 
 from minigpt.errors import StageError
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
 
 
 class Launcher(Protocol):
     """The stages of one pipeline, wherever they run.
 
-    A launcher chooses the addresses, so it also makes the manifest; its `start` is part of making it. Once all of them
-    serve, a stage that ends is started again, at the same address and with a new key, unless it cannot live.
+    `start` is part of making it. Once all of them serve, a stage that ends is started again with a new key, unless it
+    cannot live.
 
     Attributes:
         manifest: of the pipeline that it runs.
+        addresses: where the stages serve.
     """
 
     manifest: Manifest
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where the stages serve, in order."""
+    addresses: Addresses
 
     @property
     def pids(self) -> list[int]:

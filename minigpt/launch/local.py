@@ -1,9 +1,9 @@
 """A pipeline of child processes on this machine, for a demonstration, a test or a measurement.
 
 The keys are made here and never touch a disk: each stage gets its mock key through a pipe. The ports are bound here, so
-that the manifest can name them, and listening sockets are handed down; so is a file by which the stages take turns at
-the cores. The children live as long as a pipe to each of them: if this process dies, even by kill -9, or forgets its
-`LocalStages`, they end too. A fork of this process has nothing to do with them.
+that nobody else can take one while its stage is started again, and listening sockets are handed down; so is a file by
+which the stages take turns at the cores. The children live as long as a pipe to each of them: if this process dies,
+even by kill -9, or forgets its `LocalStages`, they end too. A fork of this process has nothing to do with them.
 
 A stage that ends although nobody asked for it is started again, by one thread. It knows by the pipe through which a
 stage says that it serves: the process has a second copy of that end, which only its own end closes.
@@ -31,6 +31,8 @@ from minigpt.errors import CheckpointError, ManifestError, StageError, UsageErro
 from minigpt.launch import isolated
 from minigpt.launch.plan import plan, split_layers
 from minigpt.launch.restarts import TRIES, Restarts
+from minigpt.protocol import addresses
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
 from transport.fork import UNFORKED, identity, own
 
@@ -95,12 +97,14 @@ class LocalStages:
         own(self)
         try:
             self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
+            served = [f"tcp://127.0.0.1:{port.getsockname()[1]}" for port in self._ports]
+            self._places = addresses.write(served, count)
+            self.addresses = Addresses(count, None, dict(enumerate(served)))
             self._turns = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             self._manifest = plan(
                 checkpoint,
                 split,
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
-                addresses=self.addresses,
                 days=LIFETIME,
                 progress=progress,
             )
@@ -122,11 +126,6 @@ class LocalStages:
         except BaseException:
             self.stop()
             raise
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where the stages serve, in order."""
-        return [f"tcp://127.0.0.1:{port.getsockname()[1]}" for port in self._ports]
 
     @property
     def pids(self) -> list[int]:
@@ -157,9 +156,10 @@ class LocalStages:
         with contextlib.ExitStack() as handed:
             listener = handed.enter_context(_bound(self._ports[index].getsockname()[1]))
             listener.listen()
-            manifest = handed.enter_context(tempfile.TemporaryFile())
-            manifest.write(self._manifest)
-            manifest.seek(0)
+            manifest, places = (handed.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            for file, data in ((manifest, self._manifest), (places, self._places)):
+                file.write(data)
+                file.seek(0)
             secret, keyhole = os.pipe()
             handed.callback(os.close, secret)
             with open(keyhole, "wb") as writer:  # a key fits into a pipe, whether or not anybody reads it
@@ -170,6 +170,7 @@ class LocalStages:
                 flag: _above_standard(handed, fd)
                 for flag, fd in {
                     "--manifest": manifest.fileno(),
+                    "--places": places.fileno(),
                     "--mock-key": secret,
                     "--listen": listener.fileno(),
                     "--turns": self._turns.fileno(),

@@ -18,7 +18,6 @@ def plan(
     split: str | int,
     *,
     pins: Sequence[Pins],
-    addresses: Sequence[str] = (),
     suites: Sequence[int] = (2,),
     clients: Sequence[bytes] | None = None,
     days: float = 30.0,
@@ -29,21 +28,17 @@ def plan(
     Args:
         split: the layers of each stage, as "6+6", or a number of stages.
         pins: which evidence is acceptable, of each stage; or one for all.
-        addresses: where each stage will serve; by default tcp://127.0.0.1:5001 and the ports after it.
         suites: of the link protocol, accepted on every link; the first is proposed.
         clients: static keys of the clients admitted; None admits anyone.
         progress: is told how far the reading has come, in a line for people.
 
     Raises:
-        UsageError: the split does not fit the model, or there are more or fewer addresses or pins than stages.
+        UsageError: the split does not fit the model, or there are more or fewer pins than stages.
         CheckpointError: the checkpoint is damaged, or not a GPT-2 that this engine runs.
-        ManifestError: an address, a suite or a pin is not acceptable.
+        ManifestError: a suite or a pin is not acceptable.
     """
     config = sources.read_config(checkpoint.folder)
     layers = split_layers(config.n_layer, split)
-    addresses = addresses or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
-    if len(addresses) != len(layers):
-        raise UsageError(f"got {len(addresses)} addresses for {len(layers)} stages: give --address once for each")
     if len(pins) not in (1, len(layers)):
         raise UsageError(f"got pins for {len(pins)} stages, wanted {len(layers)}: give them once for each")
     found = tokenizer.load(checkpoint.folder)
@@ -54,7 +49,6 @@ def plan(
         tokenizer_sha256=found.digest if found else None,
         layers=layers,
         weights_sha256=[weights.load(checkpoint.folder, config, part, progress).digest for part in layers],
-        addresses=addresses,
         pins=pins,
         suites=suites,
         clients=clients,
@@ -70,7 +64,6 @@ def write(
     tokenizer_sha256: bytes | None,
     layers: Sequence[range],
     weights_sha256: Sequence[bytes],
-    addresses: Sequence[str],
     pins: Sequence[Pins],
     suites: Sequence[int] = (2,),
     clients: Sequence[bytes] | None = None,
@@ -100,12 +93,11 @@ def write(
         "stages": [
             {
                 "layers": [part.start, part.stop],
-                "address": address,
                 "weights_sha256": digest.hex(),
                 "evidence": pin.to_json(),
             }
-            for part, address, digest, pin in zip(
-                layers, addresses, weights_sha256, pins if len(pins) != 1 else [*pins] * len(layers), strict=True
+            for part, digest, pin in zip(
+                layers, weights_sha256, pins if len(pins) != 1 else [*pins] * len(layers), strict=True
             )
         ],
     }

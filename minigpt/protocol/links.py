@@ -16,8 +16,17 @@ from attest import (
     Unattested,
     dump_evidence,
 )
-from minigpt.errors import LateStage, MessageError, RequestRefused, StageError, UnreachableStage, UntrustedStage
+from minigpt.errors import (
+    LateStage,
+    MessageError,
+    RequestRefused,
+    StageError,
+    UnreachableStage,
+    UntrustedStage,
+    UsageError,
+)
 from minigpt.protocol import batches, messages
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Failure, Message, Refusal, StageReport
 from minigpt.protocol.request import Traffic
@@ -83,16 +92,27 @@ def largest(manifest: Manifest, index: int) -> int:
     return min(array + 2**17, MAX_MESSAGE)
 
 
-def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget: Budget = PROCESS_BUDGET) -> Channel:
-    """Connects to stage `index`. Raises UntrustedStage or UnreachableStage."""
+def dial(
+    manifest: Manifest,
+    addresses: Addresses,
+    index: int,
+    end: End,
+    deadlines: Deadlines,
+    budget: Budget = PROCESS_BUDGET,
+) -> Channel:
+    """Connects to stage `index`, where it is now. Raises UntrustedStage or UnreachableStage."""
     try:
-        return Channel.connect(manifest.stages[index].address, end, deadlines=deadlines, budget=budget)
+        address = addresses.of(index)
+    except UsageError as error:  # while it changes, perhaps
+        raise UnreachableStage(f"stage {index} cannot be reached: {error}", stage=index) from None
+    try:
+        return Channel.connect(address, end, deadlines=deadlines, budget=budget)
     except AttestationError as error:
         raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
             f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
-            f"or another stage answers at {manifest.stages[index].address}, or something between altered the handshake"
+            f"or its place is wrong, and another stage answers at {address}; or something between altered the handshake"
         )
         raise UntrustedStage(text, stage=index) from error
     except TransportError as error:

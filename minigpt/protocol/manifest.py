@@ -1,9 +1,9 @@
 """The manifest: one JSON file that says what a pipeline is and whom its ends trust.
 
 The SHA-256 of its exact bytes is part of every handshake, so two ends with different manifests cannot talk. For each
-stage it pins the layers, the address, the weights' digest and the acceptable evidence. A client must get it over a
-channel that it trusts. A stage need not trust whoever hands it over, because the stage's own evidence says which
-manifest it runs.
+stage it pins the layers, the weights' digest and the acceptable evidence; where the stages are is in a file of its own
+(`addresses`). A client must get it over a channel that it trusts. A stage need not trust whoever hands it over, because
+the stage's own evidence says which manifest it runs.
 """
 
 import datetime
@@ -22,10 +22,9 @@ from minigpt.engine.config import Config
 from minigpt.errors import ConfigError, ManifestError, UsageError
 from minigpt.protocol.messages import SCHEMA
 from transport import codec
-from transport.address import Address
-from transport.errors import AddressError
 
-FORMAT = "minigpt-pipeline-2"
+FORMAT = "minigpt-pipeline-3"
+WITH_ADDRESSES = "minigpt-pipeline-2"  # the format before
 MAX_MANIFEST = 2**20  # bytes; one of 256 stages is about 150 KB
 MAX_STAGES = 256
 MAX_PINS = 64  # measurements or clients in one list
@@ -34,6 +33,11 @@ DAYS_LEFT = 3.0  # below which `warnings` has a word about it
 SLOW_HANDSHAKE = 60.0  # seconds that one may take where a platform is asked: a TDX quote may take 30
 SUITES = (1, 2)  # of the link protocol; 2 is 1 with forward secrecy against quantum computers
 
+_MOVED = (
+    "it contains addresses, which are now in a places file beside it; make both again: "
+    "minigpt plan -o pipeline.json --address ADDR … (and the options of the first time)"
+)
+
 
 @dataclass(frozen=True)
 class StageEntry:
@@ -41,7 +45,6 @@ class StageEntry:
 
     index: int
     layers: range
-    address: Address
     weights_sha256: bytes
     platform: Platform
     pins: Any  # which evidence is acceptable, as the platform reads it
@@ -74,6 +77,8 @@ class Manifest:
     @classmethod
     def _read(cls, data: bytes) -> Self:
         top = document.load("manifest", data, MAX_MANIFEST)
+        if top.get("format").value == WITH_ADDRESSES:
+            raise ManifestError(f"manifest: {_MOVED}")
         if top.get("format").value != FORMAT:
             top.get("format").refuse(f'"{FORMAT}"')
         model = top.get("model")
@@ -237,10 +242,8 @@ def _stage(index: int, place: Place) -> StageEntry:
     if len(layers) != 2:
         place.get("layers").refuse("[first, end]")
     first = layers[0].integer(0, 2**16 - 1)
-    try:
-        address = Address.parse(place.get("address").text(300))
-    except AddressError as error:
-        raise ManifestError(f"{place.name}.address: {error}") from None
+    if "address" in place.value:
+        raise ManifestError(f"{place.name}: {_MOVED}")
     evidence = place.get("evidence")
     provider = evidence.get("provider")
     platform = PLATFORMS.get(provider.value) if type(provider.value) is str else None
@@ -250,13 +253,12 @@ def _stage(index: int, place: Place) -> StageEntry:
     entry = StageEntry(
         index=index,
         layers=range(first, layers[1].integer(first + 1, 2**16)),
-        address=address,
         weights_sha256=place.get("weights_sha256").pin(32),
         platform=platform,
         pins=pins,
         test_root=test_root,
     )
-    place.only("layers", "address", "weights_sha256", "evidence")
+    place.only("layers", "weights_sha256", "evidence")
     return entry
 
 

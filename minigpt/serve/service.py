@@ -320,7 +320,7 @@ class Service:
         return {
             "index": entry.index,
             "layers": [entry.layers.start, entry.layers.stop],
-            "address": str(entry.address),
+            "address": self.pipeline.addresses.shown(entry.index),
             "provider": entry.platform.name,
             "simulated": entry.platform.simulated,
             "test_root": None if entry.test_root is None else entry.test_root.hex(),

@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     add("--manifest", "FILE|ADDR|fd:N", "the pipeline's manifest, or where to receive it, once", place)
     add("--index", "I", "which stage this is, from 0", natural)
     add("--model", "DIR", "the checkpoint's folder, or tiny (default: the manifest's model)")
-    add("--listen", "ADDR|fd:N", "where to serve (default: the manifest's address)", place)
+    add("--places", "FILE|ADDR|fd:N", "where the stages are, or where to receive that, once; a file is read again for "
+        "each link (default: X.places.json for a manifest X.json)", place)  # fmt: skip
+    add("--listen", "ADDR|fd:N", "where to serve (default: this stage's place)", place)
     add(
         "--threads",
         "N",

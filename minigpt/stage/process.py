@@ -14,6 +14,8 @@ from minigpt.cli.terminal import progress
 from minigpt.engine import cgroups, threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
+from minigpt.protocol import addresses
+from minigpt.protocol.addresses import MAX_PLACES, Addresses
 from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending
@@ -27,7 +29,7 @@ from transport.errors import TimedOut, TransportError
 log = logging.getLogger("minigpt.stage")
 
 MAX_KEY = 2**16  # bytes of a key's file; a mock key's has 500
-PROVISION = 3600.0  # seconds that a manifest or key may take to come to an address: somebody may send it by hand
+PROVISION = 3600.0  # seconds that a manifest, places or a key may take to come to an address: it may be sent by hand
 HANDSHAKE = 10.0  # seconds that a handshake may take where no platform is asked
 SENDER = 10.0  # seconds that one who connects there may take to send it
 
@@ -47,8 +49,9 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
+    where = _addresses(manifest, entry, options)
     attester = _attester(manifest, entry, options)
-    listener = _listener(options.listen, entry)
+    listener = _listener(options.listen, where, entry.index)
     model = _model(manifest, entry, options.model)
     handshake = options.handshake_timeout or (SLOW_HANDSHAKE if manifest.slow else HANDSHAKE)
     evidence = EvidenceQueue(attester, SHARE * handshake)
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         idle=options.idle_timeout,
         deadlines=Deadlines(handshake=handshake, message=options.message_timeout),
     )
-    stage = Stage(manifest, entry.index, model, evidence, limits, cores)
+    stage = Stage(manifest, where, entry.index, model, evidence, limits, cores)
     server = Server(stage, exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
     ending.serving(listener.close)  # and `serve` returns
@@ -98,6 +101,20 @@ def _entry(manifest: Manifest, options: argparse.Namespace) -> StageEntry:
     for warning in manifest.warnings(time.time()):
         log.warning("%s", warning)
     return manifest.stages[index]
+
+
+def _addresses(manifest: Manifest, entry: StageEntry, options: argparse.Namespace) -> Addresses:
+    """Where the stages are. A file is read again for each link."""
+    count, source = len(manifest.stages), options.places
+    if source is not None and (isinstance(source, int) or "://" in source):
+        received = _receive("places", source, MAX_PLACES, lambda data: addresses.read(data, count))
+        return Addresses(count, None, dict(enumerate(received)))
+    if source is None and isinstance(options.manifest, str) and "://" not in options.manifest:
+        source = addresses.beside(options.manifest)
+    where = Addresses(count, source)
+    if entry.index + 1 < count:
+        where.of(entry.index + 1)  # what is wrong with it is said now
+    return where
 
 
 def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace) -> Attester:
@@ -151,9 +168,9 @@ def _opened(place: str | int) -> IO[bytes]:
         raise UsageError(f"--turns {place}: {error.strerror}; wanted a file that can be read and written") from None
 
 
-def _listener(place: str | int | None, entry: StageEntry) -> Listener:
+def _listener(place: str | int | None, where: Addresses, index: int) -> Listener:
     if place is None:
-        return Listener(entry.address)
+        return Listener(where.of(index))
     return Listener(Address.parse(place) if isinstance(place, str) else streams.moved_up(place))
 
 
@@ -183,5 +200,5 @@ def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T
             sock, peer = accepted
             try:
                 return read(receive_all(sock, limit, SENDER))
-            except (TransportError, ManifestError, AttestationError) as error:
+            except (TransportError, ManifestError, UsageError, AttestationError) as error:
                 log.warning("%s did not send the %s, still waiting: %s", peer, what, ascii(str(error)[:200]))

@@ -9,6 +9,7 @@ from typing import IO
 from minigpt.engine.model import GPT2
 from minigpt.errors import MiniGPTError
 from minigpt.protocol import links
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
@@ -45,6 +46,7 @@ class Stage:
     def __init__(
         self,
         manifest: Manifest,
+        addresses: Addresses,
         index: int,
         model: GPT2,
         evidence: EvidenceQueue,
@@ -52,6 +54,7 @@ class Stage:
         cores: IO[bytes] | None,
     ) -> None:
         self.manifest = manifest
+        self.addresses = addresses
         self.index = index
         self.model = model
         self.limits = limits
@@ -134,7 +137,7 @@ class Stage:
         self.manifest.check_time(time.time())
         index = self.index + 1
         end = links.calling_end(self.manifest, index, self.evidence.ticket(first=True))
-        channel = links.dial(self.manifest, index, end, self.limits.deadlines, self.budget)
+        channel = links.dial(self.manifest, self.addresses, index, end, self.limits.deadlines, self.budget)
         log.info("link to stage %d: evidence accepted", index)
         return channel
 

@@ -226,7 +226,7 @@ class Clients:
         """A link outside the pool, over which a text has been asked for."""
         manifest, config = self._pipeline.manifest, self._pipeline.config
         deadlines = Deadlines(connect=self._patience, handshake=self._patience)
-        channel = links.dial(manifest, 0, links.calling_end(manifest, 0, None), deadlines)
+        channel = links.dial(manifest, self._pipeline.addresses, 0, links.calling_end(manifest, 0, None), deadlines)
         link = StageLink(channel, manifest, 0, self._patience)
         try:
             options = Options(max_tokens=100, temperature=1.0, seed=chance.getrandbits(32))

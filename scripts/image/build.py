@@ -6,8 +6,8 @@
 The boot ramdisk holds process 1 and the kernel's modules; it is the same for every stage. The application ramdisk holds
 the interpreter, the wheels, the three packages and the stage's own tensors, under rootfs/, and the command that starts
 the stage. Of the manifest only the stage's layers, the config and the weights' digest go in, because the manifest pins
-what the image measures to: it is handed in at boot. Standard output gets a description with the measurements, which
-`minigpt plan --pcrs` reads. The same checkout, lock file and options give the same bytes.
+what the image measures to: it is handed in at boot, and so are the places. Standard output gets a description with the
+measurements, which `minigpt plan --pcrs` reads. The same checkout, lock file and options give the same bytes.
 
 Layouts: `plain` has Debian's kernel and our own process 1, for qemu, user-mode Linux and confidential virtual machines;
 `nitro` has the kernel, command line, init and nsm.ko that AWS ships with nitro-cli (--blobs), for an enclave; `docker`
@@ -39,7 +39,7 @@ from scripts.image import eif, packages, ramdisk
 from scripts.image.packages import PackageError
 from scripts.image.ramdisk import Entry, RamdiskError, Tree
 
-LINK_PORT, MANIFEST_PORT, MOCK_KEY_PORT = 5001, 5002, 5003  # where the stage serves, and is provisioned
+LINK_PORT, MANIFEST_PORT, MOCK_KEY_PORT, PLACES_PORT = range(5001, 5005)  # where the stage serves, and is provisioned
 NETWORK = "10.0.2.15/24,10.0.2.2"  # what qemu's and libslirp's user-mode networks expect of a guest
 MIB = 2**20
 CMDLINE = "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on"
@@ -99,7 +99,7 @@ def command(plan: Plan) -> list[str]:
     """The image's command: the stage with its index, fixed. What varies, it receives at boot."""
     host = "0.0.0.0" if plan.link == "tcp" else str(2**32 - 1)  # every one that the guest has
     flags = {"--index": plan.index, "--model": f"/{ramdisk.MODEL}"}
-    ports = {"--listen": LINK_PORT, "--manifest": MANIFEST_PORT} | (
+    ports = {"--listen": LINK_PORT, "--manifest": MANIFEST_PORT, "--places": PLACES_PORT} | (
         {"--mock-key": MOCK_KEY_PORT} if plan.allow_mock else {}
     )
     flags |= {flag: f"{plan.link}://{host}:{port}" for flag, port in ports.items()}

@@ -1,4 +1,4 @@
-"""Runs the image of a stage, hands it the manifest and its mock key, and forwards the link.
+"""Runs the image of a stage, hands it the manifest, the places and its mock key, and forwards the link.
 
     python scripts/image/run.py stage-0.eif --backend uml --manifest pipeline.json --mock-key stage0.json --port 5001
 
@@ -11,7 +11,7 @@ guest then ends too.
     qemu     qemu-system-x86_64 without KVM, with the image's own kernel: takes some times as long.
     nitro    an AWS Nitro Enclave, by nitro-cli on a parent instance. Not tried yet by the authors.
 
-The first two isolate nothing and attest nothing. Manifests for them say tcp://127.0.0.1:PORT for a client's stage, and
+The first two isolate nothing and attest nothing. Places for them say tcp://127.0.0.1:PORT for a client's stage, and
 tcp://10.0.2.2:PORT for a stage that another guest calls: that is this machine's loopback as a guest sees it.
 """
 
@@ -34,11 +34,12 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whatever is installed
 
 from attest import MAX_FILE
-from attest.document import DocumentError, read_private
-from minigpt.errors import ManifestError
+from attest.document import DocumentError, read_file, read_private
+from minigpt.errors import ManifestError, UsageError
+from minigpt.protocol import addresses
 from minigpt.protocol.manifest import Manifest
 from scripts.image import eif, packages
-from scripts.image.build import LINK_PORT, MANIFEST_PORT, MOCK_KEY_PORT
+from scripts.image.build import LINK_PORT, MANIFEST_PORT, MOCK_KEY_PORT, PLACES_PORT
 from scripts.image.packages import PackageError
 from scripts.image.slirp import Network, SlirpError
 
@@ -73,7 +74,7 @@ class Guest:
         """
         self.booted: float | None = None
         self._lock = lock
-        self._ports = {LINK_PORT: port, MANIFEST_PORT: free_port(), MOCK_KEY_PORT: free_port()}
+        self._ports = {LINK_PORT: port} | {each: free_port() for each in (MANIFEST_PORT, PLACES_PORT, MOCK_KEY_PORT)}
         self._exit = contextlib.ExitStack()
         self._started = time.monotonic()
         self._news = threading.Event()  # the console said something that decides
@@ -119,7 +120,7 @@ class Guest:
                 self._last_words.append(words[0].decode(errors="replace").strip())
         self._news.set()
 
-    def provision(self, manifest: bytes, mock_key: bytes | None, timeout: float) -> None:
+    def provision(self, manifest: bytes, places: bytes, mock_key: bytes | None, timeout: float) -> None:
         """Hands the stage what it receives once at boot, and waits until it serves. Raises RunError.
 
         The network accepts connections for the guest before the guest listens. So what the stage may have missed is
@@ -130,6 +131,7 @@ class Guest:
             if time.monotonic() > until:
                 raise RunError(f"the stage does not serve after {timeout:.0f} s; its console is above")
             send(self._ports[MANIFEST_PORT], manifest)
+            send(self._ports[PLACES_PORT], places)
             if mock_key is not None:
                 send(self._ports[MOCK_KEY_PORT], mock_key)
             self._news.wait(0.2)
@@ -240,13 +242,14 @@ class Enclave:
         except ValueError:
             raise RunError(f"nitro-cli {words[0]} said {done.stdout[:200]!r}, wanted JSON") from None
 
-    def provision(self, manifest: bytes, mock_key: bytes | None, timeout: float) -> None:
+    def provision(self, manifest: bytes, places: bytes, mock_key: bytes | None, timeout: float) -> None:
         """Hands the stage what it receives once at boot, and waits until it serves. Raises RunError.
 
         An enclave has no console, but connections to it are refused until the stage listens: so each is tried again.
         """
         until = time.monotonic() + timeout
-        for port, data in ((MANIFEST_PORT, manifest), (MOCK_KEY_PORT, mock_key), (LINK_PORT, b"")):
+        sent = {MANIFEST_PORT: manifest, PLACES_PORT: places, MOCK_KEY_PORT: mock_key, LINK_PORT: b""}
+        for port, data in sent.items():  # in the order in which the stage waits for them
             while data is not None:
                 try:
                     with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
@@ -305,6 +308,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--backend", choices=(*BACKENDS, "nitro"), required=True)
     options.add_argument("--manifest", type=Path, required=True, metavar="FILE", help="the pipeline's, for the stage")
     options.add_argument(
+        "--places", type=Path, metavar="FILE", help="where the stages are (default: X.places.json for X.json)"
+    )
+    options.add_argument(
         "--mock-key", type=Path, metavar="FILE", help="the stage's, for an image that accepts mock evidence"
     )
     options.add_argument("--port", type=int, required=True, metavar="N", help="of this machine, for the stage")
@@ -321,13 +327,14 @@ def run(options: argparse.Namespace) -> None:
     """Runs the image until a signal comes, standard input ends if that counts, or the guest ends."""
     image = eif.read_file(options.image)
     manifest = Manifest.parse(options.manifest.read_bytes())
+    places = read_file(options.places or addresses.beside(options.manifest), addresses.MAX_PLACES)
+    addresses.read(places, len(manifest.stages))
     index = json.loads(image.metadata or b"{}").get("CustomMetadata", {}).get("stage", 0)
     mock_key = read_private(options.mock_key, MAX_FILE) if options.mock_key else None
     guest = start(options, image, last=index == len(manifest.stages) - 1)
     try:
-        guest.provision(
-            options.manifest.read_bytes(), mock_key, options.timeout or BACKENDS.get(options.backend, (0, 120))[1]
-        )
+        timeout = options.timeout or BACKENDS.get(options.backend, (0, 120))[1]
+        guest.provision(options.manifest.read_bytes(), places, mock_key, timeout)
         print(f"serving stage {index} on port {options.port}", flush=True)
         if options.until_eof:
             threading.Thread(target=_end_with_stdin, name="standard input", daemon=True).start()
@@ -352,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         run(options)
-    except (RunError, SlirpError, PackageError, eif.EifError, ManifestError, DocumentError) as error:
+    except (RunError, SlirpError, PackageError, eif.EifError, ManifestError, UsageError, DocumentError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:

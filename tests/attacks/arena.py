@@ -282,7 +282,7 @@ class Arena:
         pipes = stages or self.stages
         for proxy in pipes.proxies:
             proxy.reset()
-        with minigpt.Pipeline.connect(pipes.bytes, allow_mock=True, connect_timeout=PATIENCE) as asking:
+        with minigpt.Pipeline.connect(pipes.path, allow_mock=True, connect_timeout=PATIENCE) as asking:
             return asking.status()[index].steps
 
     def memory(self, index: int, stages: Pipes | None = None) -> int:
@@ -293,7 +293,7 @@ class Arena:
         """A bare link to stage 0, for a client that does not behave."""
         made = stages or self.stages
         end = links.calling_end(made.manifest, 0, None)
-        return StageLink(links.dial(made.manifest, 0, end, Deadlines()), made.manifest, 0, PATIENCE)
+        return StageLink(links.dial(made.manifest, made.addresses, 0, end, Deadlines()), made.manifest, 0, PATIENCE)
 
 
 def _current(log: str) -> str:

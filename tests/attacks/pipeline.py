@@ -59,9 +59,9 @@ class Pipes(Stages):
 
     def __init__(self, folder: Path, split: str, where: Path, **changes: Any) -> None:
         self.proxies = [Proxy() for _ in split.split("+")]
-        addresses = [f"tcp://127.0.0.1:{proxy.port}" for proxy in self.proxies]
+        places = [f"tcp://127.0.0.1:{proxy.port}" for proxy in self.proxies]
         where.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder, split, where, **{"addresses": addresses} | changes)
+        super().__init__(folder, split, where, **{"places": places} | changes)
         for proxy, port in zip(self.proxies, self.ports, strict=True):
             proxy.upstream = port
 

@@ -184,7 +184,7 @@ def stampede(arena: Arena) -> Seen:
             ) -> None:
                 try:
                     with minigpt.Pipeline.connect(
-                        pipes.bytes, allow_mock=True, retry_for=60.0, connect_timeout=60.0, text=False
+                        pipes.path, allow_mock=True, retry_for=60.0, connect_timeout=60.0, text=False
                     ) as mine:
                         connected.wait(60)
                         tokens = []

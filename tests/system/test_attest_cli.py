@@ -319,7 +319,7 @@ def pinned(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
     path.write_bytes(
         write(
             config=SMALL, model="x", revision=None, tokenizer_sha256=None, layers=[range(3), range(3, 4)],
-            weights_sha256=[b"\1" * 32] * 2, addresses=["tcp://127.0.0.1:1", "tcp://127.0.0.1:2"],
+            weights_sha256=[b"\1" * 32] * 2,
             pins=[NitroPins(PCRS), mock],
         )
     )  # fmt: skip

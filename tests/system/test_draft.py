@@ -430,7 +430,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
 
 @pytest.fixture
 def pipeline(stages: Stages) -> Iterator[Pipeline]:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+    with Pipeline.connect(stages.path, allow_mock=True) as made:
         yield made
 
 

@@ -79,7 +79,7 @@ class Held(Stages):
     def link(self) -> StageLink:
         """A link to stage 0."""
         end = links.calling_end(self.manifest, 0, None)
-        return StageLink(links.dial(self.manifest, 0, end, Deadlines()), self.manifest, 0, 60.0)
+        return StageLink(links.dial(self.manifest, self.addresses, 0, end, Deadlines()), self.manifest, 0, 60.0)
 
 
 def ask(link: StageLink, *, count: int = COUNT) -> None:
@@ -245,7 +245,7 @@ def test_an_answer_survives_any_number_of_stages_that_are_ended_in_order(
 ) -> None:
     with (
         Held(folder, "2+2", tmp_path, 1, code=PACED) as stages,
-        Pipeline.connect(stages.bytes, allow_mock=True, retry_for=120) as made,
+        Pipeline.connect(stages.path, allow_mock=True, retry_for=120) as made,
     ):
         running = made.generate([1, 2, 3], max_tokens=COUNT, draft=0)
         found = [next(running).id]

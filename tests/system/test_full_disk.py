@@ -50,13 +50,13 @@ def run(*arguments: object, code: int = 1, output: str | None = None) -> subproc
 
 
 def test_a_plan_leaves_the_manifest_that_was_there(disk: Path) -> None:
-    path = disk / "pipeline.json"
+    path, places = disk / "pipeline.json", disk / "pipeline.places.json"
     run(*PLAN, path, code=0)
-    before = path.read_bytes()
+    before = path.read_bytes(), places.read_bytes()
     fill(disk)
-    assert run(*PLAN, path).stderr == f"minigpt: {path}: No space left on device\n"
-    assert path.read_bytes() == before
-    assert sorted(os.listdir(disk)) == ["filler", "pipeline.json"]
+    assert run(*PLAN, path).stderr == f"minigpt: {places}: No space left on device\n"
+    assert (path.read_bytes(), places.read_bytes()) == before
+    assert sorted(os.listdir(disk)) == ["filler", "pipeline.json", "pipeline.places.json"]
 
 
 @pytest.mark.parametrize("whose", KEYGENS)

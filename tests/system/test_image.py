@@ -29,6 +29,7 @@ from minigpt.engine.config import tensor_shapes
 from minigpt.errors import StageError, UsageError, WeightsMismatch
 from minigpt.launch.plan import split_layers
 from minigpt.launch.plan import write as write_manifest
+from minigpt.protocol import addresses
 from minigpt.protocol.manifest import Manifest
 from scripts.image import build as build_image
 from scripts.image import eif, packages
@@ -59,14 +60,15 @@ class Planned:
         self.layers = split_layers(SMALL.n_layer, split)
         self.root = MockRoot.generate()
         self.ports = [run_image.free_port() for _ in self.layers]
-        self.addresses = [f"tcp://{outside if i else '127.0.0.1'}:{port}" for i, port in enumerate(self.ports)]
+        self.served = [f"tcp://{outside if i else '127.0.0.1'}:{port}" for i, port in enumerate(self.ports)]
         self.bytes = self.manifest(measure(ROOT))
+        self.places = addresses.write(self.served, len(self.ports))
 
     def manifest(self, measurement: bytes) -> bytes:
         return write_manifest(
             config=SMALL, model="small", revision=None, tokenizer_sha256=None, layers=self.layers,
             weights_sha256=[weights.load(self.folder, SMALL, part).digest for part in self.layers],
-            addresses=self.addresses, pins=[MockPins(self.root.public, frozenset([measurement]))],
+            pins=[MockPins(self.root.public, frozenset([measurement]))],
         )  # fmt: skip
 
     def plan(self, index: int, **more: Any) -> build_image.Plan:
@@ -86,7 +88,7 @@ class Planned:
         locked = packages.read_lock(self.lock)
         guest = kind(image, port=self.ports[index], lock=locked, outbound=not last, memory=512 * 2**20)
         try:
-            guest.provision(self.bytes, self.key(index), seconds)
+            guest.provision(self.bytes, self.places, self.key(index), seconds)
         except BaseException:
             guest.close()
             raise
@@ -95,7 +97,7 @@ class Planned:
     def answers(self) -> None:
         """The client accepts the evidence, and gets the tokens of the model in one piece."""
         expected = [token.id for token in minigpt.load(str(self.folder)).generate(PROMPT, max_tokens=COUNT)]
-        with minigpt.Pipeline.connect(self.bytes, allow_mock=True) as pipeline:
+        with minigpt.Pipeline.connect(self.bytes, place={0: self.served[0]}, allow_mock=True) as pipeline:
             reports = pipeline.status()
             assert [report.error for report in reports] == [""] * len(self.layers)
             told = [bytes.fromhex(json.loads(report.evidence)["evidence"])[17:65] for report in reports]
@@ -213,6 +215,7 @@ def test_the_stages_index_is_fixed_and_the_mock_only_on_request(
     strict = build_image.command(plan)
     assert not {"--allow-mock", "--mock-key"} & set(strict)
     assert strict[strict.index("--listen") + 1] == "vsock://4294967295:5001"
+    assert strict[strict.index("--places") + 1] == "vsock://4294967295:5004"
 
 
 def minigpt_command(*words: object) -> "subprocess.CompletedProcess[str]":
@@ -335,8 +338,9 @@ def test_the_nitro_layout_is_the_vendors(planned: Planned, image: eif.Image, tmp
 @contextlib.contextmanager
 def running(alone: Alone, backend: str) -> Iterator["subprocess.Popen[str]"]:
     """An image run by the tool, until the block ends."""
-    paths = {name: alone.where / name for name in ("image.eif", "pipeline.json", "key.json")}
-    for path, data in zip(paths.values(), (eif.write(alone.image), alone.bytes, alone.key(0)), strict=True):
+    paths = {name: alone.where / name for name in ("image.eif", "pipeline.json", "pipeline.places.json", "key.json")}
+    files = (eif.write(alone.image), alone.bytes, alone.places, alone.key(0))
+    for path, data in zip(paths.values(), files, strict=True):
         path.write_bytes(data)
     command = [sys.executable, SCRIPTS / "run.py", paths["image.eif"], "--backend", backend, "--lock", alone.lock]
     command += ["--manifest", paths["pipeline.json"], "--mock-key", paths["key.json"], "--port", alone.ports[0]]
@@ -369,7 +373,7 @@ def test_an_image_boots_in_user_mode_linux_and_answers_an_attested_client(alone:
     with running(alone, "uml"):
         alone.answers()
     with pytest.raises(StageError, match="cannot be reached"):  # the guest has ended with the tool
-        minigpt.Pipeline.connect(alone.bytes, allow_mock=True)
+        minigpt.Pipeline.connect(alone.bytes, place={0: alone.served[0]}, allow_mock=True)
 
 
 @needs_uml
@@ -378,7 +382,7 @@ def test_a_stage_that_refuses_to_start_is_told_from_outside(alone: Alone) -> Non
     locked = packages.read_lock(alone.lock)
     guest = kind(alone.image, port=run_image.free_port(), lock=locked, memory=512 * 2**20)
     with guest, pytest.raises(run_image.RunError, match=r"does not take what it was sent: .*format is missing"):
-        guest.provision(b"{}", alone.key(0), seconds)
+        guest.provision(b"{}", alone.places, alone.key(0), seconds)
 
 
 @pytest.fixture
@@ -397,7 +401,7 @@ def nitro_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_enclave_that_cannot_be_reached_is_ended(nitro_cli: Path) -> None:
     enclave = run_image.Enclave(Path("stage.eif"), port=run_image.free_port(), memory=2**30, cpus=2)
     with pytest.raises(run_image.RunError, match="vsock port 5002"):
-        enclave.provision(b"{}", None, timeout=0.1)
+        enclave.provision(b"{}", b"{}", None, timeout=0.1)
     enclave.close()
     assert nitro_cli.read_text().splitlines() == [
         "run-enclave --eif-path stage.eif --memory 1024 --cpu-count 2",
@@ -436,6 +440,7 @@ def test_a_container_by_the_dockerfile_serves(alone: Alone, tmp_path: Path) -> N
             assert process.stdout is not None
             while not select.select([process.stdout], [], [], 0.2)[0]:
                 run_image.send(ports["5002"], alone.bytes)
+                run_image.send(ports["5004"], alone.places)
                 run_image.send(ports["5003"], alone.key(0))
             assert process.stdout.readline().startswith(b"stage 0 ready")
             alone.answers()

@@ -60,7 +60,7 @@ def test_a_running_stage_has_imported_only_what_it_needs(tmp_path: Path) -> None
     with Stages(folder, "2+2", tmp_path) as stages:
         stages.start(1, python=("-c", WATCHED))
         stages.start(0, python=("-c", WATCHED))
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             assert len(list(pipeline.generate([1, 2, 3], max_tokens=4))) == 4
             pipeline.status()
         for process in stages.processes.values():

@@ -423,7 +423,7 @@ def test_a_stage_that_could_not_be_locked_down_says_so_in_its_log_and_in_status(
         words = "WARNING not locked down: other processes of its user can read its memory"
         assert eventually(lambda: words in stages.log(1))
         assert "not locked down" not in stages.log(0)
-        with Pipeline.connect(stages.bytes, allow_mock=True, text=False) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True, text=False) as pipeline:
             assert len(list(pipeline.generate([1, 2, 3], max_tokens=3))) == 3
             first, second = pipeline.status()
         assert (first.exposed, second.exposed) == ("", "other processes of its user can read its memory")

@@ -185,7 +185,7 @@ def test_a_stage_that_is_stopped_in_an_answer_is_dead_after_15_s(stages: Stages,
     finally:
         client.kill()
         stages.processes[victim].send_signal(signal.SIGCONT)
-    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
         assert len(ids(pipeline)) == 3
 
 
@@ -197,7 +197,7 @@ def test_a_stage_that_is_stopped_in_an_answer_is_dead_after_15_s(stages: Stages,
 def test_a_stage_that_computes_for_more_than_15_s_is_not_dead(stages: Stages, seconds: int, prompt: list[int]) -> None:
     stages.start(1, python=("-c", SLOW.format(seconds)))
     stages.start(0)
-    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
         start = time.monotonic()
         assert len(list(pipeline.generate(prompt, max_tokens=1))) == 1
         assert time.monotonic() - start > 15
@@ -250,7 +250,7 @@ def test_a_stage_that_hung_while_its_link_was_idle_costs_a_new_link_and_no_reque
 ) -> None:
     stages.start(1)
     stages.start(0, python=("-c", PROBING))
-    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
         wanted = ids(pipeline)
         assert ids(pipeline) == wanted
         monkeypatch.setattr(links, "PROBE_AFTER", 0.0)

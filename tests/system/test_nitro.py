@@ -57,7 +57,7 @@ def ids(model: Any, count: int) -> list[int]:
 
 
 def connect(stages: Enclaves, **options: Any) -> Pipeline:
-    return Pipeline.connect(stages.bytes, **{"allow_test_root": True} | options)
+    return Pipeline.connect(stages.path, **{"allow_test_root": True} | options)
 
 
 def minigpt_says(*words: object) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def test_a_root_that_is_not_the_vendors_needs_the_switch_at_both_ends(stages: En
     assert process.wait(MOST) == 3
     assert "refused without --allow-test-root" in stages.log(1)
     with pytest.raises(ManifestError, match="refused without --allow-test-root"):
-        Pipeline.connect(stages.bytes)
+        Pipeline.connect(stages.path)
     refused = generate(stages)
     assert refused.returncode == 3
     assert "refused without --allow-test-root" in refused.stderr

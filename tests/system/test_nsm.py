@@ -54,18 +54,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stages(folder: Path, tmp_path: Path) -> Iterator[Stages]:
-    with Stages(folder, "2+2", tmp_path, addresses=places(), pins=[Rooted(enclaves.image(0))]) as made:
+    with Stages(folder, "2+2", tmp_path, places=places(), pins=[Rooted(enclaves.image(0))]) as made:
         yield made
 
 
 def start(stages: Stages, *flags: str) -> None:
     for index in (1, 0):
-        place = str(stages.manifest.stages[index].address)
+        place = str(stages.addresses.of(index))
         stages.start(index, "--listen", place, "--allow-test-root", *flags)
 
 
 def ids(stages: Stages, count: int) -> list[int]:
-    with Pipeline.connect(stages.bytes, allow_test_root=True, retry_for=0) as pipeline:
+    with Pipeline.connect(stages.path, allow_test_root=True, retry_for=0) as pipeline:
         return [token.id for token in pipeline.generate(PROMPT, max_tokens=count)]
 
 
@@ -104,7 +104,7 @@ def test_a_device_that_says_something_else_is_not_believed(
 
 def test_a_device_that_is_silent_ends_its_stage(stages: Stages, tmp_path: Path) -> None:
     with device(tmp_path, "--silent"):
-        place = str(stages.manifest.stages[1].address)
+        place = str(stages.addresses.of(1))
         process = stages.spawn(1, "--listen", place, "--allow-test-root", "--handshake-timeout", "2")
         assert eventually(lambda: "the platform gave none in 2 s" in stages.log(1))
     # The kernel keeps a process until its call has come back, and the device's end ends the call.

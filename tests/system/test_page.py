@@ -141,7 +141,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(stages: Stages, prompt: str, max_tokens: int, temperature: float, seed: int = SEED) -> str:
-    with Pipeline.connect(stages.bytes, model=stages.folder, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, model=stages.folder, allow_mock=True) as pipeline:
         tokens = pipeline.generate(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
         return "".join(token.text or "" for token in tokens)
 
@@ -295,7 +295,7 @@ def test_escape_cancels_in_every_stage(browser: Any, talker: Path, tmp_path: Pat
             outcome = page.text_content("#outcome")
             assert "stopped by you" in outcome
             assert 3 < int(outcome.split()[0]) < LONG
-            with Pipeline.connect(stages.bytes, text=False, allow_mock=True) as pipeline:
+            with Pipeline.connect(stages.path, text=False, allow_mock=True) as pipeline:
 
                 def steps(pipeline: Pipeline = pipeline) -> list[int]:
                     return [report.steps for report in pipeline.status()]

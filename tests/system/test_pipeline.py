@@ -65,7 +65,7 @@ def stages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture
 def pipeline(stages: Stages) -> Iterator[Pipeline]:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+    with Pipeline.connect(stages.path, allow_mock=True) as made:
         yield made
 
 
@@ -79,7 +79,7 @@ def link(stages: Stages) -> Iterator[StageLink]:
 
 def dial(stages: Stages) -> StageLink:
     end = links.calling_end(stages.manifest, 0, None)
-    return StageLink(links.dial(stages.manifest, 0, end, Deadlines()), stages.manifest, 0, 20.0)
+    return StageLink(links.dial(stages.manifest, stages.addresses, 0, end, Deadlines()), stages.manifest, 0, 20.0)
 
 
 def ids(generation: minigpt.Generation) -> list[int]:
@@ -140,7 +140,7 @@ def test_requests_of_one_pipeline_go_on_beside_each_other(pipeline: Pipeline, mo
 
 @pytest.mark.parametrize("ended", ["dropped", "broken out of", "closed", "refused"])
 def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Stages, ended: str) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, connections=1, timeout=60) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, connections=1, timeout=60) as made:
         made.status()
         link = made._pool._idle[0]
         generation = made.generate(IDS[:5], max_tokens=100, draft=0)
@@ -162,7 +162,7 @@ def test_a_generation_that_ends_in_any_way_gives_its_connection_back(stages: Sta
 
 
 def test_a_call_waits_for_a_connection_and_not_for_ever(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, connections=2, timeout=1) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, connections=2, timeout=1) as made:
         running = [made.generate(IDS[:5], max_tokens=100, draft=0) for _ in range(2)]
         for generation in running:
             next(generation)
@@ -179,7 +179,7 @@ def test_a_call_waits_for_a_connection_and_not_for_ever(stages: Stages) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket that Python closes itself
 def test_an_interrupt_at_any_moment_takes_no_connection_away(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, connections=2, timeout=30) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, connections=2, timeout=30) as made:
 
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
@@ -201,7 +201,7 @@ def test_an_interrupt_at_any_moment_takes_no_connection_away(stages: Stages) -> 
 
 
 def test_closing_a_pipeline_ends_calls_that_wait_and_calls_that_run(stages: Stages) -> None:
-    made = Pipeline.connect(stages.bytes, allow_mock=True, connections=1)
+    made = Pipeline.connect(stages.path, allow_mock=True, connections=1)
     running = made.generate(IDS[:5], max_tokens=500, draft=0)
     next(running)
     errors: list[BaseException] = []
@@ -247,7 +247,7 @@ def test_tokens_come_by_async_for_beside_each_other(pipeline: Pipeline, model: m
 
 
 def test_an_async_generation_that_is_cancelled_gives_its_connection_back(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, connections=1, timeout=60) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, connections=1, timeout=60) as made:
 
         async def endless() -> None:
             async for _ in made.agenerate(IDS[:5], max_tokens=500, draft=0):
@@ -298,7 +298,7 @@ def test_the_keywords_of_generate_are_written_alike_everywhere() -> None:
 
 def test_several_clients_are_served_at_once_each_with_its_own_cache(stages: Stages, model: minigpt.Model) -> None:
     prompts = [IDS[:4], IDS[10:60], IDS[5:9]]
-    pipelines = [Pipeline.connect(stages.bytes, allow_mock=True) for _ in prompts]
+    pipelines = [Pipeline.connect(stages.path, allow_mock=True) for _ in prompts]
     try:
         running = [made.generate(prompt, max_tokens=12) for made, prompt in zip(pipelines, prompts, strict=True)]
         rounds = [[next(made).id for made in running] for _ in range(12)]
@@ -313,7 +313,7 @@ def test_many_threads_get_what_one_gets(stages: Stages, model: minigpt.Model) ->
     found: dict[int, list[int]] = {}
 
     def run(number: int) -> None:
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             found[number] = ids(made.generate(IDS[number : number + 20], max_tokens=10))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
@@ -433,7 +433,7 @@ def test_a_cancel_ends_a_request_and_one_too_late_is_nothing(link: StageLink) ->
 
 
 def reports(stages: Stages) -> tuple[StageReport, ...]:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as asking:
+    with Pipeline.connect(stages.path, allow_mock=True) as asking:
         return asking.status()
 
 
@@ -464,7 +464,9 @@ def test_a_client_that_leaves_takes_its_sequence_along_in_every_stage(folder: Pa
 def as_stage_0(stages: Stages) -> BatchLink:
     """A link to stage 1, from one who has the key of a stage 0."""
     attester = stages.manifest.attester(0, stages.key(0).read_bytes())
-    channel = links.dial(stages.manifest, 1, links.calling_end(stages.manifest, 1, attester), Deadlines())
+    channel = links.dial(
+        stages.manifest, stages.addresses, 1, links.calling_end(stages.manifest, 1, attester), Deadlines()
+    )
     return BatchLink(channel, stages.manifest, 1, 20.0)
 
 
@@ -528,7 +530,7 @@ def test_a_request_that_a_later_stage_has_no_place_for_waits_once_and_is_then_re
     with Stages(folder, "2+2", tmp_path) as stages:
         stages.start(1, "--max-sequences", "1")
         stages.start(0)
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             wanted = ids(made.generate(IDS[:5], max_tokens=3))
             stranger = as_stage_0(stages)
             rows, terms = np.zeros((1, SMALL.n_embd), np.float32), Terms(9, Sampling())
@@ -538,7 +540,7 @@ def test_a_request_that_a_later_stage_has_no_place_for_waits_once_and_is_then_re
             assert eventually(lambda: sequences(stages) == [0, 0])
             stranger.send_batch(Batch((segment,), rows, ((0, terms),)), [ask])
             assert isinstance(stranger.receive_answers()[0], Tokens)
-            with Pipeline.connect(stages.bytes, allow_mock=True) as other:
+            with Pipeline.connect(stages.path, allow_mock=True) as other:
                 with pytest.raises(RequestRefused, match="stage 1 is busy") as caught:
                     ids(other.generate(IDS[:5], max_tokens=3))
                 assert caught.value.stage == 1
@@ -553,8 +555,8 @@ def test_a_sequence_that_rests_makes_room_in_every_stage(folder: Path, tmp_path:
             stages.start(1, *(["--max-sequences", "1"] if full == 1 else []))
             stages.start(0, *(["--max-sequences", "1"] if full == 0 else []))
             with (
-                Pipeline.connect(stages.bytes, allow_mock=True) as first,
-                Pipeline.connect(stages.bytes, allow_mock=True) as second,
+                Pipeline.connect(stages.path, allow_mock=True) as first,
+                Pipeline.connect(stages.path, allow_mock=True) as second,
             ):
                 for length in (5, 9, CHUNK + 5):
                     found = [ids(made.generate(IDS[:length], max_tokens=3)) for made in (first, second, first)]
@@ -566,7 +568,7 @@ def test_a_request_larger_than_a_stages_caches_is_refused_by_that_stage(folder: 
         with Stages(folder, "2+2", tmp_path) as stages:
             for index in (1, 0):
                 stages.start(index, *(["--cache-bytes", "1000"] if index == small else []))
-            with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+            with Pipeline.connect(stages.path, allow_mock=True) as made:
                 with pytest.raises(RequestRefused, match=f"stage {small} has 1000 in all") as caught:
                     ids(made.generate(IDS[:5], max_tokens=3))
                 assert caught.value.stage == small
@@ -576,7 +578,7 @@ def test_a_request_larger_than_a_stages_caches_is_refused_by_that_stage(folder: 
 def test_many_clients_get_the_text_that_each_gets_alone(stages: Stages, model: minigpt.Model) -> None:
     prompts = [IDS[at : at + length] for at, length in enumerate([1, 5, 9, 40, CHUNK + 3, 2, 3, 60] * 3)]
     alone = [ids(model.generate(prompt, max_tokens=12)) for prompt in prompts]
-    with Pipeline.connect(stages.bytes, allow_mock=True) as made, ThreadPoolExecutor(len(prompts)) as pool:
+    with Pipeline.connect(stages.path, allow_mock=True) as made, ThreadPoolExecutor(len(prompts)) as pool:
         before = [report.steps for report in made.status()]
         assert list(pool.map(lambda prompt: ids(made.generate(prompt, max_tokens=12)), prompts)) == alone
         steps = [report.steps - then for report, then in zip(made.status(), before, strict=True)]
@@ -590,7 +592,7 @@ def test_stages_may_start_in_any_order_and_the_first_request_finds_the_links_mad
             stages.start(index)
         for index in (0, 1):
             assert eventually(lambda index=index: "evidence accepted" in stages.log(index))  # type: ignore[misc]
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
         for index in (0, 1):
             assert stages.log(index).count("evidence accepted") == 1
@@ -599,12 +601,12 @@ def test_stages_may_start_in_any_order_and_the_first_request_finds_the_links_mad
 def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0, "--max-channels", "1")
-        with Pipeline.connect(stages.bytes, allow_mock=True) as first:
+        with Pipeline.connect(stages.path, allow_mock=True) as first:
 
             def turned_away() -> bool:
                 first.status()  # whoever has been silent for a second makes room
                 try:
-                    Pipeline.connect(stages.bytes, allow_mock=True).close()
+                    Pipeline.connect(stages.path, allow_mock=True).close()
                 except StageError:
                     return True
                 return False
@@ -615,7 +617,7 @@ def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp
 
 def connect_and_count(stages: Stages) -> list[int]:
     try:
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             return [report.stage for report in made.status()]
     except StageError:
         return []
@@ -627,16 +629,16 @@ def connect_and_count(stages: Stages) -> list[int]:
 def test_the_client_checks_the_whole_manifest_before_it_connects(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "2+2", tmp_path) as stages:  # none of them runs: a connection would be a StageError
         with pytest.raises(ManifestError, match="proves nothing about hardware"):
-            Pipeline.connect(stages.bytes)
+            Pipeline.connect(stages.path)
         with pytest.raises(ManifestError, match="sha256"):
-            Pipeline.connect(stages.bytes, allow_mock=True, manifest_sha256="00" * 32)
+            Pipeline.connect(stages.path, allow_mock=True, manifest_sha256="00" * 32)
         with pytest.raises(StageError, match="stage 0 cannot be reached"):
-            Pipeline.connect(stages.bytes, allow_mock=True, manifest_sha256=stages.manifest.digest.hex().upper())
+            Pipeline.connect(stages.path, allow_mock=True, manifest_sha256=stages.manifest.digest.hex().upper())
     with (
         Stages(folder, "2+2", tmp_path, clients=[b"\x09" * 32]) as stages,
         pytest.raises(ManifestError, match="listed"),
     ):
-        Pipeline.connect(stages.bytes, allow_mock=True)
+        Pipeline.connect(stages.path, allow_mock=True)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -657,7 +659,7 @@ def test_a_stage_with_other_evidence_is_refused_by_whoever_meets_it(
         other.rename(kept)
         for number in (1, 0):
             stages.start(number, key=kept if number == index and what != "measurement" else None)
-        with pytest.raises(UntrustedStage) as caught, Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with pytest.raises(UntrustedStage) as caught, Pipeline.connect(stages.path, allow_mock=True) as made:
             ids(made.generate([1, 2], max_tokens=2))
         assert caught.value.stage == (0 if what == "measurement" else index)
 
@@ -668,7 +670,7 @@ def test_a_stage_with_another_manifest_completes_no_handshake(folder: Path, tmp_
         stages.start(0)
         own = Manifest.parse(other).digest.hex()
         with pytest.raises(UntrustedStage, match=f"stage 0 has another manifest than this end, whose sha256 is {own}"):
-            Pipeline.connect(other, allow_mock=True)
+            Pipeline.connect(other, places=stages.places, allow_mock=True)
 
 
 def test_a_stage_makes_no_link_once_its_manifest_has_expired(folder: Path, tmp_path: Path) -> None:
@@ -679,7 +681,7 @@ def test_a_stage_makes_no_link_once_its_manifest_has_expired(folder: Path, tmp_p
         with pytest.raises(StageError):
             dial(stages)
         with pytest.raises(ManifestError, match="expired"):
-            Pipeline.connect(stages.bytes, allow_mock=True)
+            Pipeline.connect(stages.path, allow_mock=True)
 
 
 def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) -> None:
@@ -688,10 +690,10 @@ def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) 
     private, public = generate_keypair()
     with Stages(folder, "2+2", tmp_path, clients=[public]) as stages:
         stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True, client_key=private) as made:
+        with Pipeline.connect(stages.path, allow_mock=True, client_key=private) as made:
             assert len(ids(made.generate([1, 2], max_tokens=2))) == 2
         with pytest.raises(StageError):
-            Pipeline.connect(stages.bytes, allow_mock=True, client_key=generate_keypair()[0])
+            Pipeline.connect(stages.path, allow_mock=True, client_key=generate_keypair()[0])
 
 
 def test_a_stage_refuses_to_start_with_other_weights(folder: Path, tmp_path: Path) -> None:
@@ -721,7 +723,7 @@ def test_stages_that_share_a_machine_compute_in_turns(folder: Path, tmp_path: Pa
     with Stages(folder, "2+2", tmp_path) as stages:
         for index in (1, 0):
             stages.start(index, "--turns", str(turns))
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made, turns.open("r+b") as held:
+        with Pipeline.connect(stages.path, allow_mock=True) as made, turns.open("r+b") as held:
             wanted = ids(made.generate(IDS[:5], max_tokens=5))
             fcntl.lockf(held, fcntl.LOCK_EX)
             running = made.generate(IDS[:5], max_tokens=5)
@@ -743,7 +745,7 @@ def test_stages_that_share_a_machine_compute_in_turns(folder: Path, tmp_path: Pa
 def test_a_stage_that_dies_at_any_token_is_named_at_once(folder: Path, tmp_path: Path, victim: int) -> None:
     with Stages(folder, "1+2+1", tmp_path) as stages:
         stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
+        with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as made:
             wanted = ids(made.generate(IDS[:5], max_tokens=150, draft=0))  # so many that none of them is the last
             for token in range(5):
                 running = made.generate(IDS[:5], max_tokens=150, draft=0)
@@ -767,7 +769,7 @@ def test_a_stage_that_was_away_while_its_client_was_idle_is_found_again(
 ) -> None:
     with Stages(folder, "1+2+1", tmp_path) as stages:
         stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             wanted = ids(made.generate(IDS[:5], max_tokens=6))
             stages.kill(victim)
             stages.start(victim)
@@ -783,7 +785,7 @@ def test_a_stage_that_hangs_is_named_by_the_one_before_it(folder: Path, tmp_path
     with Stages(folder, "1+2+1", tmp_path) as stages:
         for index in (2, 1, 0):
             stages.start(index, "--answer-timeout", "3")
-        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
+        with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as made:
             running = made.generate(IDS[:5], max_tokens=150, draft=0)
             next(running)
             stages.processes[2].send_signal(signal.SIGSTOP)
@@ -803,12 +805,12 @@ def test_a_sequence_is_dropped_though_the_next_stage_hangs(folder: Path, tmp_pat
         leaving.channel.abort()
         assert eventually(lambda: "channel 1 (" in stages.log(0).partition("open")[2])
         stages.processes[1].send_signal(signal.SIGCONT)
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
 
 
 def test_an_old_generation_does_not_end_a_new_one(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+    with Pipeline.connect(stages.path, allow_mock=True) as made:
         old = made.generate(IDS[:5], max_tokens=9)
         next(old)
         new = made.generate(IDS[:5], max_tokens=9)
@@ -870,7 +872,7 @@ def test_sigterm_at_any_moment_ends_a_stage_without_a_word(folder: Path, tmp_pat
 def test_a_stage_ends_cleanly_on_sigterm_and_its_client_is_told(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "2+2", tmp_path) as stages:
         stages.start_all("--drain", "0.001")  # test_drain.py has the other ends
-        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
+        with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as made:
             running = made.generate(IDS[:5], max_tokens=150, draft=0)
             next(running)
             assert stages.kill(1, signal.SIGTERM) == 0
@@ -882,7 +884,7 @@ def test_a_stage_ends_cleanly_on_sigterm_and_its_client_is_told(folder: Path, tm
 def test_a_stage_logs_neither_prompt_nor_tokens(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "2+2", tmp_path) as stages:
         stages.start_all()
-        with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+        with Pipeline.connect(stages.path, allow_mock=True) as made:
             prompt = [73, 74, 75, 76, 77]
             found = ids(made.generate(prompt, max_tokens=8))
         assert eventually(lambda: "closed" in stages.log(0))
@@ -945,7 +947,7 @@ def test_a_stage_keeps_idle_links_and_never_one_with_an_answer_due(stages: Stage
     assert eventually(lambda: sequences(stages) == [0, 0, 0])
     before = stages.log(0).count("link to stage 1: evidence accepted")
     for _ in range(3):
-        with Pipeline.connect(stages.bytes, allow_mock=True) as good:
+        with Pipeline.connect(stages.path, allow_mock=True) as good:
             assert ids(good.generate(IDS[:7], max_tokens=5)) == ids(model.generate(IDS[:7], max_tokens=5))
         assert eventually(lambda: sequences(stages) == [0, 0, 0])
     assert stages.log(0).count("link to stage 1: evidence accepted") <= before + 1

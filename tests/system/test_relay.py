@@ -404,14 +404,14 @@ def test_three_hundred_silent_strangers_do_not_keep_a_client_out(tmp_path: Path)
     with socket.create_server(("127.0.0.1", 0)) as keeper, ExitStack() as stack:
         running = Process(Address("tcp", "127.0.0.1", keeper.getsockname()[1]), tmp_path / "log")
         stack.callback(running.end, signal.SIGKILL)
-        stages = stack.enter_context(Stages(folder, "4", tmp_path, addresses=[str(running.address)]))
+        stages = stack.enter_context(Stages(folder, "4", tmp_path, places=[str(running.address)]))
         handed = ("--listen", f"fd:{keeper.fileno()}", "--handshake-timeout", "1")
         stages.start(0, *handed, pass_fds=[keeper.fileno()])
         for wait in (False, True):  # at once, and long after the stage has hung up on them all
             strangers = [stack.enter_context(connect(running.address, PATIENCE)) for _ in range(300)]
             if wait:
                 assert all(map(ends, strangers))
-            with Pipeline.connect(stages.bytes, allow_mock=True, timeout=PATIENCE) as pipeline:
+            with Pipeline.connect(stages.path, allow_mock=True, timeout=PATIENCE) as pipeline:
                 assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
 
 
@@ -487,7 +487,7 @@ def relayed(
     with ExitStack() as stack:
         relays = [Relay(anywhere(way[0]), anywhere(way[1])) for way in request.param]
         places = [str(made.address) for made in relays]
-        stages = stack.enter_context(Stages(folder, "2+2", tmp_path, addresses=places))
+        stages = stack.enter_context(Stages(folder, "2+2", tmp_path, places=places))
         for index, made in enumerate(relays):
             if made._target.scheme == "tcp":  # which had to be chosen before there were stages
                 stages.start(index)
@@ -518,7 +518,7 @@ def test_a_pipeline_does_not_notice_and_the_relay_sees_ciphertext_only(
 
     monkeypatch.setattr(codec, "encode", keep)
     model = minigpt.load(str(stages.folder))
-    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
         found = [token.id for token in pipeline.generate(IDS, max_tokens=12)]
         assert [not report.error for report in pipeline.status()] == [True, True]
     assert found == [token.id for token in model.generate(IDS, max_tokens=12)]

@@ -47,7 +47,7 @@ def ids(generation: Generation) -> list[int]:
 def test_an_answer_goes_on_when_a_stage_is_killed_and_started_again(
     stages: Stages, victim: int, options: dict[str, Any]
 ) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as made:
+    with Pipeline.connect(stages.path, allow_mock=True) as made:
         wanted = ids(made.generate(PROMPT, **options))
         for token in (1, 9):
             for _ in range(TRIES):
@@ -69,7 +69,7 @@ def test_an_answer_goes_on_when_a_stage_is_killed_and_started_again(
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_client_waits_until_the_stage_is_back(stages: Stages, victim: int) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=120) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, retry_for=120) as made:
         wanted = ids(made.generate(PROMPT, **GREEDY))
         stages.kill(victim)
         running = made.generate(PROMPT, **GREEDY)
@@ -85,7 +85,7 @@ def test_a_client_waits_until_the_stage_is_back(stages: Stages, victim: int) -> 
 
 
 def test_both_stages_may_die_at_once(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=120) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, retry_for=120) as made:
         wanted = ids(made.generate(PROMPT, **SEEDED))
         for _ in range(TRIES):
             running = made.generate(PROMPT, **SEEDED)
@@ -106,7 +106,7 @@ def test_both_stages_may_die_at_once(stages: Stages) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_without_retries_a_death_is_an_error_that_says_how_far_the_answer_got(stages: Stages, victim: int) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as made:
         running = made.generate(PROMPT, **GREEDY)
         next(running)
         stages.kill(victim)
@@ -120,7 +120,7 @@ def test_without_retries_a_death_is_an_error_that_says_how_far_the_answer_got(st
 
 
 def test_when_the_time_is_over_the_error_says_how_long_was_tried(stages: Stages) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0.5) as made:
+    with Pipeline.connect(stages.path, allow_mock=True, retry_for=0.5) as made:
         running = made.generate(PROMPT, **GREEDY)
         next(running)
         stages.kill(1)
@@ -142,7 +142,7 @@ def test_a_stage_that_comes_back_as_another_ends_the_answer_with_refused_evidenc
         (tmp_path / "other").mkdir()
         with Stages(folder, "2+2", tmp_path / "other") as others:  # its keys are endorsed by another root
             key = others.key(victim)
-        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=120) as made:
+        with Pipeline.connect(stages.path, allow_mock=True, retry_for=120) as made:
             running = made.generate(PROMPT, **GREEDY)
             next(running)
             stages.kill(victim)

@@ -61,7 +61,7 @@ def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path
         hand_over(keepers[1][1], key)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("stage 0 ready")
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
     for keeper, _ in keepers:
         keeper.close()
@@ -116,7 +116,7 @@ def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0)
         process = stages.processes[0]
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             expected = [token.id for token in pipeline.generate([1, 2], max_tokens=3)]
             with out_of_threads(process.pid):
                 for _ in range(13):
@@ -125,7 +125,7 @@ def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -
                 assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
             assert eventually(lambda: stages.log(0).count("turned away, the system gives no more threads") == 13)
             assert pipeline.status()[0].channels == 1
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:  # it lives, and has threads again
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:  # it lives, and has threads again
             assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
 
 
@@ -140,7 +140,7 @@ def test_a_flood_of_handshakes_from_one_address_does_not_keep_others_waiting(tmp
         with Crowd(stages.ports[0], 200, greeting, renew=True, source="127.0.0.2") as crowd:
             assert eventually(lambda: crowd.made > 150)  # to take turns with them would take half a minute
             for _ in range(3):  # in 10 s each, or the handshake fails
-                with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+                with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
                     assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
 
 
@@ -149,7 +149,7 @@ def test_more_clients_of_one_address_than_handshakes_are_served_one_after_anothe
     code = "from minigpt.stage import __main__, server; server.YOUNG = 60.0; __main__.main()"  # nobody ends a handshake
     with Stages(folder, "4", tmp_path) as stages, ThreadPoolExecutor(24) as threads, contextlib.ExitStack() as stack:
         stages.start(0, "--max-handshakes", "2", python=("-c", code))
-        asked = [threads.submit(Pipeline.connect, stages.bytes, allow_mock=True) for _ in range(24)]
+        asked = [threads.submit(Pipeline.connect, stages.path, allow_mock=True) for _ in range(24)]
         for pipeline in asked:
             stack.enter_context(pipeline.result(60))
         assert "ended for a newcomer" not in stages.log(0)
@@ -160,10 +160,10 @@ def test_a_socket_that_was_handed_down_serves_one_process_after_another(how: sig
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     keeper = socket.create_server(("127.0.0.1", 0))  # as systemd keeps it
     os.set_inheritable(keeper.fileno(), True)
-    with keeper, Stages(folder, "4", tmp_path, addresses=[f"tcp://127.0.0.1:{keeper.getsockname()[1]}"]) as stages:
+    with keeper, Stages(folder, "4", tmp_path, places=[f"tcp://127.0.0.1:{keeper.getsockname()[1]}"]) as stages:
         for _ in range(3):
             stages.start(0, "--listen", f"fd:{keeper.fileno()}", pass_fds=[keeper.fileno()])
-            with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
                 assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
             stages.kill(0, how)
 
@@ -174,7 +174,7 @@ def test_a_stage_takes_its_own_tensors_and_at_most_100_mb_more(tmp_path: Path) -
         folder = write(tmp_path / dtype.__name__, config, random_tensors(config), dtype=dtype)
         with Stages(folder, "2+2", tmp_path) as stages:
             stages.start_all()
-            with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+            with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
                 list(pipeline.generate(list(range(200)), max_tokens=5))
                 reports = pipeline.status()
             for index, process in stages.processes.items():
@@ -312,7 +312,7 @@ def test_a_stopped_process_that_holds_the_turn_costs_requests_and_not_stages(tmp
     with Stages(folder, "2+2", tmp_path) as stages:
         for index in (1, 0):
             stages.start(index, "--turns", str(tmp_path / "turns"), python=("-c", code))
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             expected = [token.id for token in pipeline.generate([1, 2], max_tokens=3)]
             with Holder(tmp_path / "turns") as holder:
                 holder.process.send_signal(signal.SIGSTOP)

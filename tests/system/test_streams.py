@@ -33,7 +33,7 @@ class Stage:
         folder = write(where / "small", SMALL, random_tensors(SMALL))
         self.socket = socket.create_server(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.files = Stages(folder, "4", where, addresses=[address])
+        self.files = Stages(folder, "4", where, places=[address])
         fd = self.socket.fileno()
         words = [
             "bash",
@@ -56,7 +56,7 @@ class Stage:
 
         def served() -> bool:
             try:
-                with Pipeline.connect(self.files.bytes, allow_mock=True) as pipeline:
+                with Pipeline.connect(self.files.path, allow_mock=True) as pipeline:
                     return len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
             except StageError:
                 return False

@@ -43,7 +43,7 @@ def ids(model: Any) -> list[int]:
 
 
 def connect(stages: Guests) -> Pipeline:
-    return Pipeline.connect(stages.bytes, allow_test_root=True, retry_for=0)
+    return Pipeline.connect(stages.path, allow_test_root=True, retry_for=0)
 
 
 def says(*words: object) -> subprocess.CompletedProcess[str]:

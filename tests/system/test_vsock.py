@@ -135,7 +135,7 @@ def test_what_one_connection_sends_is_received_whole() -> None:
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     """Two stages of the embedded model that listen where the manifest says, as on a host of enclaves."""
     places = [str(free()) for _ in range(2)]
-    with Stages(TINY, "6+6", tmp_path_factory.mktemp("vsock"), model="tiny", addresses=places) as made:
+    with Stages(TINY, "6+6", tmp_path_factory.mktemp("vsock"), model="tiny", places=places) as made:
         for index in (1, 0):
             made.start(index, "--listen", places[index])
         yield made
@@ -147,13 +147,13 @@ def ids(generation: minigpt.Generation) -> list[int]:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "drawn"])
 def test_a_pipeline_gives_the_tokens_of_one_process_and_those_over_tcp(stages: Stages, options) -> None:
-    with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+    with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
         found = ids(pipeline.generate(PROMPT, max_tokens=15, **options))
         assert all(not report.error for report in pipeline.status())
     assert found == ids(minigpt.load("tiny").generate(PROMPT, max_tokens=15, **options))
     if not options:
         with Pipeline.local("tiny", split="6+6", threads=1) as pipeline:
-            assert [stage.address.scheme for stage in pipeline.manifest.stages] == ["tcp", "tcp"]
+            assert [pipeline.addresses.of(index).scheme for index in range(2)] == ["tcp", "tcp"]
             assert ids(pipeline.generate(PROMPT, max_tokens=15)) == found
 
 
@@ -169,7 +169,7 @@ def test_the_command_line_reaches_it(stages: Stages) -> None:
 def test_stages_get_manifest_and_key_over_vsock_and_one_that_dies_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     places = [str(free()) for _ in range(2)]
-    with Stages(folder, "2+2", tmp_path, addresses=places) as stages:
+    with Stages(folder, "2+2", tmp_path, places=places) as stages:
         stages.start(1, "--listen", places[1])
         entries = {"--manifest": free(), "--mock-key": free()}
         process = stages.spawn(0, "--listen", places[0], *(str(word) for pair in entries.items() for word in pair))
@@ -177,7 +177,7 @@ def test_stages_get_manifest_and_key_over_vsock_and_one_that_dies_is_named(tmp_p
             hand_over(address, data)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("stage 0 ready"), stages.log(0)
-        with Pipeline.connect(stages.bytes, allow_mock=True, retry_for=0) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as pipeline:
             wanted = ids(minigpt.load(str(folder)).generate([1, 2, 3], max_tokens=5))
             assert ids(pipeline.generate([1, 2, 3], max_tokens=5)) == wanted
             running = pipeline.generate([1, 2, 3], max_tokens=150, draft=0)
@@ -207,10 +207,10 @@ def hand_over(address: Address, data: bytes) -> None:
 def test_a_pipeline_at_an_unknown_context_id_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
     with (
-        Stages(folder, "4", tmp_path, addresses=["vsock://77:5000"]) as stages,
+        Stages(folder, "4", tmp_path, places=["vsock://77:5000"]) as stages,
         pytest.raises(StageError, match="stage 0 cannot be reached: vsock://77:5000"),
     ):
-        Pipeline.connect(stages.bytes, allow_mock=True)
+        Pipeline.connect(stages.path, allow_mock=True)
 
 
 def test_no_thread_is_left() -> None:

@@ -36,7 +36,6 @@ def written(**changes: Any) -> bytes:
         "tokenizer_sha256": b"\x07" * 32,
         "layers": [range(3), range(3, 4)],
         "weights_sha256": [b"\x01" * 32, b"\x02" * 32],
-        "addresses": ["tcp://127.0.0.1:5001", "vsock://16:5001"],
         "pins": [MockPins(ROOT.public, frozenset([b"\x03" * 48]))],
         "now": ISSUED,
     }
@@ -62,7 +61,6 @@ def test_what_is_written_is_read() -> None:
     assert (read.config, read.model, read.revision, read.tokenizer_sha256) == (SMALL, "small", "0123abc", b"\x07" * 32)
     assert (read.issued, read.expires - read.issued) == (ISSUED, datetime.timedelta(days=30))
     assert [stage.layers for stage in read.stages] == [range(3), range(3, 4)]
-    assert [str(stage.address) for stage in read.stages] == ["tcp://127.0.0.1:5001", "vsock://16:5001"]
     assert [stage.weights_sha256 for stage in read.stages] == [b"\x01" * 32, b"\x02" * 32]
     assert read.stages[1].pins.measurements == {b"\x03" * 48}
     assert read.clients == frozenset([b"\x09" * 32])
@@ -188,8 +186,7 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "stages[1].layers: short": (("stages", 1, "layers"), [3]),
     "stages[1].layers: empty": (("stages", 1, "layers"), [3, 3]),
     "stages: end": (("stages", 1, "layers"), [3, 5]),
-    "stages[0].address": (("stages", 0, "address"), "http://127.0.0.1:80"),
-    "stages[0].address: port": (("stages", 0, "address"), "tcp://127.0.0.1:99999"),
+    "stages[1]: contains addresses": (("stages", 1, "address"), "tcp://127.0.0.1:5001"),
     "stages[0].weights_sha256": (("stages", 0, "weights_sha256"), HEX.upper()),
     "stages[0].weights_sha256: zero": (("stages", 0, "weights_sha256"), "00" * 32),
     "stages[0].evidence.provider: none": (("stages", 0, "evidence", "provider"), "none"),
@@ -231,6 +228,12 @@ def test_a_bad_one_is_refused_with_the_place(name: str) -> None:
         "expires",
         "more",
     )
+
+
+def test_one_with_addresses_is_refused_with_the_command_for_a_new_one() -> None:
+    for data in (edited("format", to="minigpt-pipeline-2"), edited("stages", 0, "address", to="tcp://127.0.0.1:5001")):
+        with pytest.raises(ManifestError, match=r"contains addresses, .* minigpt plan -o pipeline.json --address"):
+            Manifest.parse(data)
 
 
 def paths(value: object, here: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

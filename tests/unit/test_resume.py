@@ -34,6 +34,7 @@ from minigpt.errors import (
 )
 from minigpt.launch.plan import write
 from minigpt.protocol import messages
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.batches import Terms
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Cancel, Done, Generate, Logits, Message, Reason, Refusal, Tokens, Wanted
@@ -296,7 +297,7 @@ def manifest() -> Manifest:
     return Manifest.parse(
         write(
             config=config, model="tiny", revision=None, tokenizer_sha256=None, layers=[range(config.n_layer)],
-            weights_sha256=[bytes(31) + b"w"], addresses=["tcp://127.0.0.1:1"],
+            weights_sha256=[bytes(31) + b"w"],
             pins=[MockPins(MockRoot.generate().public, frozenset([bytes(47) + b"m"]))],
         )
     )  # fmt: skip
@@ -307,7 +308,9 @@ ENDLESS = -1
 
 def pipeline(manifest: Manifest, script: Sequence[Any], **options: Any) -> Pipeline:
     """A pipeline that has had a link, and whose next are these; an exception is that of a dial."""
-    made = Pipeline(manifest, tokenizer.load(sources.find("tiny").folder), allow_mock=True, **options)
+    made = Pipeline(
+        manifest, Addresses(1, None), tokenizer.load(sources.find("tiny").folder), allow_mock=True, **options
+    )
     links = iter(script)
 
     def dial() -> Any:

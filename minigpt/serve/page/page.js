@@ -290,7 +290,7 @@ function build() {
     const title = make("h3", {}, `Stage ${stage.index}`, make("small", {}, range(first, end)));
     const track = make("span", { class: "track", "aria-hidden": "true" });
     const line = make("li", { class: "line" }, track, make("p", {}, make("b"), make("span"), carries), noise());
-    const about = make("div", {}, title, strip, make("p", { class: "where" }, stage.address));
+    const about = make("div", {}, title, strip, make("p", { class: "where" }, stage.address ?? ""));
     const room = make("li", { class: "room stage" }, about, make("p", { class: "verdict" }), make("div", { class: "trouble" }));
     hue(room, stage.index);
     $("pipeline").append(line, room);

@@ -41,10 +41,10 @@ def started(stack: ExitStack, scheme: str, split: str) -> Pipeline:
         with Listener(anywhere(scheme)) as listener:
             places.append(str(listener.address))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    stages = stack.enter_context(Stages(TINY, split, folder, model="tiny", addresses=places))
+    stages = stack.enter_context(Stages(TINY, split, folder, model="tiny", places=places))
     for index in reversed(range(len(places))):
         stages.start(index, "--listen", places[index])
-    return stack.enter_context(Pipeline.connect(stages.bytes, allow_mock=True))
+    return stack.enter_context(Pipeline.connect(stages.path, allow_mock=True))
 
 
 def latencies(runs: int, tokens: int) -> str:
