@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
     option(plan, "--days", "30", "N", days, "how long it is valid")
-    plan.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it")
+    plan.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write it: a new file")
 
     status = _command(commands, "status", "report the state of every stage of a pipeline")
     _manifest(status, required=True)
