@@ -369,6 +369,10 @@ def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stage
     flags = ("--manifest", str(plan), "--allow-mock", "--client-key", str(tmp_path / "client.key"))
     dead = run("status", *flags, "--manifest-sha256", digest, code=4).stdout.splitlines()
     assert ["cannot be reached" in dead[0], "not asked" in dead[1]] == [True, True]
+    for stage in json.loads(run("status", *flags, "--json", code=4).stdout)["stages"]:
+        assert stage["error"]
+        unknown = {name for name, value in stage.items() if value is None}  # not 0
+        assert unknown >= {"uptime_s", "weights_bytes", "channels", "sequences", "queue", "rate", "tokens", "resumed"}
     assert "sha256" in run("status", *flags, "--manifest-sha256", "0" * 64, code=3).stderr
 
     status = ("status", "--manifest", str(tiny.path), "--allow-mock")
