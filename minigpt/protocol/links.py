@@ -278,6 +278,8 @@ class StageLink:
         try:
             message = self._read(self.channel.receive(1.0))
         except Closed as closed:
+            if self.channel.fileno() < 0:  # it was this end that ended it, for the error that we have
+                return broken(error, self.stage)
             return broken(closed, self.stage)
         except (TransportError, MessageError):
             return broken(error, self.stage)
