@@ -30,6 +30,7 @@ from transport.errors import (
     Silent,
     TimedOut,
     TransportError,
+    Truncated,
     Unauthentic,
     Unreachable,
 )
@@ -91,10 +92,18 @@ def dial(manifest: Manifest, index: int, end: End, deadlines: Deadlines, budget:
         raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
-            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
-            f"or another stage answers at {manifest.stages[index].address}, or something between altered the handshake"
+            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}: compare it "
+            f"with the file there; or another stage answers at {manifest.stages[index].address}, or something between "
+            "altered the handshake"
         )
         raise UntrustedStage(text, stage=index) from error
+    except Truncated as error:
+        text = (
+            f"stage {index} hung up inside the handshake: most likely it has another manifest (with other suites than "
+            f"{list(manifest.suites)}); ours has the sha256 {manifest.digest.hex()}: compare, and see its log. "
+            f"Or no stage answers at {manifest.stages[index].address}, or it was just ending: then try again"
+        )
+        raise UnreachableStage(text, stage=index) from error
     except TransportError as error:
         found = broken(error, index)
         raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error

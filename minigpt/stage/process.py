@@ -78,6 +78,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
             with open(options.ready, "w") as ready:
                 print(line, file=ready)
         size, kind = model.nbytes / 1e6, entry.platform.name
+        log.info("manifest sha256 %s", manifest.digest.hex())
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         stage.open_ahead()
         server.serve(listener)
