@@ -3,6 +3,7 @@
 manifest.stages[1].layers: got 7, wanted a list of 1 to 2
 """
 
+import codecs
 import datetime
 import json
 import logging
@@ -175,6 +176,8 @@ def parse_json(data: bytes | str) -> Any:
 
     Raises DocumentError if it is not JSON in UTF-8. The message quotes nothing of it.
     """
+    if isinstance(data, bytes) and data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DocumentError("it begins with a byte-order mark, wanted UTF-8 without one: an editor may have added it")
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)

@@ -69,6 +69,7 @@ class Channel:
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
         self._ended = False  # by this end
+        self._why: TransportError | None = None  # which error of `receive` ended it, for a thread that sends
         self._begun: float | None = None  # when the message under way began to arrive
         self.made = self._active = self.spoke = time.monotonic()  # `spoke`: when this end last sent a record
         self.seal_seconds = 0.0  # spent on encryption of messages
@@ -132,6 +133,9 @@ class Channel:
                         reply = wire.read_exactly(wanted, deadline)
                     else:
                         wire.write(wanted, deadline)
+                except TimedOut:
+                    late = TimedOut(f"the peer did not finish the handshake in {deadlines.handshake:g} s")
+                    wanted = steps.throw(late)
                 except TransportError as error:
                     wanted = steps.throw(error)
                 else:
@@ -173,10 +177,13 @@ class Channel:
 
         Raises:
             TypeError, ValueError: it cannot be encoded.
-            TransportError: Closed, LimitError; TimedOut or Truncated, and then nothing more can be sent.
+            TransportError: Closed, LimitError; Silent or Truncated, and then nothing more can be sent; what `receive`
+                ended the channel for.
         """
         body = codec.encode(message)
         with self._sending:
+            if self._ended:
+                raise self._why or self._closed()
             start = time.perf_counter()
             records = self._session.seal(body, least)
             self.seal_seconds += time.perf_counter() - start
@@ -207,7 +214,9 @@ class Channel:
         except BaseException as error:
             self._session.stop_sending()  # half a record may have been sent: nothing can follow it
             if self._ended and isinstance(error, TransportError):
-                raise self._closed() from None
+                raise (self._why or self._closed()) from None
+            if isinstance(error, TimedOut):
+                raise Silent(f"did not take what was sent to it in {seconds:g} s: {_DEAD}") from None
             raise
 
     def receive(
@@ -222,14 +231,15 @@ class Channel:
 
         Raises:
             TimedOut: no message was complete within `timeout`. The channel lives on.
-            Silent: nothing came for `silence`.
+            Silent: nothing came for `silence`, or the rest of a message took too long.
             Abandoned: the peer of `asker` left first. The channel lives on.
             Closed: the peer has closed its direction and everything it sent has been received, or this end is closed.
             TransportError: anything else; the channel is dead then.
         """
         if (foreign := self._session.foreign) is not None:  # what it took would be missing in its own process
             raise foreign
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        start = time.monotonic()
+        until = math.inf if timeout is None else start + timeout
         try:
             with self._receiving:
                 message = self._receive(until, asker._wire if asker is not None else None, silence or math.inf)
@@ -238,6 +248,8 @@ class Channel:
         except BaseException as error:
             if self._ended and isinstance(error, TransportError):
                 raise self._closed() from None
+            if isinstance(error, TransportError):
+                self._why = error
             if isinstance(error, ProtocolError | LimitError):
                 alert = error.alert
                 self._part(lambda: self._session.alert(alert))
@@ -245,7 +257,8 @@ class Channel:
                 self.abort()
             raise
         if message is None:
-            raise TimedOut(f"no message in {timeout} s")
+            waited = time.monotonic() - start
+            raise TimedOut(f"no message was complete in {waited:.3g} s: allow more time, or see what the peer is at")
         self._active = time.monotonic()
         return message
 
@@ -277,7 +290,9 @@ class Channel:
             if not arrived or now > limit:  # a drip is always readable
                 if until <= limit:
                     return None
-                raise TimedOut("the peer did not finish a message in time" if partial else "the link was idle")
+                if partial:
+                    raise Silent(f"did not finish a message in {self._deadlines.message:g} s: {_DEAD}")
+                raise TimedOut("the link was idle")
             data = wire.read(_LARGE_READ if partial else _SMALL_READ)
             if data == b"":
                 session.eof()

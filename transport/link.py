@@ -125,7 +125,7 @@ def respond(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCES
     if preamble != _PREAMBLE.pack(_MAGIC, VERSION, suite):
         raise HandshakeError(f"preamble: got {preamble.hex()}, wanted that of this protocol, version {VERSION}")
     if suite not in end.suites:
-        raise HandshakeError(f"preamble: suite {suite}, wanted one of {end.suites}")
+        raise HandshakeError(f"preamble: suite {suite}, wanted one of {end.suites}: the peer has another manifest")
     stranger = yield from _shake(end, preamble, "R", budget)
     if end.admit is not None and stranger.split.rs not in end.admit:
         why = HandshakeError("the peer's static key is not among those that the manifest admits")

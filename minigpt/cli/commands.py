@@ -66,6 +66,7 @@ def generate(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in OPTIONS}
     chosen["logit_bias"] = _biases(options.logit_bias)
     chosen["logprobs"] |= chosen["top_logprobs"] > 0  # the token itself may not be among the most likely
+    _warn_of_idle(options)
     if prompt is None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
@@ -91,6 +92,38 @@ def generate(options: argparse.Namespace) -> int:
                 _say_pace(figures, pipeline)
                 _say_interruptions(generation)
     return 0
+
+
+def _warn_of_idle(options: argparse.Namespace) -> None:
+    """Warns of the sampling options that this generation makes no use of."""
+    if not options.temperature:
+        why = "at temperature 0 the most likely token is taken each time: give --temperature 1 to draw"
+        _idle(options, why, seed=None, top_k=0, top_p=1.0, min_p=0.0)
+    shaped = options.logit_bias or any(
+        getattr(options, name) != off
+        for name, off in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
+    )
+    if options.temperature or shaped:
+        _idle(
+            options,
+            "nothing is drafted at a temperature above 0, or with a bias or penalties: leave one of them out",
+            draft=0,
+        )
+    if not options.json:
+        _idle(options, "only --json shows it: add --json", logprobs=False, top_logprobs=0)
+
+
+def _idle(options: argparse.Namespace, why: str, **off: object) -> None:
+    """Warns of flags that do nothing here; each with its value that asks for nothing. A variable of the environment
+    may be meant for other commands."""
+    variables = {each.name for each in options.from_environment}
+    idle = [
+        f"--{name.replace('_', '-')}"
+        for name, value in off.items()
+        if getattr(options, name) not in (value, None) and f"MINIGPT_{name.upper()}" not in variables
+    ]
+    if idle:
+        say(f"warning: {' and '.join(idle)} ha{'s' if len(idle) == 1 else 've'} no effect: {why}")
 
 
 def _biases(pairs: Sequence[tuple[int, float]]) -> dict[int, float]:
@@ -218,12 +251,15 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
     if options.manifest is not None and not (local and isinstance(options.manifest, Variable)):
         if local:
             raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
+        _idle(options, "the stages of --manifest run already: leave it out", threads=None)
+        _idle(options, "the manifest pins a commit: leave it out", revision=None)
         return _connect(
             options, options.manifest, places=options.places, model=options.model, retry_for=options.retry_for, **more
         )
     for flag in ("manifest_sha256", "places", "place", "client_key"):
         if not isinstance(getattr(options, flag) or None, Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
+    _idle(options, "it is for --manifest, and local stages have no platform to wait for", handshake_timeout=None)
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
     shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout", "retry_for")}
@@ -314,6 +350,14 @@ def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
     for address in options.address:
         Address.parse(address)
+    pins = _pins(options)
+    beside = addresses.beside(options.output)
+    for path in (options.output, beside):
+        if os.path.isfile(path):  # before the weights are read
+            raise UsageError(
+                f"--output {options.output}: {path} exists, and a pipeline may run by it: choose another name, or "
+                "remove it first"
+            )
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
     layers = planning.split_layers(sources.read_config(checkpoint.folder).n_layer, split)
     served = options.address or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
@@ -322,13 +366,12 @@ def plan(options: argparse.Namespace) -> int:
         data = planning.plan(
             checkpoint,
             split,
-            pins=_pins(options),
+            pins=pins,
             suites=options.suite or [2],
             clients=[_public("--client", text) for text in options.client] or None,
             days=options.days,
             progress=tell,
         )
-    beside = addresses.beside(options.output)
     if not os.path.exists(options.output) or os.path.isfile(options.output):  # there is no beside /dev/stdout
         write_file(beside, places)
     write_file(options.output, data)  # last: whoever waits for it can use both

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
     option(plan, "--days", "30", "N", days, "how long it is valid")
     plan.add_argument("-o", "--output", required=True, metavar="FILE.json", help="where to write the "
-                      "manifest; the stages' addresses are written to FILE.places.json")  # fmt: skip
+                      "manifest, a new file; the stages' addresses are written to FILE.places.json")  # fmt: skip
 
     status = _command(commands, "status", "report the state of every stage of a pipeline")
     _manifest(status, required=True)

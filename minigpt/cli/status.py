@@ -10,8 +10,11 @@ from minigpt.protocol.manifest import StageEntry
 from minigpt.protocol.messages import StageReport
 
 CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
-_FIGURES = ("weights_bytes", "channels", "sequences", "cache_bytes", "steps", "tokens", "rate", "batch", "queue",
-            "cache_limit", "resumed")  # fmt: skip
+_FIGURES = {"uptime_s": "uptime"} | {
+    name: name
+    for name in ("weights_bytes", "channels", "sequences", "cache_bytes", "steps", "tokens", "rate", "batch", "queue",
+                 "cache_limit", "resumed")
+}  # fmt: skip
 _TITLES = ("stage", "up", "weights", "channels", "sequences", "queue", "tokens/s", "batch", "cache", "steps")
 
 
@@ -63,8 +66,7 @@ def state(entry: StageEntry, report: StageReport, address: str | None) -> dict[s
         "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
         "error": report.error or None,
         "exposed": report.exposed or None,
-        "uptime_s": report.uptime,
-        **{name: getattr(report, name) for name in _FIGURES},
+        **{name: None if report.error else getattr(report, field) for name, field in _FIGURES.items()},
     }
 
 

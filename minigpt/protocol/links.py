@@ -39,6 +39,7 @@ from transport.errors import (
     Silent,
     TimedOut,
     TransportError,
+    Truncated,
     Unauthentic,
     Unreachable,
 )
@@ -111,10 +112,18 @@ def dial(
         raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
-            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}; "
-            f"or its place is wrong, and another stage answers at {address}; or something between altered the handshake"
+            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}: compare it "
+            f"with the file there; or its place is wrong, and another stage answers at {address}; or something between "
+            "altered the handshake"
         )
         raise UntrustedStage(text, stage=index) from error
+    except Truncated as error:
+        text = (
+            f"stage {index} hung up inside the handshake: most likely it has another manifest (with other suites than "
+            f"{list(manifest.suites)}); ours has the sha256 {manifest.digest.hex()}: compare, and see its log. "
+            f"Or no stage answers at {address}, or it was just ending: then try again"
+        )
+        raise UnreachableStage(text, stage=index) from error
     except TransportError as error:
         found = broken(error, index)
         raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error
@@ -298,6 +307,8 @@ class StageLink:
         try:
             message = self._read(self.channel.receive(1.0))
         except Closed as closed:
+            if self.channel.fileno() < 0:  # it was this end that ended it, for the error that we have
+                return broken(error, self.stage)
             return broken(closed, self.stage)
         except (TransportError, MessageError):
             return broken(error, self.stage)

@@ -76,6 +76,11 @@ class Manifest:
 
     @classmethod
     def _read(cls, data: bytes) -> Self:
+        if b"\r" in data:  # whoever compared digests would not find out why they differ
+            raise ManifestError(
+                "manifest: got lines that end in CR LF, wanted LF, as `minigpt plan` writes them: something changed "
+                "them on the way, and the digest with them; copy the file again, as it is"
+            )
         top = document.load("manifest", data, MAX_MANIFEST)
         if top.get("format").value == WITH_ADDRESSES:
             raise ManifestError(f"manifest: {_MOVED}")

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         line = f"stage {entry.index} ready: {layers}, {listener.address}"
         readiness.serves(line)
         size, kind = model.nbytes / 1e6, entry.platform.name
+        log.info("manifest sha256 %s", manifest.digest.hex())
         log.info("ready: %s, %.1f MB of weights, %s, %s evidence", layers, size, listener.address, kind)
         stage.open_ahead()
         server.serve(listener)

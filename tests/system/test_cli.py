@@ -149,6 +149,32 @@ def test_a_text_that_cannot_be_scored_is_refused_in_words(tmp_path: Path) -> Non
     assert len(run("score", str(file), "--model", str(folder)).stdout.splitlines()) == 3
 
 
+def test_a_flag_that_has_no_effect_is_warned_of(tiny: Stages) -> None:
+    def warnings(*flags: str, **more: Any) -> list[str]:
+        done = run("generate", PROMPT, "--max-tokens", "1", *flags, **more)
+        return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+
+    running = ("--manifest", str(tiny.path), "--allow-mock")
+    draws = ("--seed", "1", "--top-k", "5", "--top-p", "0.5", "--min-p", "0.1")
+    (greedy,) = warnings(*draws, *running)
+    assert greedy.startswith("warning: --seed and --top-k and --top-p and --min-p have no effect: at temperature 0")
+    assert greedy.endswith("give --temperature 1 to draw")
+    assert warnings(*draws, "--temperature", "1", *running) == []
+    assert "--draft has no effect" in warnings("--draft", "4", "--temperature", "1", *running)[0]
+    assert "--draft has no effect" in warnings("--draft", "4", "--logit-bias", "5=1", *running)[0]
+    told = warnings("--threads", "1", "--revision", "main", "--logprobs", *running)
+    for words in (
+        "--threads has no effect: the stages of --manifest run already",
+        "--revision has no effect: the manifest pins",
+        "--logprobs has no effect: only --json shows it: add --json",
+    ):
+        assert sum(words in line for line in told) == 1
+    off = ("--draft", "0", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--top-logprobs", "0", "--temperature", "0")
+    assert warnings(*off, *running) == []
+    assert warnings(*running, MINIGPT_SEED="4", MINIGPT_TOP_K="3") == []
+    assert "--handshake-timeout has no effect: it is for --manifest" in warnings("--handshake-timeout", "9")[0]
+
+
 def test_a_stop_string_ends_the_text_before_it() -> None:
     assert run("generate", PROMPT, "--stop", "ris").stdout == " Pa\n"
 
@@ -284,6 +310,7 @@ def test_plan_pins_platforms_in_the_order_of_the_stages(tmp_path: Path) -> None:
         stages = json.loads(Path(plan).read_text())["stages"]
         assert [stage["evidence"]["provider"] for stage in stages] == kinds
         assert stages[kinds.index("snp")]["evidence"] == pins
+        Path(plan).unlink()
     refused: list[tuple[tuple[str, ...], str]] = [
         (("--snp", snp, *root), "leave out"), (("--snp", "mock"), "--root-key"), (("--snp", nitro), "min_tcb"),
         (("--snp", "/nowhere"), "No such file"),
@@ -311,6 +338,7 @@ def test_plan_pins_trust_domains_in_order_and_warns_of_weak_ones(tmp_path: Path)
     done = run("plan", "--split", "4+4+4", "--tdx", str(tmp_path / "good"), "--pcrs", str(tmp_path / "image"),
                "--tdx", str(tmp_path / "weak"), "-o", str(plan))  # fmt: skip
     assert [stage.platform.name for stage in Manifest.parse(plan.read_bytes()).stages] == ["tdx", "nitro", "tdx"]
+    plan.unlink()
     warned = [line for line in done.stderr.splitlines() if "warning" in line]
     assert ["SEPT_VE_DISABLE" in warned[0], "rtmr1 and rtmr2 zero" in warned[1], len(warned)] == [True, True, 2]
     assert all(f"--tdx {tmp_path / 'weak'}" in line for line in warned)
@@ -334,9 +362,17 @@ def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stage
                "--address", "tcp://127.0.0.1:1", "--address", "tcp://127.0.0.1:2", "-o", str(plan))  # fmt: skip
     digest = done.stdout.strip()
     assert re.fullmatch("[0-9a-f]{64}", digest)
+    before = plan.read_bytes()
+    refused = run("plan", "--root-key", root.public.hex(), "-o", str(plan), code=2).stderr
+    assert f"{plan}: exists, and a pipeline may run by it: choose another name, or remove it first" in refused
+    assert plan.read_bytes() == before
     flags = ("--manifest", str(plan), "--allow-mock", "--client-key", str(tmp_path / "client.key"))
     dead = run("status", *flags, "--manifest-sha256", digest, code=4).stdout.splitlines()
     assert ["cannot be reached" in dead[0], "not asked" in dead[1]] == [True, True]
+    for stage in json.loads(run("status", *flags, "--json", code=4).stdout)["stages"]:
+        assert stage["error"]
+        unknown = {name for name, value in stage.items() if value is None}  # not 0
+        assert unknown >= {"uptime_s", "weights_bytes", "channels", "sequences", "queue", "rate", "tokens", "resumed"}
     assert "sha256" in run("status", *flags, "--manifest-sha256", "0" * 64, code=3).stderr
 
     status = ("status", "--manifest", str(tiny.path), "--allow-mock")

@@ -242,6 +242,7 @@ def test_plan_pins_images_by_their_descriptions_and_nothing_but_an_enclave_serve
     )  # fmt: skip
     assert stage.returncode == AttestationError.exit_code
     assert "/dev/nsm" in stage.stderr
+    (tmp_path / "nitro.json").unlink()
     mixed = ["--pcrs", "mock", "--pcrs", told, "--root-key", MockRoot.generate().public.hex()]
     assert minigpt_command(*plan, *mixed).returncode == 0
     kinds = [stage.platform.name for stage in Manifest.parse((tmp_path / "nitro.json").read_bytes()).stages]

@@ -27,7 +27,7 @@ import minigpt
 from attest.providers.mock import MockRoot
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.sampling import Sampling
-from minigpt.errors import ManifestError, RequestRefused, StageError, UntrustedStage, UsageError
+from minigpt.errors import ManifestError, RequestRefused, StageError, UnreachableStage, UntrustedStage, UsageError
 from minigpt.protocol import batches, links
 from minigpt.protocol.batches import Batch, Result, Segment, Terms
 from minigpt.protocol.batchlink import BatchLink
@@ -669,8 +669,16 @@ def test_a_stage_with_another_manifest_completes_no_handshake(folder: Path, tmp_
         other = stages.bytes.replace(b'"id": "small"', b'"id": "smalL"')
         stages.start(0)
         own = Manifest.parse(other).digest.hex()
-        with pytest.raises(UntrustedStage, match=f"stage 0 has another manifest than this end, whose sha256 is {own}"):
+        said = f"stage 0 has another manifest than this end, whose sha256 is {own}: compare it"
+        with pytest.raises(UntrustedStage, match=said):
             Pipeline.connect(other, places=stages.places, allow_mock=True)
+        suites = stages.bytes.replace(b'"suites": [\n    2\n', b'"suites": [\n    1\n')
+        own = Manifest.parse(suites).digest.hex()
+        said = rf"stage 0 hung up .* most likely it has another manifest .* ours has the sha256 {own}: compare"
+        with pytest.raises(UnreachableStage, match=said):
+            Pipeline.connect(suites, places=stages.places, allow_mock=True)
+        assert f"manifest sha256 {stages.manifest.digest.hex()}\n" in stages.log(0)  # what to compare with
+        assert eventually(lambda: "suite 1, wanted one of (2,): the peer has another manifest" in stages.log(0))
 
 
 def test_a_stage_makes_no_link_once_its_manifest_has_expired(folder: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 from chains import Chain, Rest, told
 from made import SMALL, cut, random_tensors
 
-from minigpt.errors import StageError, UnreachableStage
+from minigpt.errors import LateStage, StageError, UnreachableStage
 from minigpt.protocol import batches, links
 from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.messages import Generate
-from transport.errors import Closed, TimedOut, TransportError, Truncated
+from transport.errors import Closed, Silent, TimedOut, TransportError, Truncated
 
 
 @pytest.fixture
@@ -85,6 +85,9 @@ class Parting(Talking):
         assert isinstance(self.said, TransportError)
         raise self.said
 
+    def fileno(self) -> int:
+        return 3
+
 
 @pytest.mark.parametrize(
     ("said", "kind"), [(Closed("the peer has closed the link"), UnreachableStage), (Truncated("reset"), StageError)]
@@ -100,6 +103,27 @@ def test_a_stage_that_closed_its_link_in_order_has_not_died_whoever_notices_it(
         assert type(caught.value) is kind
         assert links.failed(links.failure(caught.value, 1)).args == caught.value.args
         assert type(links.failed(links.failure(caught.value, 1))) is kind
+
+
+class Ended(Parting):
+    """A thread that receives has found the peer dead, and ended the channel; this one would send."""
+
+    def send(self, *_arguments: object) -> None:
+        raise Silent("did not finish a message in 60 s")
+
+    def fileno(self) -> int:
+        return -1
+
+
+def test_whoever_sends_on_a_link_that_ended_inside_a_message_is_told_why() -> None:
+    channel, manifest = (
+        Ended(Closed("this end of the link is closed")),
+        SimpleNamespace(config=SMALL, stages=[None] * 3),
+    )
+    link = BatchLink(channel, manifest, 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(StageError, match=r"^stage 2 did not finish a message in 60 s") as caught:
+        link.send_batch(batches.Batch((), batches.NO_ROWS), ())
+    assert not isinstance(caught.value, UnreachableStage | LateStage)  # it has died: the caller's time was not over
 
 
 class Halting(Talking):

@@ -294,6 +294,19 @@ def test_what_is_not_plain_json_is_refused(data: bytes) -> None:
         Manifest.parse(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (written().replace(b"\n", b"\r\n"), "lines that end in CR LF, wanted LF, .* copy the file again"),
+        (b"\xef\xbb\xbf" + written(), "begins with a byte-order mark, wanted UTF-8 without one"),
+        (written().decode().encode("utf-16"), "begins with a byte-order mark, wanted UTF-8 without one"),
+    ],
+)
+def test_what_an_editor_did_to_one_is_named(data: bytes, found: str) -> None:
+    with pytest.raises(ManifestError, match=found):
+        Manifest.parse(data)
+
+
 def test_an_expired_one_is_refused_and_a_clock_behind_its_issue_counts_as_its_issue() -> None:
     read = Manifest.parse(written())
     read.check_time(ISSUED.timestamp() - 1e6)

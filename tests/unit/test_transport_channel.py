@@ -1,6 +1,7 @@
 """Channels over real sockets: deadlines, ends, threads, and the errors of the system."""
 
 import contextlib
+import re
 import socket
 import time
 
@@ -22,6 +23,7 @@ from transport.errors import (
     LimitError,
     PeerAlert,
     RecordError,
+    Silent,
     TimedOut,
     TransportError,
     Truncated,
@@ -139,8 +141,12 @@ def test_one_thread_sends_while_another_waits(pair):
 def test_a_timeout_of_the_callers_own_leaves_the_channel_alive(pair):
     a, b = pair
     for timeout in (0, 0.05):
-        with pytest.raises(TimedOut, match="no message"):
+        with pytest.raises(TimedOut, match="no message was complete in") as caught:
             b.receive(timeout)
+        assert not isinstance(caught.value, Silent)
+        waited = re.search(r"in ([0-9.e-]+) s", str(caught.value))
+        assert waited is not None
+        assert float(waited[1]) >= 0.95 * timeout  # what was waited, in three digits
     a.send({"n": 1})
     assert b.receive(5.0) == {"n": 1}
 
