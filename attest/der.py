@@ -146,3 +146,19 @@ class Reader:
         if late and moment.year < 2050:
             raise EvidenceError("DER: got a year before 2050 in four digits")
         return moment
+
+
+def only(data: bytes, tag: int = SEQUENCE) -> bytes:
+    """The content of the one element that `data` is. Raises EvidenceError."""
+    outer = Reader(data)
+    content = outer.content(tag)
+    outer.end()
+    return content
+
+
+def only_integer(data: bytes) -> int:
+    """The integer, not negative, that `data` is. Raises EvidenceError."""
+    outer = Reader(data)
+    number = outer.integer()
+    outer.end()
+    return number

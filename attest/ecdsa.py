@@ -48,3 +48,13 @@ def is_signed(key: EccKey, hasher: ModuleType, message: bytes, r: int, s: int) -
     except ValueError:
         return False
     return True
+
+
+def is_signed_raw(key: object, curve: str, hasher: ModuleType, message: bytes, signature: bytes) -> bool:
+    """Whether r ‖ s, big-endian, is the signature of `message` by `key`, and that is one of the curve."""
+    half = SIZE[curve]
+    if not isinstance(key, EccKey) or key.curve != f"NIST {curve}" or len(signature) != 2 * half:
+        return False
+    return is_signed(
+        key, hasher, message, *(int.from_bytes(part, "big") for part in (signature[:half], signature[half:]))
+    )

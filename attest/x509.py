@@ -26,14 +26,14 @@ from Crypto.PublicKey.RSA import RsaKey
 from Crypto.Signature import pss
 
 from attest import EvidenceError, Failure, ecdsa
-from attest.der import OCTETS, SEQUENCE, SET, Reader
+from attest.der import OCTETS, SEQUENCE, SET, Reader, only, only_integer
 
 MAX_SIZE = 4096  # bytes of a certificate; genuine ones have at most 1.7 KB
 MAX_LIST = 64 * 1024  # bytes of a revocation list
 MAX_PARTS = 16  # of a name, and extensions; genuine certificates have at most 11
 LENGTHS = range(2, 7)  # certificates of a chain; Nitro's have 5
 
-COMMON_NAME, BASIC_CONSTRAINTS, KEY_USAGE = "2.5.4.3", "2.5.29.19", "2.5.29.15"
+COMMON_NAME, BASIC_CONSTRAINTS, KEY_USAGE, CRL_NUMBER = "2.5.4.3", "2.5.29.19", "2.5.29.15", "2.5.29.20"
 DIGITAL_SIGNATURE, KEY_CERT_SIGN, CRL_SIGN = 0, 5, 6  # bits of KEY_USAGE
 
 # Algorithms by their whole encoding: so none has parameters of its own.
@@ -166,6 +166,11 @@ class Crl(_Signed):
                 raise EvidenceError("revocation list: got an entry with a critical extension")
         return frozenset(serials)
 
+    @property
+    def number(self) -> int | None:
+        """Its own, which grows with each list; None if it has none. Raises EvidenceError."""
+        return only_integer(self.extensions[CRL_NUMBER][1]) if CRL_NUMBER in self.extensions else None
+
     def failures(self, signer: Certificate, now: datetime) -> list[Failure]:
         """What is wrong with it as a list of `signer`, whose own chain is another question, as is what it lists."""
         wrong = []
@@ -271,9 +276,7 @@ def _key(fields: Reader) -> Key:
         return ecdsa.public_key(_CURVES[algorithm], key[1:])
     if algorithm != _RSA:
         raise EvidenceError("certificate: got a key that is not of P-256, P-384 or RSA")
-    outer = Reader(key)
-    numbers = outer.inside(SEQUENCE)
-    outer.end()
+    numbers = Reader(only(key))
     modulus, exponent = numbers.integer(), numbers.integer()
     numbers.end()
     if modulus.bit_length() != _RSA_BITS or exponent != _RSA_EXPONENT:
@@ -286,9 +289,7 @@ def _key(fields: Reader) -> Key:
 
 def _signed(data: bytes) -> tuple[bytes, bytes, bytes | tuple[int, int]]:
     """What is signed, by which algorithm, and the signature."""
-    outer = Reader(data)
-    parts = outer.inside(SEQUENCE)
-    outer.end()
+    parts = Reader(only(data))
     tbs, algorithm, signature = parts.whole(SEQUENCE), parts.whole(SEQUENCE), parts.bits()
     parts.end()
     return tbs, algorithm, _signature(algorithm, signature)
@@ -301,9 +302,7 @@ def _signature(algorithm: bytes, signed: bytes) -> bytes | tuple[int, int]:
         return signed
     if algorithm not in _ECDSA:
         raise EvidenceError("certificate: got a signature that is not ECDSA with SHA-256 or SHA-384, nor AMD's RSA PSS")
-    outer = Reader(signed)
-    numbers = outer.inside(SEQUENCE)
-    outer.end()
+    numbers = Reader(only(signed))
     r, s = numbers.integer(), numbers.integer()
     numbers.end()
     return r, s
@@ -331,9 +330,7 @@ def _extensions(fields: Reader, tag: int | None = None) -> dict[str, tuple[bool,
 def _constraints(extensions: dict[str, tuple[bool, bytes]]) -> tuple[bool, int | None]:
     if BASIC_CONSTRAINTS not in extensions:
         return False, None
-    outer = Reader(extensions[BASIC_CONSTRAINTS][1])
-    fields = outer.inside(SEQUENCE)
-    outer.end()
+    fields = Reader(only(extensions[BASIC_CONSTRAINTS][1]))
     authority = fields.optional_true()
     path_length = fields.integer() if authority and fields.more else None
     fields.end()

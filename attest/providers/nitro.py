@@ -13,14 +13,12 @@ Three layers, in this order: `parse` reads, `authenticate` checks who says so an
 
 import fcntl
 import os
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from Crypto.Hash import SHA384
-from Crypto.PublicKey.ECC import EccKey
 
 from attest import (
     AttestationError,
@@ -29,17 +27,16 @@ from attest import (
     Evidence,
     EvidenceError,
     Failure,
-    PolicyError,
     Provider,
     cbor,
     ecdsa,
     nsm,
-    provider_name,
     x509,
 )
 from attest.document import Place
-from attest.policy import date, differences
+from attest.policy import date
 from attest.providers import AnyCode, Platform
+from attest.providers.vendor import Bound, Pinned, VendorAttester, VendorVerifier, accept, believed
 from attest.x509 import Certificate
 
 MAX_DOCUMENT = 12 * 1024  # bytes; what the device gives at most. Genuine ones have 4.5 KB
@@ -88,6 +85,22 @@ class Statement:
     def debug(self) -> bool:
         """Whether the enclave's owner reads its console: its code registers are zero then."""
         return not any(any(self.pcrs.get(index, b"")) for index in CODE)
+
+    @property
+    def registers(self) -> dict[str, bytes]:
+        """The PCRs by the names of their pins."""
+        return {f"pcr{index}": value for index, value in sorted(self.pcrs.items())}
+
+    def bound(self, binding: Binding) -> Bound:
+        return [
+            ("user_data", self.user_data, binding.digest),
+            ("nonce", self.nonce, binding.handshake_hash),
+            ("public_key", self.public_key, binding.static_key),
+        ]
+
+    def result(self, claims: bytes) -> AttestationResult:
+        registers = tuple(self.registers.items())
+        return AttestationResult(Provider.NITRO, self.pcrs[0], self.debug, claims, None, self.timestamp, registers)
 
 
 @dataclass(frozen=True)
@@ -156,27 +169,19 @@ def authenticate(
 
     Raises EvidenceError. Whether it is acceptable is another question: `appraise`.
     """
-    statement, wrong = examine(evidence, endorsements, ROOTS if roots is None else roots, now or datetime.now(UTC))
-    if wrong:
-        raise EvidenceError.of(wrong)
-    return statement
+    return believed(examine(evidence, endorsements, roots, now))
 
 
 def examine(
-    evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes], now: datetime
+    evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes] | None, now: datetime | None
 ) -> tuple[Statement, list[Failure]]:
     """What a document says, and all reasons not to believe it. Raises EvidenceError for malformed and alg."""
+    roots, now = ROOTS if roots is None else roots, now or datetime.now(UTC)
     if endorsements:
         raise EvidenceError(f"Nitro document: got {len(endorsements)} endorsements beside it, wanted none")
     document = parse(evidence)
     wrong = x509.path(document.chain, roots, now)
-    key, r, s = document.chain[0].key, document.signature[:SIZE], document.signature[SIZE:]
-    numbers = int.from_bytes(r, "big"), int.from_bytes(s, "big")
-    if not (
-        isinstance(key, EccKey)
-        and key.curve == "NIST P-384"
-        and ecdsa.is_signed(key, SHA384, document.signed, *numbers)
-    ):
+    if not ecdsa.is_signed_raw(document.chain[0].key, "P-384", SHA384, document.signed, document.signature):
         wrong.append(("signature", "signature: got one that is not by the document's certificate: it was altered"))
     made = document.statement.timestamp
     if abs(now.timestamp() * 1000 - made) > MAX_AGE * 1000:
@@ -185,14 +190,12 @@ def examine(
     return document.statement, wrong
 
 
-def appraise(statement: Statement, pins: Mapping[str, str] | AnyCode, allow_debug: bool = False) -> None:
+def appraise(statement: Statement, pins: Pinned, allow_debug: bool = False) -> None:
     """Accepts an authentic statement, or raises PolicyError with all that differs. Arguments as of `failures`."""
-    wrong = failures(statement, pins, allow_debug)
-    if wrong:
-        raise PolicyError(*(sentence for _, sentence in wrong))
+    accept(failures(statement, pins, allow_debug))
 
 
-def failures(statement: Statement, pins: Mapping[str, str] | AnyCode, allow_debug: bool = False) -> list[Failure]:
+def failures(statement: Statement, pins: Pinned, allow_debug: bool = False) -> list[Failure]:
     """What of an authentic statement is not acceptable, all at once.
 
     Args:
@@ -204,7 +207,7 @@ def failures(statement: Statement, pins: Mapping[str, str] | AnyCode, allow_debu
         wrong.append(("debug", "debug: got on (PCR0 to PCR2 are zero), wanted off; run the enclave without debug mode"))
     if isinstance(pins, AnyCode):
         return wrong
-    found = {f"pcr{index}": value.hex() for index, value in statement.pcrs.items()}
+    found = {name: value.hex() for name, value in statement.registers.items()}
     for name, wanted in pins.items():
         got = found.get(name, "none")
         if name in ("provider", "covers"):
@@ -240,9 +243,6 @@ class NitroPins:
         registers = {_NAMES[index]: value.hex() for index, value in sorted(self.pcrs.items())}
         return {"provider": "nitro", "covers": "image"} | registers
 
-    def verifier(self, claims: bytes, stage: int, clock: Callable[[], float]) -> "NitroVerifier":
-        return NitroVerifier(self, claims, clock=clock)  # the stage's index is among the claims
-
 
 def pinned(statement: Statement) -> NitroPins:
     """What a manifest would pin of this: all registers that say something."""
@@ -250,76 +250,27 @@ def pinned(statement: Statement) -> NitroPins:
 
 
 @dataclass(frozen=True)
-class NitroVerifier:
-    """Judges a document: authentic, made for this handshake by an end with these claims, and as pinned."""
-
-    pins: NitroPins
-    claims: bytes  # exactly what the stage has to claim
-    _: KW_ONLY
-    roots: frozenset[bytes] = ROOTS
-    clock: Callable[[], float] = time.time  # seconds since the epoch
-
-    def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
-        """The result, once authenticated and accepted; see `attest.Verifier`. An error has all failures."""
-        if evidence.provider != Provider.NITRO:
-            raise EvidenceError(f"provider: got {provider_name(evidence.provider)}, wanted nitro (2)", "provider")
-        now = datetime.fromtimestamp(self.clock(), UTC)
-        statement, wrong = examine(evidence.evidence, evidence.endorsements, self.roots, now)
-        wrong += _unbound(statement, evidence, binding)
-        differing = failures(statement, self.pins.to_json())
-        refused = PolicyError(*(text for _, text in differing), *differences(evidence.claims, self.claims))
-        if wrong:
-            raise EvidenceError.of([*wrong, *refused.failures])
-        if refused.failures:
-            raise refused
-        registers = tuple((f"pcr{index}", value) for index, value in sorted(statement.pcrs.items()))
-        return AttestationResult(
-            Provider.NITRO, statement.pcrs[0], statement.debug, evidence.claims, None, statement.timestamp, registers
-        )
-
-
-def _unbound(statement: Statement, evidence: Evidence, binding: Binding) -> list[Failure]:
-    """What of a document is not of this handshake and end."""
-    pairs = [
-        ("provider", bytes([evidence.provider]), bytes([binding.provider])),
-        ("claims", evidence.claims, binding.claims),
-        ("user_data", statement.user_data, binding.digest),
-        ("nonce", statement.nonce, binding.handshake_hash),
-        ("public_key", statement.public_key, binding.static_key),
-    ]
-    advice = "it was made for another handshake, role, static key or claims"
-    return [
-        ("binding", f"binding: got {name} {(got or b'').hex() or 'none'}, wanted {wanted.hex()}; {advice}")
-        for name, got, wanted in pairs
-        if got != wanted
-    ]
+class NitroVerifier(VendorVerifier):
+    provider = Provider.NITRO
+    roots: Collection[bytes] = ROOTS
+    examine = staticmethod(examine)
+    failures = staticmethod(failures)
 
 
 @dataclass(frozen=True)
-class NitroAttester:
-    """Asks the enclave's device for documents, one for each handshake."""
+class NitroAttester(VendorAttester):
+    """Asks the enclave's device."""
 
     provider = Provider.NITRO
-    claims: bytes  # what the stage claims about itself; never a peer's choice
     _: KW_ONLY
     device: str = nsm.DEVICE
     ioctl: nsm.Ioctl = fcntl.ioctl
 
-    def attest(self, binding: Binding) -> Evidence:
-        """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
-
-        Raises AttestationError if the device fails, or gives a document of anything else.
-        """
-        if (binding.provider, binding.claims) != (self.provider, self.claims):
-            raise ValueError("binding: its provider or claims are not this attester's own")
+    def ask_for(self, binding: Binding) -> tuple[bytes, Statement, tuple[bytes, ...]]:
         document = nsm.document(
             binding.digest, binding.handshake_hash, binding.static_key, device=self.device, ioctl=self.ioctl
         )
-        evidence = Evidence(self.provider, self.claims, document, ())
-        wrong = _unbound(parse(document).statement, evidence, binding)
-        if wrong:
-            raise EvidenceError.of(wrong)
-        return evidence
+        return document, parse(document).statement, ()
 
 
 def _attester(key: bytes, claims: bytes, folder: str | None) -> NitroAttester:
@@ -334,8 +285,8 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
         "made": date(statement.timestamp),
         "module": statement.module_id,
         "debug": statement.debug,
-        "registers": {f"pcr{index}": value.hex() for index, value in sorted(statement.pcrs.items())},
+        "registers": statement.registers,
     } | {name: getattr(statement, name) for name in _BOUND if getattr(statement, name) is not None}
 
 
-PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroPins.verifier, _describe, CHECKS, _attester)
+PLATFORM = Platform(Provider.NITRO, NitroPins.read, NitroVerifier.of_stage, _describe, CHECKS, _attester)

@@ -1,9 +1,6 @@
 """AMD SEV-SNP: an attestation report says which image a guest was started with, and on which platform.
 
-    report     1184 bytes, little-endian, `parse` lists them                  ECDSA P-384 SHA-384 by the VEK
-    VEK        the key of a chip (VCEK) or of a cloud (VLEK), for one version of the firmware: the reported TCB
-    chain      SEV-VCEK <- SEV-Milan <- ARK-Milan                             or Genoa, Turin
-               SEV-VLEK <- SEV-VLEK-Milan <- ARK-Milan
+    AMD's root (ARK) ──► ASK or ASVK ──► VEK ──► report          the certificates: `snp_chain`; the report: `snp_report`
 
 The binding B is its report_data. Endorsements are the VEK and, in any order, ASK (or ASVK), ARK and perhaps the ARK's
 revocation list, each in DER. A report has no date: it is as fresh as its binding.
@@ -13,15 +10,11 @@ Three layers, in this order: `parse` reads, `authenticate` checks who says so, `
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
-
-from Crypto.Hash import SHA384
-from Crypto.PublicKey.ECC import EccKey
 
 from attest import (
     AttestationError,
@@ -30,53 +23,32 @@ from attest import (
     Evidence,
     EvidenceError,
     Failure,
-    PolicyError,
     Provider,
     certificates,
-    ecdsa,
-    provider_name,
     sev_guest,
     tsm,
     x509,
 )
-from attest.der import IA5, INTEGER, OCTETS, Reader
 from attest.document import Place
-from attest.policy import differences
 from attest.providers import AnyCode, Platform
-from attest.x509 import Certificate, Crl
+from attest.providers.snp_chain import TCB, Vek, endorsements, is_by, misnamed, read, revoked, unfit
+from attest.providers.snp_report import DEBUG, MIGRATE, MUST_BE_ONE, SIGNED, SIZE, Report, parse
+from attest.providers.vendor import FieldPins, Pinned, VendorAttester, VendorVerifier, accept, believed
 
-SIZE = 1184  # bytes of a report
-SIGNED = 0x2A0  # bytes of it that are signed
-MASKED = bytes(64)  # the chip_id of a platform that does not say which it is
+__all__ = [
+    "CHECKS", "PLATFORM", "ROOTS", "SIGNED", "SIZE", "SnpAttester", "SnpPins", "SnpVerifier", "Statement", "appraise",
+    "authenticate", "endorsements", "examine", "failures", "parse", "pinned",
+]  # fmt: skip
+
 MAX_LISTED = 64  # measurements or chips in one manifest entry
-SIGNERS = {0: "vcek", 1: "vlek"}
-SMT, MUST_BE_ONE, MIGRATE, DEBUG = 16, 17, 18, 19  # bits of the policy
+DIGESTS = ("host_data", "id_key_digest", "author_key_digest")
 
 # SHA-256 of the certificates ARK-Milan, ARK-Genoa, ARK-Turin, as AMD's key server gives them.
-ROOTS = frozenset(
-    map(
-        bytes.fromhex,
-        (
-            "69d063b45344d26a2e94e1f4210de49ef555308287d4c174445c95639a540bcd",
-            "4c6598d19c18719c5dfd4a7d335f674e5bfe1d8f800cea2cf270c10d103db2f1",
-            "1f084161a44bb6d93778a904877d4819cafa5d05ef4193b2ded9dd9c73dd3f6a",
-        ),
-    )
-)
-
-# What the eight bytes of a TCB are, "" being zero; numbers of security versions, higher is newer.
-_MILAN = ("bootloader", "tee", "", "", "", "", "snp", "microcode")
-_TURIN = ("fmc", "bootloader", "tee", "snp", "", "", "", "microcode")
-TCB = {"Milan": _MILAN, "Genoa": _MILAN, "Turin": _TURIN}
-_MODELS = {  # of a report's processor, by family
-    0x19: {"Milan": [*range(0x10)], "Genoa": [*range(0x10, 0x20), *range(0xA0, 0xB0)]},
-    0x1A: {"Turin": [*range(0x12)]},
-}
-_CHIP = {"Milan": 64, "Genoa": 64, "Turin": 8}  # bytes of a certificate's hwID; chip_id is that and zeros
-
-_OID = "1.3.6.1.4.1.3704.1."
-_VERSIONS = {"bootloader": "3.1", "tee": "3.2", "snp": "3.3", "microcode": "3.8", "fmc": "3.9"}  # below _OID
-_CRL_NUMBER = "2.5.29.20"
+ROOTS = frozenset(bytes.fromhex(digest) for digest in (
+    "69d063b45344d26a2e94e1f4210de49ef555308287d4c174445c95639a540bcd",
+    "4c6598d19c18719c5dfd4a7d335f674e5bfe1d8f800cea2cf270c10d103db2f1",
+    "1f084161a44bb6d93778a904877d4819cafa5d05ef4193b2ded9dd9c73dd3f6a",
+))  # fmt: skip
 
 # The checks in their order, pins aside, and what holds where one passes. The first two end the rest.
 CHECKS = {
@@ -99,52 +71,6 @@ CHECKS = {
 
 
 @dataclass(frozen=True)
-class Report:
-    """The fields of a report. Nobody has checked its signature."""
-
-    version: int
-    guest_svn: int
-    policy: int
-    family_id: bytes
-    image_id: bytes
-    vmpl: int
-    current_tcb: bytes
-    platform_info: int
-    key_info: int
-    report_data: bytes
-    measurement: bytes
-    host_data: bytes
-    id_key_digest: bytes
-    author_key_digest: bytes
-    report_id: bytes
-    report_id_ma: bytes
-    reported_tcb: bytes
-    processor: bytes  # family, model, stepping; zeros in version 2
-    chip_id: bytes
-    committed_tcb: bytes
-    versions: bytes
-    launch_tcb: bytes
-    mitigations: bytes
-    signed: bytes
-    signature: tuple[int, int]  # r, s
-
-    @property
-    def signer(self) -> str:
-        """Whose key signed it: "vcek", a chip's, or "vlek", a cloud's on any of its chips."""
-        return SIGNERS[self.key_info >> 2 & 7]
-
-    @property
-    def debug(self) -> bool:
-        """Whether the host may read the guest's memory."""
-        return bool(self.policy >> DEBUG & 1)
-
-    @property
-    def migratable(self) -> bool:
-        """Whether a migration agent may move the guest, and so has its keys."""
-        return bool(self.policy >> MIGRATE & 1) or self.report_id_ma != b"\xff" * 32
-
-
-@dataclass(frozen=True)
 class Statement(Report):
     """What a report says, on AMD's word, with what its endorsements say."""
 
@@ -156,119 +82,10 @@ class Statement(Report):
         """One of its TCBs as numbers, by their names."""
         return {name: number for name, number in zip(TCB[self.product], encoded, strict=True) if name}
 
-
-class _Fields:
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise EvidenceError(f"SNP report: wanted {count} bytes at {self.at:#x}, got {len(self.data) - self.at}")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, count: int) -> int:
-        return int.from_bytes(self.take(count), "little")
-
-    def zeros(self, count: int) -> None:
-        at = self.at
-        if any(self.take(count)):
-            raise EvidenceError(f"SNP report: got something in the {count} bytes at {at:#x}, wanted zeros")
-
-    def zeros_to(self, end: int) -> None:
-        self.zeros(end - self.at)
-
-
-def parse(evidence: bytes) -> Report:
-    """The fields of a report. Raises EvidenceError, malformed or alg."""
-    if len(evidence) != SIZE:
-        raise EvidenceError(f"SNP report: got {len(evidence)} bytes, wanted {SIZE}")
-    at = _Fields(evidence)
-    found: dict[str, Any] = {"version": at.number(4), "guest_svn": at.number(4), "policy": at.number(8)}
-    version, policy = found["version"], found["policy"]
-    if not 2 <= version <= 5:
-        raise EvidenceError(f"SNP report: got version {version}, wanted 2 to 5")
-    if not policy >> MUST_BE_ONE & 1 or policy >> 26:
-        raise EvidenceError(f"SNP report: got the policy {policy:#x}, wanted bit {MUST_BE_ONE} and none above 25")
-    found |= {"family_id": at.take(16), "image_id": at.take(16), "vmpl": at.number(4)}
-    algorithm = at.number(4)
-    if algorithm != 1:
-        text = f"alg: got a report with the signature algorithm {algorithm}, wanted 1, ECDSA P-384 with SHA-384"
-        raise EvidenceError(text, "alg")
-    found |= {"current_tcb": at.take(8), "platform_info": at.number(8), "key_info": at.number(4)}
-    if found["key_info"] >> 5 or found["key_info"] >> 2 not in SIGNERS:
-        raise EvidenceError(f"SNP report: got the key info {found['key_info']:#x}, wanted a VCEK or VLEK as signer")
-    at.zeros(4)
-    found |= {"report_data": at.take(64), "measurement": at.take(48), "host_data": at.take(32)}
-    found |= {"id_key_digest": at.take(48), "author_key_digest": at.take(48)}
-    found |= {"report_id": at.take(32), "report_id_ma": at.take(32), "reported_tcb": at.take(8)}
-    found["processor"] = at.take(3)
-    if version < 3 and any(found["processor"]):
-        raise EvidenceError("SNP report: got a processor in version 2, wanted zeros")
-    at.zeros_to(0x1A0)
-    found |= {"chip_id": at.take(64), "committed_tcb": at.take(8), "versions": at.take(8), "launch_tcb": at.take(8)}
-    found["mitigations"] = at.take(16)
-    if version < 5 and any(found["mitigations"]):
-        raise EvidenceError(f"SNP report: got mitigations in version {version}, wanted zeros")
-    at.zeros_to(SIGNED)
-    numbers = []
-    for _ in range(2):
-        numbers.append(at.number(48))
-        at.zeros(24)  # cutting them would let one signature have two encodings
-    at.zeros_to(SIZE)
-    return Report(**found, signed=evidence[:SIGNED], signature=(numbers[0], numbers[1]))
-
-
-@dataclass(frozen=True)
-class _Vek:
-    """What AMD says about the key of a report, in extensions of its certificate."""
-
-    product: str
-    versions: dict[str, int]  # the TCB that it is of
-    chip: bytes | None
-    csp_id: str | None
-
-    @classmethod
-    def read(cls, certificate: Certificate) -> "_Vek":
-        extensions = {oid: value for oid, (_, value) in certificate.extensions.items()}
-        text, csp = extensions.get(_OID + "2"), extensions.get(_OID + "5")
-        product = "" if text is None else _only(text, IA5).decode("ascii", "replace").partition("-")[0]
-        found = {name: _OID + number for name, number in _VERSIONS.items() if _OID + number in extensions}
-        versions = {name: int.from_bytes(_only(extensions[oid], INTEGER), "big") for name, oid in found.items()}
-        chip = extensions.get(_OID + "4")
-        if chip is not None and len(chip) not in _CHIP.values():  # newer ones wrap it
-            chip = _only(chip, OCTETS)
-        return cls(product, versions, chip, None if csp is None else _only(csp, IA5).decode("ascii", "replace"))
-
-    def tcb(self) -> bytes | None:
-        """As its report has it; None if a number is missing, or too large."""
-        numbers = [self.versions.get(name, -1) if name else 0 for name in TCB.get(self.product, ("none",))]
-        return bytes(numbers) if all(0 <= number < 256 for number in numbers) else None
-
-
-def _only(encoded: bytes, tag: int) -> bytes:
-    """The content of the one element that this is."""
-    outer = Reader(encoded)
-    if tag == INTEGER:
-        number = outer.integer()
-        content = number.to_bytes(max(1, (number.bit_length() + 7) // 8), "big")
-    else:
-        content = outer.content(tag)
-    outer.end()
-    return content
-
-
-def _read(endorsements: Sequence[bytes]) -> tuple[list[Certificate], bytes | None]:
-    """The chain, leaf first, and the revocation list, still encoded. Raises EvidenceError."""
-    if not 3 <= len(endorsements) <= 4:
-        wanted = "wanted VEK, ASK or ASVK, ARK and perhaps a revocation list"
-        raise EvidenceError(f"SNP endorsements: got {len(endorsements)}, {wanted}")
-    lists = [item for item in endorsements[1:] if certificates.is_list(item)]
-    vek, *above = [Certificate.read(item) for item in endorsements if item not in lists]
-    if len(above) != 2 or len(lists) != len(endorsements) - 3:
-        raise EvidenceError("SNP endorsements: got another number of certificates than three, or of lists than one")
-    above.sort(key=lambda certificate: certificate.issuer == certificate.subject)  # the root is its own issuer
-    return [vek, *above], lists[0] if lists else None
+    def result(self, claims: bytes) -> AttestationResult:
+        digests = ((name, getattr(self, name)) for name in DIGESTS)
+        registers = (("measurements", self.measurement), *digests)  # by the names of their pins
+        return AttestationResult(Provider.SNP, self.measurement, self.debug, claims, None, None, registers)
 
 
 def authenticate(
@@ -286,102 +103,37 @@ def authenticate(
 
     Raises EvidenceError. Whether it is acceptable is another question: `appraise`.
     """
-    statement, wrong = examine(evidence, endorsements, ROOTS if roots is None else roots, now or datetime.now(UTC))
-    if wrong:
-        raise EvidenceError.of(wrong)
-    return statement
+    return believed(examine(evidence, endorsements, roots, now))
 
 
 def examine(
-    evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes], now: datetime
+    evidence: bytes, endorsements: Sequence[bytes], roots: Collection[bytes] | None, now: datetime | None
 ) -> tuple[Statement, list[Failure]]:
     """What a report says, and all reasons not to believe it. Raises EvidenceError for malformed and alg."""
+    roots, now = ROOTS if roots is None else roots, now or datetime.now(UTC)
     report = parse(evidence)
-    chain, listed = _read(endorsements)
-    vek = _Vek.read(chain[0])
+    chain, listed = read(endorsements)
+    vek = Vek.read(chain[0])
     if vek.product not in TCB:
         raise EvidenceError(f"SNP endorsements: got a VEK of {vek.product[:40]!a}, wanted {', '.join(TCB)}")
-    wrong = x509.path(chain, roots, now) + _misnamed(report, chain, vek)
-    if not _is_by(report, chain[0]):
+    wrong = x509.path(chain, roots, now) + misnamed(report, chain, vek)
+    if not is_by(report, chain[0]):
         wrong.append(("signature", "signature: got one that is not by the VEK: it was altered, or is of another chip"))
-    wrong += _unfit(report, chain, vek)
+    wrong += unfit(report, chain, vek)
     number = None
     if listed is not None and hashlib.sha256(chain[2].der).digest() in roots:
-        number, revoked = _revoked(listed, chain, now)
-        wrong += revoked
+        number, more = revoked(listed, chain, now)
+        wrong += more
     found = {field.name: getattr(report, field.name) for field in fields(report)}
     return Statement(**found, product=vek.product, csp_id=vek.csp_id, crl_number=number), wrong
 
 
-def _revoked(listed: bytes, chain: Sequence[Certificate], now: datetime) -> tuple[int | None, list[Failure]]:
-    """A list's number, and what it and the chain have against each other. The root is one to believe.
-
-    What it did not sign is not read any further: a list may be long.
-    """
-    if len(listed) > x509.MAX_LIST or not x509.is_signed_by(listed, chain[2].key):
-        return None, [("chain", f"chain: got a revocation list that is not signed by {chain[2].common_name!a}")]
-    crl = Crl.read(listed)
-    wrong = crl.failures(chain[2], now)
-    for certificate in chain[1:]:
-        if certificate.serial in crl.serials:
-            name = f"{certificate.common_name[:80]!a} (serial {certificate.serial})"
-            wrong.append(("revoked", f"revoked: got {name} on AMD's list, wanted none that is there"))
-    number = crl.extensions.get(_CRL_NUMBER)
-    return None if number is None else int.from_bytes(_only(number[1], INTEGER), "big"), wrong
-
-
-def _is_by(report: Report, vek: Certificate) -> bool:
-    key = vek.key
-    if not isinstance(key, EccKey) or key.curve != "NIST P-384":
-        return False
-    return ecdsa.is_signed(key, SHA384, report.signed, *report.signature)
-
-
-def _misnamed(report: Report, chain: Sequence[Certificate], vek: _Vek) -> list[Failure]:
-    """Whether the chain is one of the key that the report names. Whole names: parts prove nothing."""
-    got = [certificate.common_name[:80] for certificate in chain]
-    middle = {"vcek": f"SEV-{vek.product}", "vlek": f"SEV-VLEK-{vek.product}"}[report.signer]
-    wanted = [f"SEV-{report.signer.upper()}", middle, f"ARK-{vek.product}"]
-    return [] if got == wanted else [("chain", f"chain: got the names {got!a}, wanted {wanted!a}")]
-
-
-def _unfit(report: Report, chain: Sequence[Certificate], vek: _Vek) -> list[Failure]:
-    """What the VEK's certificate says otherwise than the report."""
-    wrong = []
-    family, model, _ = report.processor
-    products = [name for name, models in _MODELS.get(family, {}).items() if model in models]
-    if report.version >= 3 and products != [vek.product]:
-        made = f"a processor of family {family:x}h, model {model:x}h"
-        wrong.append(("product", f"product: got {made}, and a VEK of {vek.product}, wanted one product"))
-    tcb = vek.tcb()
-    if report.reported_tcb != tcb:
-        of = "no TCB" if tcb is None else tcb.hex()
-        advice = "wanted them equal; the firmware was changed: fetch the VEK of the reported TCB"
-        wrong.append(("tcb", f"tcb: got the reported TCB {report.reported_tcb.hex()}, and a VEK of {of}, {advice}"))
-    unused = [i for i, name in enumerate(TCB[vek.product]) if not name]
-    if any(tcb[i] for tcb in (report.current_tcb, report.committed_tcb, report.launch_tcb) for i in unused):
-        wrong.append(("tcb", f"tcb: got a TCB with numbers that {vek.product} has not, wanted zeros there"))
-    if report.signer == "vlek":
-        if vek.csp_id is None or vek.chip is not None:
-            wrong.append(("chip-id", "chip-id: got a VLEK of a chip or of no cloud, wanted one of a cloud"))
-    elif report.chip_id == MASKED:
-        wrong.append(("chip-id", "chip-id: got none, wanted the chip's; let the host not mask it (MaskChipId)"))
-    elif vek.csp_id is not None or vek.chip is None or len(vek.chip) != _CHIP[vek.product]:
-        wrong.append(("chip-id", f"chip-id: got a VCEK of no chip, wanted one of {report.chip_id.hex()}"))
-    elif report.chip_id != vek.chip.ljust(64, b"\0"):
-        of = f"and a VCEK of {vek.chip.hex()}"
-        wrong.append(("chip-id", f"chip-id: got {report.chip_id.hex()}, {of}, wanted them equal"))
-    return wrong
-
-
-def appraise(statement: Statement, pins: Mapping[str, Any] | AnyCode, allow_debug: bool = False) -> None:
+def appraise(statement: Statement, pins: Pinned, allow_debug: bool = False) -> None:
     """Accepts an authentic statement, or raises PolicyError with all that differs. Arguments as of `failures`."""
-    wrong = failures(statement, pins, allow_debug)
-    if wrong:
-        raise PolicyError(*(sentence for _, sentence in wrong))
+    accept(failures(statement, pins, allow_debug))
 
 
-def failures(statement: Statement, pins: Mapping[str, Any] | AnyCode, allow_debug: bool = False) -> list[Failure]:
+def failures(statement: Statement, pins: Pinned, allow_debug: bool = False) -> list[Failure]:
     """What of an authentic statement is not acceptable, all at once.
 
     Args:
@@ -497,11 +249,8 @@ _COMPARE: dict[str, _Compare] = {
 }
 
 
-@dataclass(frozen=True)
-class SnpPins:
-    """What of a stage's report is pinned: the fields of a manifest's `evidence` object, which `read` has checked."""
-
-    fields: dict[str, Any]
+class SnpPins(FieldPins):
+    """What of a stage's report is pinned."""
 
     @classmethod
     def read(cls, place: Place) -> "SnpPins":
@@ -542,12 +291,6 @@ class SnpPins:
         }
         return cls(found | {name: read(place.get(name)) for name, read in readers.items() if name in place.value})
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(self.fields)
-
-    def verifier(self, claims: bytes, stage: int, clock: Callable[[], float]) -> "SnpVerifier":
-        return SnpVerifier(self, claims, clock=clock)  # the stage's index is among the claims
-
 
 def pinned(statement: Statement) -> SnpPins:
     """What a manifest would pin of this, on any chip."""
@@ -561,117 +304,33 @@ def pinned(statement: Statement) -> SnpPins:
         "min_tcb": {name: min(tcb[name] for tcb in tcbs) for name in tcbs[0]},
     }
     numbers = {"vmpl": statement.vmpl, "guest_svn": statement.guest_svn, "csp_id": statement.csp_id}
-    digests = {name: getattr(statement, name) for name in ("host_data", "id_key_digest", "author_key_digest")}
+    digests = {name: getattr(statement, name) for name in DIGESTS}
     found |= {name: value for name, value in numbers.items() if value}
     return SnpPins(found | {name: value.hex() for name, value in digests.items() if any(value)})
 
 
 @dataclass(frozen=True)
-class SnpVerifier:
-    """Judges a report: authentic, made for this handshake by an end with these claims, and as pinned."""
-
-    pins: SnpPins
-    claims: bytes  # exactly what the stage has to claim
-    _: KW_ONLY
-    roots: frozenset[bytes] = ROOTS
-    clock: Callable[[], float] = time.time  # seconds since the epoch
-
-    def verify(self, evidence: Evidence, binding: Binding) -> AttestationResult:
-        """The result, once authenticated and accepted; see `attest.Verifier`. An error has all failures."""
-        if evidence.provider != Provider.SNP:
-            raise EvidenceError(f"provider: got {provider_name(evidence.provider)}, wanted snp (3)", "provider")
-        now = datetime.fromtimestamp(self.clock(), UTC)
-        statement, wrong = examine(evidence.evidence, evidence.endorsements, self.roots, now)
-        wrong += _unbound(statement, evidence, binding)
-        differing = failures(statement, self.pins.to_json())
-        refused = PolicyError(*(text for _, text in differing), *differences(evidence.claims, self.claims))
-        if wrong:
-            raise EvidenceError.of([*wrong, *refused.failures])
-        if refused.failures:
-            raise refused
-        digests = ((name, getattr(statement, name)) for name in ("host_data", "id_key_digest", "author_key_digest"))
-        registers = (("measurements", statement.measurement), *digests)  # by the names of their pins
-        return AttestationResult(
-            Provider.SNP, statement.measurement, statement.debug, evidence.claims, None, None, registers
-        )
-
-
-def _unbound(report: Report, evidence: Evidence, binding: Binding) -> list[Failure]:
-    """What of a report is not of this handshake and end."""
-    pairs = [
-        ("provider", bytes([evidence.provider]), bytes([binding.provider])),
-        ("claims", evidence.claims, binding.claims),
-        ("report_data", report.report_data, binding.digest),
-    ]
-    advice = "it was made for another handshake, role, static key or claims; or a paravisor, as Azure's, fills it"
-    return [
-        ("binding", f"binding: got {name} {got.hex() or 'none'}, wanted {wanted.hex()}; {advice}")
-        for name, got, wanted in pairs
-        if got != wanted
-    ]
+class SnpVerifier(VendorVerifier):
+    provider = Provider.SNP
+    roots: Collection[bytes] = ROOTS
+    examine = staticmethod(examine)
+    failures = staticmethod(failures)
 
 
 @dataclass(frozen=True)
-class SnpAttester:
-    """Asks the guest's platform for reports, one for each handshake, and finds their endorsements."""
+class SnpAttester(VendorAttester):
+    """Asks the guest's platform for a report, and finds its endorsements."""
 
     provider = Provider.SNP
-    claims: bytes  # what the stage claims about itself; never a peer's choice
     ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a report, and a table of certificates
     _: KW_ONLY
     folder: str | None = None  # of more endorsements: what its operator puts there counts from then on
 
-    def attest(self, binding: Binding) -> Evidence:
-        """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
-
-        Raises AttestationError if the platform fails, its report is of anything else, or endorsements are missing.
-        """
-        if (binding.provider, binding.claims) != (self.provider, self.claims):
-            raise ValueError("binding: its provider or claims are not this attester's own")
+    def ask_for(self, binding: Binding) -> tuple[bytes, Report, tuple[bytes, ...]]:
         data, table = self.ask(binding.digest)
         report = parse(data)
         pool = certificates.in_table(table) + (certificates.in_folder(self.folder) if self.folder else [])
-        evidence = Evidence(self.provider, self.claims, data, endorsements(report, pool))
-        wrong = _unbound(report, evidence, binding)
-        if wrong:
-            raise EvidenceError.of(wrong)
-        return evidence
-
-
-def endorsements(report: Report, pool: Sequence[bytes]) -> tuple[bytes, ...]:
-    """Those of `pool`, certificates and lists in DER, that lead from a report to its root.
-
-    Raises AttestationError if one is missing; it says where AMD has it.
-    """
-    lists = {item: Crl.read(item) for item in pool if certificates.is_list(item)}
-    found = [Certificate.read(item) for item in pool if item not in lists]
-    chain = [certificate for certificate in found if _is_by(report, certificate)][:1]
-    while 0 < len(chain) < 3:
-        below = chain[-1]
-        signers = [above for above in found if below.issuer == above.subject and below.is_signed_by(above.key)]
-        if not signers:
-            break
-        chain.append(signers[0])
-    if len(chain) < 3:
-        missing = (report.signer.upper(), "ASK or ASVK", "ARK")[len(chain)]
-        raise AttestationError(f"endorsements: the {missing} of this report is missing; {_where(report)}")
-    root = chain[2]
-    issued = [item for item, crl in lists.items() if crl.issuer == root.subject and crl.is_signed_by(root.key)]
-    newest = sorted(issued, key=lambda item: lists[item].this_update)[-1:]
-    return (*(certificate.der for certificate in chain), *newest)
-
-
-def _where(report: Report) -> str:
-    """Where AMD publishes a report's endorsements, for a person."""
-    if report.signer == "vlek":
-        return "a VLEK is the cloud's: its host gives it with the report"
-    family, model, _ = report.processor
-    product = next((name for name, models in _MODELS.get(family, {}).items() if model in models), "PRODUCT")
-    names = {"fmc": "fmc", "bootloader": "bl", "tee": "tee", "snp": "snp", "microcode": "ucode"}
-    layout = zip(TCB.get(product, _MILAN), report.reported_tcb, strict=True)
-    versions = "&".join(f"{names[name]}SPL={number:02}" for name, number in layout if name)
-    site, chip = f"https://kdsintf.amd.com/vcek/v1/{product}", report.chip_id[: _CHIP.get(product, 64)].hex()
-    return f"put {site}/{chip}?{versions} and {site}/cert_chain into the folder of --endorsements"
+        return data, report, endorsements(report, pool)
 
 
 def _attester(key: bytes, claims: bytes, folder: str | None) -> SnpAttester:
@@ -702,4 +361,4 @@ def _describe(evidence: Evidence) -> dict[str, Any]:
     return shown | {"endorsements": [hashlib.sha256(item).hexdigest() for item in evidence.endorsements]}
 
 
-PLATFORM = Platform(Provider.SNP, SnpPins.read, SnpPins.verifier, _describe, CHECKS, _attester)
+PLATFORM = Platform(Provider.SNP, SnpPins.read, SnpVerifier.of_stage, _describe, CHECKS, _attester)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from Crypto.Hash import SHA256
-from Crypto.PublicKey.ECC import EccKey
 
 from attest import AttestationError, EvidenceError, Failure, certificates, ecdsa, x509
-from attest.der import OCTETS, SEQUENCE, Reader
+from attest.der import OCTETS, SEQUENCE, Reader, only, only_integer
 from attest.document import DocumentError, Place, load
 from attest.x509 import Certificate, Crl
 
@@ -43,7 +42,6 @@ _ANSWER = re.compile(rb'\s*\{"(tcbInfo|enclaveIdentity)":(\{.*\}),"signature":"(
 _TEXTS = {b"tcbInfo": "TCB info", b"enclaveIdentity": "QE identity"}
 
 _EXTENSION = "1.2.840.113741.1.13.1"
-_CRL_NUMBER = "2.5.29.20"
 _QE = struct.Struct("<16x4s28x16s64x32s96xHH60x64s")
 
 
@@ -71,9 +69,7 @@ class Pck:
 
 def _pairs(data: bytes, above: str) -> dict[int, bytes]:
     """The values, encoded, of a sequence of (OID, value), by the last number of their OIDs."""
-    outer = Reader(data)
-    entries, values = outer.inside(SEQUENCE), {}
-    outer.end()
+    entries, values = Reader(only(data)), {}
     while entries.more:
         pair = entries.inside(SEQUENCE)
         parent, _, last = pair.oid().rpartition(".")
@@ -90,18 +86,14 @@ def _value(values: dict[int, bytes], number: int) -> bytes:
 
 
 def _integer(values: dict[int, bytes], number: int, most: int) -> int:
-    fields = Reader(_value(values, number))
-    value = fields.integer()
-    fields.end()
+    value = only_integer(_value(values, number))
     if value > most:
         raise EvidenceError(f"PCK certificate: got {value} as its value {number}, wanted at most {most}")
     return value
 
 
 def _octets(values: dict[int, bytes], number: int, size: int) -> bytes:
-    fields = Reader(_value(values, number))
-    value = fields.content(OCTETS)
-    fields.end()
+    value = only(_value(values, number), OCTETS)
     if len(value) != size:
         raise EvidenceError(f"PCK certificate: got {len(value)} bytes as its value {number}, wanted {size}")
     return value
@@ -137,11 +129,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Intel says of a platform."""
+    """What Intel says of a platform: fields of a `Statement`."""
 
     status: str  # one of STATUSES
     advisories: tuple[str, ...]  # Intel's, on what is not up to date
-    evaluation: int  # the number of Intel's evaluation, which grows
+    tcb_evaluation: int  # the number of Intel's evaluation, which grows
     crl_numbers: tuple[int, int]  # of the root's list and the PCK authority's
 
 
@@ -283,9 +275,7 @@ def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
 
 def is_signed(signer: Certificate, message: bytes, signature: bytes) -> bool:
     """Whether 64 bytes, r ‖ s, are a certificate's signature of `message`: ECDSA P-256 SHA-256."""
-    key, half = signer.key, SIGNATURE // 2
-    numbers = int.from_bytes(signature[:half], "big"), int.from_bytes(signature[half:], "big")
-    return isinstance(key, EccKey) and key.curve == "NIST P-256" and ecdsa.is_signed(key, SHA256, message, *numbers)
+    return ecdsa.is_signed_raw(signer.key, "P-256", SHA256, message, signature)
 
 
 def _module(info: Place, facts: Facts, wrong: list[Failure]) -> _Level | None:
@@ -375,10 +365,7 @@ def _hex(place: Place, size: int) -> bytes:
 
 
 def _number(listed: Crl) -> int:
-    """A list's own number. Raises EvidenceError if it has none."""
-    if _CRL_NUMBER not in listed.extensions:
+    number = listed.number
+    if number is None:
         raise EvidenceError("revocation list: its number is missing")
-    fields = Reader(listed.extensions[_CRL_NUMBER][1])
-    number = fields.integer()
-    fields.end()
     return number

@@ -47,7 +47,7 @@ from attest import (
     policy,
     x509,
 )
-from attest.providers import ANY_CODE, mock, nitro, snp, tdx, tdx_collateral
+from attest.providers import ANY_CODE, mock, nitro, snp, tdx, tdx_collateral, tdx_quote
 from fuzz import handshake, records
 from fuzz.handshake import ATTESTER, CLAIMS, KEY, MEASUREMENT, ROOT, VERIFIER
 from minigpt.checkpoint import sources, tokenizer, weights
@@ -240,7 +240,7 @@ def _tdx(data: bytes) -> None:
         data = domains.quote(text=data[1:])
     statement = tdx.authenticate(data, (), [domains.ROOT], enclaves.NOW)
     assert [name for name, _ in tdx.failures(statement, ANY_CODE)][-1] == "collateral-required"
-    assert all(len(getattr(statement, name)) == size for name, size in tdx._BODY[:-2])
+    assert all(len(getattr(statement, name)) == size for name, size in tdx_quote.BODY[:-2])
     assert len(data) <= tdx.MAX_QUOTE
     pck = tdx.parse(data).pck
     assert pck is not None

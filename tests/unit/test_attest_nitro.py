@@ -426,7 +426,7 @@ def test_other_code_is_a_policy_error_and_forged_evidence_is_none() -> None:
 
 
 def test_a_verifier_believes_aws_and_the_clock_by_default() -> None:
-    verifier = NitroPins({index: PCRS[index] for index in range(3)}).verifier(CLAIMS, 0, time.time)
+    verifier = NitroVerifier.of_stage(NitroPins({index: PCRS[index] for index in range(3)}), CLAIMS, 0, time.time)
     assert verifier.roots == {bytes.fromhex("641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b")}
     assert set(reasons(lambda: verifier.verify(shown(), BINDING))) >= {"chain"}
 

@@ -41,7 +41,7 @@ from attest import (
     tsm,
 )
 from attest.document import DocumentError, load
-from attest.providers import ANY_CODE, snp
+from attest.providers import ANY_CODE, snp, snp_chain
 from attest.providers.snp import SnpAttester, SnpPins, SnpVerifier
 from attest.x509 import Certificate
 
@@ -159,7 +159,7 @@ def test_the_pinned_roots_are_the_published_ones(vectors: Path) -> None:
 
 
 def test_a_genuine_key_of_turin_is_read(vectors: Path) -> None:
-    vek = snp._Vek.read(Certificate.read((vectors / "snp" / "turin_vcek.der").read_bytes()))
+    vek = snp_chain.Vek.read(Certificate.read((vectors / "snp" / "turin_vcek.der").read_bytes()))
     assert (vek.product, vek.tcb(), vek.csp_id) == ("Turin", bytes([0, 0, 0, 0, 0, 0, 0, 9]), None)
     assert vek.chip == bytes.fromhex("1e550a8ee5cf9f4d")
 
@@ -709,7 +709,7 @@ def test_other_code_is_a_policy_error_and_forged_evidence_is_none() -> None:
 
 
 def test_a_verifier_believes_amd_and_the_clock_by_default() -> None:
-    verifier = read(PINS).verifier(CLAIMS, 0, time.time)
+    verifier = SnpVerifier.of_stage(read(PINS), CLAIMS, 0, time.time)
     assert verifier.roots == snp.ROOTS
     assert "chain" in reasons(lambda: verifier.verify(shown(), BINDING))
 

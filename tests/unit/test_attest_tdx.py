@@ -923,7 +923,7 @@ def test_other_code_is_a_policy_error_and_forged_evidence_is_none() -> None:
 
 
 def test_a_verifier_believes_intel_and_the_clock_by_default() -> None:
-    verifier = TdxPins(PINS).verifier(CLAIMS, 0, time.time)
+    verifier = TdxVerifier.of_stage(TdxPins(PINS), CLAIMS, 0, time.time)
     assert verifier.roots == {bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")}
     with pytest.raises(AttestationError):
         verifier.verify(shown(), BINDING)
