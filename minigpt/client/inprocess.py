@@ -11,10 +11,10 @@ from minigpt.checkpoint import sources, tokenizer, weights
 from minigpt.client.text import Prompt, TextModel, encode_prompt
 from minigpt.engine.crew import fitted
 from minigpt.engine.model import GPT2
-from minigpt.protocol.batches import Terms
-from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason
-from minigpt.protocol.request import check_type
-from minigpt.stage.layers import Layers
+from minigpt.protocol.batches import Given, Terms
+from minigpt.protocol.messages import CHUNK, Answer, Generate, Reason, Refusal, Scores, Wanted, refused
+from minigpt.protocol.request import Ask, check_type
+from minigpt.stage.layers import Layers, Part
 from minigpt.stage.schedule import Schedule
 from minigpt.stage.sequence import Sequence
 
@@ -32,7 +32,8 @@ class Model(TextModel):
         self.tokenizer = tokenizer.load(checkpoint.folder)
         layers = range(self.config.n_layer)
         self._model = GPT2(self.config, layers, weights.load(checkpoint.folder, self.config, layers).tensors)
-        self._schedule = Schedule(Layers(self._model))
+        self._layers = Layers(self._model)
+        self._schedule = Schedule(self._layers)
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """The logits after each token of the prompt, float32 (T, n_vocab)."""
@@ -49,7 +50,19 @@ class Model(TextModel):
     def _answers(
         self, request: Generate, interruptions: list[str], cancelled: threading.Event
     ) -> Generator[Answer, None, Reason]:
+        if request.wanted is Wanted.SCORES:
+            return self._scores(request)
         return self._schedule.run(Sequence(self._model.new_cache(), Terms(1, request.sampling)), request)
+
+    def _scores(self, request: Generate) -> Generator[Answer, None, Reason]:
+        """All at once, without a cache. Other threads' tokens wait for it."""
+        ids, ask = np.asarray(request.ids), Ask(Wanted.SCORES, request.sampling, top=request.top)
+        result = self._layers.whole(Part(self._model.new_cache(), 0, ids[:-1], ask, Given(request.ids[1:])))
+        if isinstance(result, Refusal):
+            raise refused(result)
+        assert isinstance(result, Scores), "a step that wants scores is answered with them"
+        yield result
+        return Reason.SCORES
 
 
 def load(model: str | Path, revision: str | None = None) -> Model:

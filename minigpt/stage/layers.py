@@ -17,7 +17,7 @@ from minigpt.engine.penalties import adjusted
 from minigpt.engine.sampling import Scored, logprob, sample, scored
 from minigpt.engine.scoring import scores
 from minigpt.protocol.batches import NONE_GIVEN, Given, Result
-from minigpt.protocol.messages import Likely, Logits, Refusal, Scores, Tokens, Wanted
+from minigpt.protocol.messages import CHUNK, Likely, Logits, Refusal, Scores, Tokens, Wanted
 from minigpt.protocol.request import Ask
 from minigpt.stage.meter import Meter
 from minigpt.stage.turns import Turns
@@ -71,6 +71,15 @@ class Layers:
             hidden = model.forward(hidden, [(part.cache, len(part.rows)) for part in parts])
             results = self._draw(hidden, parts) if model.is_last else []
             return hidden, results, time.perf_counter() - began
+
+    def whole(self, part: Part) -> Result:
+        """The result for a sequence that nothing follows, in a model of one stage: nothing is cached.
+
+        Raises StageError as `compute`.
+        """
+        with self._turns, fitted(len(part.rows)):
+            hidden = self.model.forward_whole(self.model.embed(part.rows, part.start), CHUNK)
+            return self._draw(hidden, [part])[0]
 
     def _draw(self, hidden: NDArray[np.float32], parts: Sequence[Part]) -> list[Result]:
         """What each part asks for. The head, a third of the weights, is read once for all of them."""

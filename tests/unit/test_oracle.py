@@ -173,13 +173,16 @@ def test_scores_through_stages_are_the_oracles(name: str, bounds: tuple[int, ...
         pytest.skip(str(error))
     oracle, config = oracle_of(folder), sources.read_config(folder)
     stages = cut(config, dict(weights.load(folder, config, range(config.n_layer)).tensors), *bounds)
+    model = minigpt.load(folder)
     for count in (2, 40, CHUNK + 30, config.n_positions):
         ids = random_ids(config, count, seed=count)
         answers, _ = told(Chain(stages).run(Generate(0, tuple(ids), 1, wanted=Wanted.SCORES, top=5)))
         rows = torch.from_numpy(expected(oracle, ids[:-1])).double().log_softmax(-1)
         got = [logprob for answer in answers if isinstance(answer, Scores) for logprob in answer.logprobs]
         top = [pair for answer in answers if isinstance(answer, Scores) for pair in answer.top]
-        assert_close(np.array(got), rows[range(count - 1), ids[1:]].numpy())
+        wanted = rows[range(count - 1), ids[1:]].numpy()
+        assert_close(np.array(got), wanted)
+        assert_close(np.array([token.logprob for token in model.score(ids)[1:]]), wanted)
         assert_close(np.array([p for _, p in top]).reshape(-1, 5), rows.topk(5).values.numpy())
 
 

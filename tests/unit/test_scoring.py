@@ -2,11 +2,14 @@
 
 import math
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from made import SMALL, random_tensors, whole
+from made import SMALL, random_tensors, whole, write
 
+import minigpt
 from minigpt.engine.config import Config
 from minigpt.engine.model import GPT2
 from minigpt.engine.scoring import BLOCK, scores
@@ -42,6 +45,31 @@ def test_a_sequence_scores_the_same_in_chunks() -> None:
         x = model.forward(model.embed(ids[start:stop], start), [(cache, stop - start)])
         told += scores(model, x, ids[start + 1 : stop + 1])
     assert [one.logprob for one in told] == pytest.approx([one.logprob for one in at_once], abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 95, 96, 97, 250])
+def test_a_whole_sequence_is_computed_as_in_steps_to_the_bit(rows: int) -> None:
+    model, ids = whole(), RNG.integers(0, SMALL.vocab_size, rows)
+    cache, steps = model.new_cache(), []
+    for start in range(0, rows, 96):
+        part = ids[start : start + 96]
+        steps.append(model.forward(model.embed(part, start), [(cache, len(part))]))
+    np.testing.assert_array_equal(model.forward_whole(model.embed(ids, 0), 96), np.concatenate(steps))
+
+
+def test_a_model_in_process_scores_without_a_cache(tmp_path: Path) -> None:
+    config = replace(SMALL, n_layer=40)
+    model = minigpt.load(write(tmp_path, config, random_tensors(config)))
+    cache = whole(config).cache_bytes(config.n_positions)
+    ids = RNG.integers(0, config.vocab_size, config.n_positions)
+    model.score(ids[:2])
+    tracemalloc.start()
+    try:
+        model.score(ids, top=20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < cache / 2
 
 
 def test_logits_of_a_few_rows_exist_at_a_time() -> None:
