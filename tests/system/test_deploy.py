@@ -365,7 +365,7 @@ class Unit:
         model = write(folder / "small", SMALL, random_tensors(SMALL))
         address = f"tcp://127.0.0.1:{self.socket.getsockname()[1]}"
         installed = packages(folder / "packages")
-        self.files = Stages(model, "4", folder, addresses=[address], measurement=measure(installed))
+        self.files = Stages(model, "4", folder, places=[address], measurement=measure(installed))
         self.files.key(0).rename(folder / "stage-0.key")
 
         text = (DEPLOY / "minigpt-stage@.service").read_text().replace("\\\n", " ").replace("%i", "0")
@@ -379,6 +379,7 @@ class Unit:
             shutil.copy(folder / Path(path).name, credentials / name)
         words = shlex.split(settings["ExecStart"].replace("${CREDENTIALS_DIRECTORY}", str(credentials)))
         paths = {"/usr/bin/python3": sys.executable, "/srv/minigpt": str(model)}
+        paths["/etc/minigpt/pipeline.places.json"] = str(self.files.places)
         self._words = [paths.get(word, word.replace("/opt/minigpt", str(installed))) for word in words]
         needs = [path for path in sys.path if path.endswith("site-packages")]
         self._words[self._words.index("")] = os.pathsep.join(needs)
@@ -430,7 +431,7 @@ def test_the_unit_says_when_it_serves_and_callers_wait_while_it_starts_again(tmp
 
 
 def unit_answer(unit: Unit) -> list[int]:
-    with Pipeline.connect(unit.files.bytes, allow_mock=True, connect_timeout=60, handshake_timeout=60) as pipeline:
+    with Pipeline.connect(unit.files.path, allow_mock=True, connect_timeout=60, handshake_timeout=60) as pipeline:
         return [token.id for token in pipeline.generate([1, 2], max_tokens=3)]
 
 
@@ -441,7 +442,7 @@ def test_the_file_of_ready_is_there_as_long_as_the_stage_serves(tmp_path: Path) 
         ready.write_text("of an earlier run, which was killed")
         process = stages.spawn(0, "--ready", str(ready), "--drain", "60")
         assert eventually(lambda: ready.exists() and ready.read_text().startswith("stage 0 ready"))
-        with Pipeline.connect(stages.bytes, allow_mock=True) as pipeline:
+        with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             generation = pipeline.generate([1, 2], max_tokens=20)
             next(generation)
             process.send_signal(signal.SIGTERM)
