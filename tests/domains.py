@@ -6,7 +6,7 @@ As in `enclaves`, the `cryptography` package signs, and nothing is shared with t
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -307,3 +307,14 @@ def collateral(made: Mapping[str, Holder] = HOLDERS, /, **changes: Any) -> list[
         "pck_list": revocations(made["authority"]),
     }
     return [(parts | changes | texts)[part] for part in PARTS]
+
+
+def files(made: Mapping[str, Holder], parts: Sequence[bytes]) -> dict[str, bytes]:
+    """The files of a folder with collateral, as Intel's service answers."""
+    info, info_signature, identity, identity_signature, signer, root_list, pck_list = parts
+    answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
+    files = {
+        name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
+        for name, (text, signature) in answers.items()
+    }
+    return files | {"signer.pem": pem(signer, made["root"].der), "root.crl": root_list, "pck.crl": pck_list}

@@ -58,11 +58,4 @@ def snp_files() -> dict[str, bytes]:
 
 def tdx_files() -> dict[str, bytes]:
     """What Intel has of the tests' platform, as its service answers."""
-    info, info_signature, identity, identity_signature, signer, root_list, pck_list = domains.living_collateral()
-    answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
-    files = {
-        name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
-        for name, (text, signature) in answers.items()
-    }
-    root = domains.living()["root"].der
-    return files | {"signer.pem": domains.pem(signer, root), "root.crl": root_list, "pck.crl": pck_list}
+    return domains.files(domains.living(), domains.living_collateral())
