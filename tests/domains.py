@@ -273,19 +273,21 @@ def revocations(
 EVER: dict[str, Any] = {"begins": datetime(2020, 1, 1, tzinfo=UTC), "ends": datetime(2049, 1, 1, tzinfo=UTC)}
 
 
-def living(key: ec.EllipticCurvePrivateKey | None = None) -> dict[str, Holder]:
-    """HOLDERS at any time; `key` is another root's."""
-    return holders(dict.fromkeys(_SIGNERS, EVER) | ({"root": EVER | {"key": key}} if key else {}))
+def living(key: ec.EllipticCurvePrivateKey | None = None, **changes: Mapping[str, Any]) -> dict[str, Holder]:
+    """HOLDERS at any time; `key` is another root's, `changes` as of `holders`."""
+    rooted = {"root": {"key": key}} if key else {}
+    return holders({who: EVER | rooted.get(who, {}) | dict(changes.get(who, {})) for who in _SIGNERS})
 
 
-def living_collateral() -> list[bytes]:
-    """The collateral of `living` at any time."""
-    made, dates = living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
+def living_collateral(made: Mapping[str, Holder] | None = None, **changes: Any) -> list[bytes]:
+    """The collateral of `living` at any time; `changes` as of `collateral`."""
+    made, dates = made or living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
     lists = {
         "root_list": revocations(made["root"], **EVER),
         "pck_list": revocations(made["authority"], **EVER),
     }
-    return collateral(made, info=dates, identity=dates, **lists)
+    dated = {text: dates | changes[text] for text in ("info", "identity") if type(changes.get(text)) is dict}
+    return collateral(made, **({"info": dates, "identity": dates} | lists | changes | dated))
 
 
 PARTS = ("info", "info_signature", "identity", "identity_signature", "signer", "root_list", "pck_list")

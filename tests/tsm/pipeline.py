@@ -15,17 +15,17 @@ from attest.providers.tdx import TdxPins
 HERE = Path(__file__).resolve().parent
 
 
-def pins(kind: str, index: int) -> Rooted:
-    """What the guest of stage `index` measures to."""
+def pins(kind: str, index: int, **more: Any) -> Rooted:
+    """What the guest of stage `index` measures to; with `more` pins."""
     measurement = (bytes([100 + index]) * 48).hex()
     common = {"provider": kind, "covers": "image"}
     if kind == "snp":
         fields = {"product": "Milan", "measurements": [measurement], "policy": 0x30000, "min_tcb": guests.VERSIONS}
-        return Rooted(SnpPins(common | fields), guests.root(guests.living()))
+        return Rooted(SnpPins(common | fields | more), guests.root(guests.living()))
     names = ("rtmr0", "rtmr1", "rtmr2", "rtmr3", "td_attributes", "xfam")
     registers = {"mrtd": measurement} | {name: domains.BODY[name].hex() for name in names}
     root = hashlib.sha256(domains.living()["root"].der).digest()
-    return Rooted(TdxPins(common | registers | {"min_tcb_evaluation": 17}), root)
+    return Rooted(TdxPins(common | registers | {"min_tcb_evaluation": 17} | more), root)
 
 
 class Guests(Enclaves):
