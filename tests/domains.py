@@ -6,7 +6,7 @@ As in `enclaves`, the `cryptography` package signs, and nothing is shared with t
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -273,19 +273,21 @@ def revocations(
 EVER: dict[str, Any] = {"begins": datetime(2020, 1, 1, tzinfo=UTC), "ends": datetime(2049, 1, 1, tzinfo=UTC)}
 
 
-def living(key: ec.EllipticCurvePrivateKey | None = None) -> dict[str, Holder]:
-    """HOLDERS at any time; `key` is another root's."""
-    return holders(dict.fromkeys(_SIGNERS, EVER) | ({"root": EVER | {"key": key}} if key else {}))
+def living(key: ec.EllipticCurvePrivateKey | None = None, **changes: Mapping[str, Any]) -> dict[str, Holder]:
+    """HOLDERS at any time; `key` is another root's, `changes` as of `holders`."""
+    rooted = {"root": {"key": key}} if key else {}
+    return holders({who: EVER | rooted.get(who, {}) | dict(changes.get(who, {})) for who in _SIGNERS})
 
 
-def living_collateral() -> list[bytes]:
-    """The collateral of `living` at any time."""
-    made, dates = living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
+def living_collateral(made: Mapping[str, Holder] | None = None, **changes: Any) -> list[bytes]:
+    """The collateral of `living` at any time; `changes` as of `collateral`."""
+    made, dates = made or living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
     lists = {
         "root_list": revocations(made["root"], **EVER),
         "pck_list": revocations(made["authority"], **EVER),
     }
-    return collateral(made, info=dates, identity=dates, **lists)
+    dated = {text: dates | changes[text] for text in ("info", "identity") if type(changes.get(text)) is dict}
+    return collateral(made, **({"info": dates, "identity": dates} | lists | changes | dated))
 
 
 PARTS = ("info", "info_signature", "identity", "identity_signature", "signer", "root_list", "pck_list")
@@ -307,3 +309,14 @@ def collateral(made: Mapping[str, Holder] = HOLDERS, /, **changes: Any) -> list[
         "pck_list": revocations(made["authority"]),
     }
     return [(parts | changes | texts)[part] for part in PARTS]
+
+
+def files(made: Mapping[str, Holder], parts: Sequence[bytes]) -> dict[str, bytes]:
+    """The files of a folder with collateral, as Intel's service answers."""
+    info, info_signature, identity, identity_signature, signer, root_list, pck_list = parts
+    answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
+    files = {
+        name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
+        for name, (text, signature) in answers.items()
+    }
+    return files | {"signer.pem": pem(signer, made["root"].der), "root.crl": root_list, "pck.crl": pck_list}

@@ -136,10 +136,11 @@ def chain(product: str = "Milan", vlek: bool = False, changes: Mapping[str, Mapp
 EVER: dict[str, Any] = {"begins": datetime(2020, 1, 1, tzinfo=UTC), "ends": datetime(2049, 1, 1, tzinfo=UTC)}
 
 
-def living(key: rsa.RSAPrivateKey | None = None) -> list[bytes]:
-    """Milan's chain at any time; `key` is another root's."""
+def living(key: rsa.RSAPrivateKey | None = None, *, vlek: bool = False, **changes: Mapping[str, Any]) -> list[bytes]:
+    """Milan's chain at any time; `key` is another root's, `changes` as of `chain`."""
     root = rsa_key(0) if key is None else key
-    return chain(changes={"vek": EVER, "ask": EVER | {"signer": root}, "ark": EVER | {"key": root, "signer": root}})
+    usual: dict[str, dict[str, Any]] = {"vek": {}, "ask": {"signer": root}, "ark": {"key": root, "signer": root}}
+    return chain(vlek=vlek, changes={who: EVER | usual[who] | dict(changes.get(who, {})) for who in usual})
 
 
 def root(ends: Sequence[bytes]) -> bytes:

@@ -67,9 +67,10 @@ def read(endorsements: Sequence[bytes]) -> tuple[list[Certificate], bytes | None
         wanted = "wanted VEK, ASK or ASVK, ARK and perhaps a revocation list"
         raise EvidenceError(f"SNP endorsements: got {len(endorsements)}, {wanted}")
     lists = [item for item in endorsements[1:] if certificates.is_list(item)]
-    vek, *above = [Certificate.read(item) for item in endorsements if item not in lists]
-    if len(above) != 2 or len(lists) != len(endorsements) - 3:
+    chain = [Certificate.read(item) for item in endorsements if item not in lists]
+    if len(chain) != 3 or len(lists) != len(endorsements) - 3:
         raise EvidenceError("SNP endorsements: got another number of certificates than three, or of lists than one")
+    vek, *above = chain
     above.sort(key=lambda certificate: certificate.issuer == certificate.subject)  # the root is its own issuer
     return [vek, *above], lists[0] if lists else None
 

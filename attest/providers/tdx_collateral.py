@@ -7,6 +7,7 @@ A platform is a kind of processor (FMSPC) with the versions of its firmware (its
 own report claims), a TDX module and a quoting enclave (QE). Each of the three has a status; the worst of them counts.
 """
 
+import json
 import re
 import struct
 from collections.abc import Callable, Collection, Sequence
@@ -37,9 +38,9 @@ STATUSES = (  # each is worse than those before it
 )
 REVOKED = STATUSES[-1]
 
-# What Intel's service answers: a text and its signature. What is signed is the text's exact bytes.
-_ANSWER = re.compile(rb'\s*\{"(tcbInfo|enclaveIdentity)":(\{.*\}),"signature":"([0-9a-fA-F]{128})"\}\s*', re.DOTALL)
-_TEXTS = {b"tcbInfo": "TCB info", b"enclaveIdentity": "QE identity"}
+# What Intel's service answers, an object of two: a text, and the signature of its exact bytes.
+_TEXTS = {"tcbInfo": "TCB info", "enclaveIdentity": "QE identity"}
+_BEFORE_TEXT = re.compile(rf'\s*\{{\s*(?:"signature"\s*:\s*"[^"]*"\s*,\s*)?"(?:{"|".join(_TEXTS)})"\s*:\s*')
 
 _EXTENSION = "1.2.840.113741.1.13.1"
 _QE = struct.Struct("<16x4s28x16s64x32s96xHH60x64s")
@@ -251,10 +252,8 @@ def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
     owners = {root.subject: "the root's revocation list", authority.subject: "the PCK authority's revocation list"}
     for place, data in certificates.files(folder).items():
         if data.lstrip()[:1] == b"{":
-            answer = _ANSWER.fullmatch(data)
-            if answer is None:
-                raise AttestationError(f"{place}: got other JSON than Intel's answers, wanted them byte for byte")
-            keep(_TEXTS[answer[1]], answer[2], bytes.fromhex(answer[3].decode()))
+            what, text, signature = _answer(place, data)
+            keep(what, text, signature)
             continue
         try:
             for item in certificates.in_file(place, data):
@@ -271,6 +270,28 @@ def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
     if missing:
         raise AttestationError(f"{folder}: {' and '.join(missing)} missing: wanted Intel's collateral of this platform")
     return tuple(part for what in wanted for part in parts[what])
+
+
+def _answer(place: str, data: bytes) -> tuple[str, bytes, bytes]:
+    """Of one of Intel's answers, however it is spaced and ordered: what its text is, its exact bytes, their signature.
+
+    Raises AttestationError.
+    """
+    try:
+        answer = load(place, data, certificates.MAX_FILE)
+        name = next((name for name in _TEXTS if name in answer.value), "tcbInfo")
+        if type(answer.get(name).value) is not dict:
+            answer.get(name).refuse("an object")
+        signature = _hex(answer.get("signature"), SIGNATURE)
+        answer.only(name, "signature")
+        text = data.decode()
+        begins = _BEFORE_TEXT.match(text)
+        if begins is None:
+            answer.refuse("names without escapes")
+    except DocumentError as error:
+        raise AttestationError(f"{error}: wanted an answer of Intel's service") from None
+    _, end = json.JSONDecoder().raw_decode(text, begins.end())
+    return _TEXTS[name], text[begins.end() : end].encode(), signature
 
 
 def is_signed(signer: Certificate, message: bytes, signature: bytes) -> bool:

@@ -9,6 +9,7 @@
     identity.py     attacks 5, 6, 9 to 11: on who is at the other end
     evidence.py     attacks 14 to 19, 22, 26, 27: on the evidence
     platforms.py    attacks 21, 23, 25, 78: on the evidence of platforms
+    machines.py     attacks 24, 79 to 84: on the evidence of SNP and TDX
     records.py      attacks 28 to 38: on the records
     application.py  attacks 40 to 44, 54, 57: by ends that are authentic
     load.py         attacks 39, 45, 58, 59: by their number
@@ -91,6 +92,6 @@ def everything() -> None:
     """Imports every module with attacks, so that all are registered."""
     for name in (
         "handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host", "gateway", "batches",
-        "resume", "platforms",
+        "resume", "platforms", "machines",
     ):  # fmt: skip
         importlib.import_module(f"attacks.{name}")

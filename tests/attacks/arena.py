@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import guests
 from nitro.pipeline import Rooted, image
 from processes import ROOT, eventually
+from tsm.pipeline import pins
 
 import minigpt
 from attacks import Seen, Survived, client, require
-from attacks.pipeline import Client, EnclavePipes, Pipes
+from attacks.pipeline import Client, EnclavePipes, GuestPipes, Pipes
 from attacks.proxy import Rule, Tap, honest
 from attest.providers.nitro import NitroPins
 from minigpt.checkpoint.sources import read_config
@@ -33,6 +35,10 @@ from transport.channel import Deadlines
 PATIENCE = 20.0  # seconds for what takes milliseconds on a machine that has nothing else to do
 FLAGS = ("--answer-timeout", "4", "--handshake-timeout", "5")
 INSTANCE = 0x44  # each byte of the PCR4 that is pinned
+MORE_PINS: dict[str, dict[str, Any]] = {
+    "snp": {"chip_ids": [guests.CHIP.hex()], "min_crl_number": 5},
+    "tdx": {"min_crl_numbers": {"root": 1, "pck": 1}},
+}
 TOKENS = 5  # of a run that is graded
 PLAIN_STAGE = client.PLAIN + "\nimport sys\nfrom minigpt.stage.__main__ import main\nsys.exit(main(sys.argv[1:]))"
 _VERDICT = re.compile(r"channel (\d+) \(.*?\): (?:ended by )?(\w+)(.*)")
@@ -71,6 +77,7 @@ class Arena:
         self._clients: list[Client] = []
         self._pipes: list[Pipes] = []
         self._enclaves: EnclavePipes | None = None
+        self._guests: dict[tuple[str, ...], GuestPipes] = {}
         self.stages: Pipes = self.start()
         self.client = self.start_client()
         self.mark()
@@ -100,9 +107,39 @@ class Arena:
                 made.device(index, "--pcr", f"4={INSTANCE}")
                 made.start(index, *FLAGS)
             self._enclaves = made
-        usual, self.stages = self.stages, self._enclaves
-        try:
+        with self.attacked(self._enclaves):
             yield self._enclaves
+
+    @contextmanager
+    def guests(self, *kinds: str) -> Iterator[GuestPipes]:
+        """Meanwhile it is one of "snp" and "tdx" stages; where both are alike, more is pinned than has to be."""
+        if kinds not in self._guests:
+            self._guests[kinds] = self.start_guests(*kinds)
+        with self.attacked(self._guests[kinds]):
+            yield self._guests[kinds]
+
+    def start_guests(self, *kinds: str, flags: Sequence[str] = (), **changes: Any) -> GuestPipes:
+        """Another pipeline of such stages. `flags` are their devices'."""
+        self._made += 1
+        more = MORE_PINS[kinds[0]] if len(set(kinds)) == 1 else {}
+        pinned = [pins(kind, index, **more) for index, kind in enumerate(kinds)]
+        where = self.where / str(self._made)
+        made = GuestPipes(
+            self.folder, self.split, where, kinds[0], **{"suites": [self.suite], "pins": pinned} | changes
+        )
+        self._pipes.append(made)
+        (made.endorsements / "crl").write_bytes(guests.revocations(number=5, **guests.EVER))
+        for index in reversed(range(len(kinds))):
+            made.device(index, "--kind", kinds[index], *flags)
+            made.start(index, *FLAGS, endorsed=kinds[index] == kinds[0])
+        return made
+
+    @contextmanager
+    def attacked(self, pipes: Pipes) -> Iterator[None]:
+        """Meanwhile this is the pipeline under attack."""
+        usual, self.stages = self.stages, pipes
+        try:
+            yield
         finally:
             self.stages = usual
 

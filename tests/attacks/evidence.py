@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 
@@ -42,8 +43,10 @@ def altered(change: Callable[[Evidence], Evidence]) -> Maker:
     return make
 
 
-def show_client(arena: Arena, make: Maker, attester: Attester | None = None, *, accepted: bool = False) -> Seen:
-    """A fake stage 0 with a finished handshake shows evidence to the real client."""
+def show_client(
+    arena: Arena, make: Maker, attester: Attester | None = None, *, accepted: bool = False, reason: str = ""
+) -> Seen:
+    """A fake stage 0 with a finished handshake shows evidence to the real client, whose error says the `reason`."""
 
     def play(rogue: Rogue) -> list[int]:
         rogue.shake()
@@ -60,11 +63,14 @@ def show_client(arena: Arena, make: Maker, attester: Attester | None = None, *, 
     require(said == [3], f"the client said records of types {said}, wanted one ALERT")
     seen = arena.grade(answer, [arena.prompt()], TOKENS)
     require(answer["error"][2] == 3, f"refused for another reason than evidence: {answer['error']}")
+    require(says(answer["error"][1], reason), f"refused for another reason than {reason}: {answer['error'][1]}")
     return Seen(seen, "(played by the kit)")
 
 
-def show_stage(arena: Arena, make: Maker, attester: Attester | None = None, *, accepted: bool = False) -> Seen:
-    """A fake stage 0 with a finished handshake shows evidence to the real stage 1."""
+def show_stage(
+    arena: Arena, make: Maker, attester: Attester | None = None, *, accepted: bool = False, reason: str = ""
+) -> Seen:
+    """A fake stage 0 with a finished handshake shows evidence to the real stage 1, whose log says the `reason`."""
     arena.mark()
     with as_stage_before(arena.stages) as rogue:
         require(rogue.shake().hear_attest(), "control: stage 1 gave no evidence")
@@ -77,7 +83,13 @@ def show_stage(arena: Arena, make: Maker, attester: Attester | None = None, *, a
         require(said == [3], f"stage 1 said records of types {said}, wanted one ALERT")
     verdict = arena.verdict(1)
     require(verdict in ("EvidenceError", "PolicyError"), f"stage 1 ended the link for {verdict}")
+    require(says(arena.said(1), reason), f"refused for another reason than {reason}: {arena.said(1)[-300:]}")
     return Seen("alert", verdict)
+
+
+def says(text: str, reason: str) -> bool:
+    """Whether a refusal names this check, whole: "tcb" is not "min_tcb"."""
+    return re.search(rf"(?<![\w-]){reason}", text) is not None
 
 
 def show_both(arena: Arena, make: Maker, attester: Callable[[int], Attester] | None = None) -> list[Seen]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nitro.pipeline import Enclaves
 from processes import Stages
+from tsm.pipeline import Guests
 
 from attacks import Survived, client
 from attacks.proxy import Proxy
@@ -78,5 +79,11 @@ class Pipes(Stages):
 
 class EnclavePipes(Enclaves, Pipes):
     """The same of Nitro's stages, whose devices sign under the tests' root."""
+
+    options: Mapping[str, Any] = {"allow_test_root": True}
+
+
+class GuestPipes(Guests, Pipes):
+    """The same of SNP's and TDX's stages, whose kernels' folders are FIFOs."""
 
     options: Mapping[str, Any] = {"allow_test_root": True}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -42,7 +43,9 @@ except ImportError:
 GUIDED = atheris is not None and __name__ == "__main__"
 with atheris.instrument_imports(include=["attest", "minigpt", "transport"]) if GUIDED else contextlib.nullcontext():
     import minigpt  # noqa: F401 — before NumPy, whose threads it sets
+    from attest import EvidenceError, cbor, der
     from fuzz.targets import TARGETS
+import enclaves  # noqa: E402
 import msgpack  # type: ignore[import-untyped]  # noqa: E402
 
 if TYPE_CHECKING:
@@ -58,6 +61,15 @@ AWKWARD: list[Any] = [
     10**30, 0.0, -0.0, 1e-5, 1.5, 1e308, float("nan"), float("inf"), "", "0", "a" * 300, "\ud800", "\0", "../x", "é",
     "F64", "BF16", "00" * 32, "11" * 32, b"", b"\0" * 8, [], {}, [[]], {"": {}}, [0, 0], [1, 2, 3],
 ]  # fmt: skip
+AWKWARD_DER: list[list[Any]] = [  # as `_elements` has them
+    [tag, b"", bytes.fromhex(content)]
+    for tag, content in (
+        (1, "ff"), (1, "00"), (2, "00"), (2, "ff"), (2, ""), (2, "7f" * 21), (4, ""), (5, ""), (6, "2a"), (6, "80"),
+        (12, "c3a9"), (19, "2a"), (22, "1b5b324a"), (0x30, ""), (0x31, ""), (0xA0, ""), (0xA3, ""),
+        (23, b"500101000000Z".hex()), (24, b"20500101000000Z".hex()), (24, b"99991231235959Z".hex()),
+    )
+]  # fmt: skip
+KINDS = b"\0\1\2\3\4\5\6\7"  # the first byte of an input, before its tree, where a target has several
 
 
 class Finding(Exception):
@@ -89,8 +101,15 @@ def kept(corpus: Path, name: str) -> list[bytes]:
 def mutated(data: bytes, target: Target, chance: random.Random, others: list[bytes]) -> bytes:
     """An input a little different from `data`: now and then another tree, else other bytes."""
     if target.tree and chance.random() < 0.7:
-        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
-            return _other_tree(data, target.tree, chance)
+        with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError, RecursionError, EvidenceError,
+                                 msgpack.UnpackException):  # fmt: skip
+            kind, tree = (data[:1], data[1:]) if target.tree != "msgpack" and data[0] in KINDS else (b"", data)
+            other = _other_der(tree, chance) if target.tree == "der" else _other_tree(tree, target.tree, chance)
+            return (kind + other)[:LONGEST]
+    return _other_bytes(data, chance, others)
+
+
+def _other_bytes(data: bytes, chance: random.Random, others: list[bytes]) -> bytes:
     changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         at = chance.randrange(len(changed) + 1)
@@ -118,7 +137,8 @@ def mutated(data: bytes, target: Target, chance: random.Random, others: list[byt
 
 def _other_tree(data: bytes, kind: str, chance: random.Random) -> bytes:
     """`data` with one or two of its values replaced, doubled, moved, renamed or left out."""
-    top = [json.loads(data) if kind == "json" else msgpack.unpackb(data, strict_map_key=False)]
+    read = {"json": json.loads, "cbor": cbor.read, "msgpack": functools.partial(msgpack.unpackb, strict_map_key=False)}
+    top = [read[kind](data)]
     for _ in range(chance.choice((1, 1, 2))):
         places = list(_places(top))
         parent, key = chance.choice(places)
@@ -137,14 +157,71 @@ def _other_tree(data: bytes, kind: str, chance: random.Random) -> bytes:
             case 5 if type(parent[key]) is str and parent[key]:
                 text, at = parent[key], chance.randrange(len(parent[key]))
                 parent[key] = text[:at] + chance.choice(("", "0", "A", "\0", "/", "é", "\udc80")) + text[at + 1 :]
+            case 6 if type(parent[key]) is bytes:
+                change = _other_der if parent[key][:1] == b"\x30" else functools.partial(_other_bytes, others=[])
+                parent[key] = change(parent[key], chance=chance)
             case _:
                 parent[key] = copy.deepcopy(chance.choice(AWKWARD))
         if not top:
             top = [None]
     if kind == "json":
-        return json.dumps(top[0], default=lambda value: value.hex()).encode()[:LONGEST]
-    packed: bytes = msgpack.packb(top[0], unicode_errors="surrogatepass")
-    return packed[:LONGEST]
+        space = chance.choice((None, None, None, 1))
+        return json.dumps(top[0], default=lambda value: value.hex(), indent=space).encode()
+    packed: bytes = enclaves.cbor(top[0]) if kind == "cbor" else msgpack.packb(top[0], unicode_errors="surrogatepass")
+    return packed
+
+
+def _other_der(data: bytes, chance: random.Random) -> bytes:
+    """`data` with one or two of its elements changed, doubled, moved or left out. The lengths around them fit again."""
+    top = _elements(data)
+    for _ in range(chance.choice((1, 1, 2))):
+        places = list(_element_places(top))
+        parent, i = chance.choice(places)
+        match chance.randrange(7):
+            case 0:
+                del parent[i]
+            case 1:
+                parent[i:i] = [copy.deepcopy(parent[i])] * chance.choice((1, 2, 40))
+            case 2:
+                other, place = chance.choice(places)
+                parent[i] = copy.deepcopy(other[place])
+            case 3:
+                parent[i][0] = chance.choice((1, 2, 3, 4, 5, 6, 12, 19, 22, 23, 24, 0x30, 0x31, 0x80, 0xA0, 0xA3, 0x1F))
+            case 4:
+                parent[i] = copy.deepcopy(chance.choice(AWKWARD_DER))
+            case _ if type(parent[i][2]) is bytes:
+                parent[i][2] = _other_bytes(parent[i][2], chance, [])
+            case _:
+                parent[i][2].append(copy.deepcopy(chance.choice(AWKWARD_DER)))
+    return _der(top)
+
+
+def _elements(data: bytes) -> list[list[Any]]:
+    """DER taken apart: of each element its tag, a byte that is before what it holds, and that: elements or bytes."""
+    reader, found = der.Reader(data), []
+    while reader.more:
+        tag = data[reader.at]
+        content = reader.content(tag)
+        before = content[:1] if tag == der.BITS else b""
+        held: Any = content[len(before) :]
+        if tag & 0x20 or tag in (der.BITS, der.OCTETS):
+            with contextlib.suppress(EvidenceError):
+                held = _elements(held)
+        found.append([tag, before, held])
+    return found
+
+
+def _element_places(elements: list[list[Any]]) -> Iterator[tuple[list[list[Any]], int]]:
+    for i, (_, _, held) in enumerate(elements):
+        yield elements, i
+        if type(held) is list:
+            yield from _element_places(held)
+
+
+def _der(elements: list[list[Any]]) -> bytes:
+    return b"".join(
+        enclaves.tlv(tag, before, held if type(held) is bytes else _der(held)) for tag, before, held in elements
+    )
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

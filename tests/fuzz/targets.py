@@ -6,8 +6,8 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
     link        respond-1, respond-2, initiate-1, initiate-2    one end's handshake, against three kinds of peer
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
-    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro, snp, table,
-                tdx, tdx-collateral
+    evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, ecdsa, nitro, snp, table,
+                tdx, tdx-collateral, tdx-parts, tdx-files
     messages    codec, messages, parts, batch, answers
     files       manifest, places, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -31,6 +31,11 @@ import guests
 import msgpack
 import numpy as np
 import oracles
+from Crypto.Hash import SHA256, SHA384
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -44,6 +49,7 @@ from attest import (
     cbor,
     certificates,
     der,
+    ecdsa,
     policy,
     x509,
 )
@@ -73,7 +79,8 @@ class Target:
         run: gives it one input, and asserts what must be true of what it accepts.
         errors: what may come out of `run`.
         seeds: inputs that it accepts, or nearly: where mutation begins.
-        tree: "json" or "msgpack" where an input is a tree, so that a mutation can keep it one.
+        tree: "json", "msgpack", "cbor" or "der" where an input is a tree, so that a mutation can keep it one; but
+            for msgpack, a byte below 8 may be before it.
     """
 
     run: Callable[[bytes], object]
@@ -179,6 +186,60 @@ def _crl(data: bytes) -> None:
     oracles.list_agrees(data, x509.Crl.read(data))
 
 
+_CURVES: dict[int, tuple[str, int, int, ec.EllipticCurve, Any, Any]] = {  # name, prime, order; both sides' names
+    1: ("P-256", 2**256 - 2**224 + 2**192 + 2**96 - 1, ecdsa._ORDER["NIST P-256"], ec.SECP256R1(), SHA256,
+        hashes.SHA256()),
+    2: ("P-384", 2**384 - 2**128 - 2**96 + 2**32 - 1, ecdsa._ORDER["NIST P-384"], ec.SECP384R1(), SHA384,
+        hashes.SHA384()),
+}  # fmt: skip
+
+
+def _ecdsa(data: bytes) -> None:
+    """u8 curve | u8 for each of x, y, r, s: 0, or which awkward number it is | x | y | r | s | message."""
+    if len(data) < 5 or data[0] not in _CURVES:
+        raise EvidenceError("no such curve")
+    name, prime, order, theirs, hasher, their_hasher = _CURVES[data[0]]
+    size = ecdsa.SIZE[name]
+    parts = [data[5 + i * size : 5 + (i + 1) * size] for i in range(4)]
+    numbers = [int.from_bytes(part, "big") for part in parts]
+    for i, which in enumerate(data[1:5]):
+        given = numbers[i]
+        awkward = (given, 0, 1, order - 1, order, order + 1, prime - 1, prime, given + order, given + prime,
+                   abs(order - given), abs(prime - given), 256**size - 1, numbers[(i + 1) % 4])  # fmt: skip
+        numbers[i] = awkward[which % len(awkward)]
+    (x, y, r, s), message = numbers, data[5 + 4 * size :]
+    try:
+        public = ec.EllipticCurvePublicNumbers(x, y, theirs).public_key()
+    except ValueError:
+        public = None
+    if max(x, y) >= 256**size:
+        raise EvidenceError("too large to be written")
+    try:
+        key = ecdsa.public_key(name, x.to_bytes(size, "big") + y.to_bytes(size, "big"))
+    except EvidenceError:
+        assert public is None, "others take this key"
+        raise
+    assert public is not None, "others refuse this key"
+    signed = ecdsa.is_signed(key, hasher, message, r, s)
+    try:
+        public.verify(encode_dss_signature(r, s), message, ec.ECDSA(their_hasher))
+    except InvalidSignature:
+        assert not signed, "others refuse this signature"
+    else:
+        assert signed, "others take this signature"
+
+
+def _ecdsa_seeds() -> list[bytes]:
+    made = []
+    for kind, (name, _, order, _, _, hasher) in _CURVES.items():
+        key = enclaves.CHAIN[0].key if name == "P-384" else domains.KEYS["root"]
+        size, point = ecdsa.SIZE[name], key.public_key().public_numbers()
+        r, s = decode_dss_signature(key.sign(b"message", ec.ECDSA(hasher, deterministic_signing=True)))
+        for numbers in ((point.x, point.y, r, s), (point.x, point.y, r, order - s)):
+            made.append(bytes([kind]) + bytes(4) + b"".join(n.to_bytes(size, "big") for n in numbers) + b"message")
+    return made
+
+
 def _nitro(data: bytes) -> None:
     """u8: whether it is signed | a payload; or a document."""
     if data[:1] == b"\1":
@@ -194,19 +255,30 @@ def _nitro_seeds() -> list[bytes]:
     return [enclaves.document(nonce=b"n"), b"\1" + payload]
 
 
+def _items(data: bytes) -> list[bytes]:
+    """The elements that DER is a row of."""
+    reader, found = der.Reader(data), []
+    while reader.more:
+        found.append(reader.whole(data[reader.at]))
+    return found
+
+
 def _snp(data: bytes) -> None:
-    """u8 0: a report; 1: what is signed of one; 2: a VEK's certificate, signed or not; 3: a revocation list."""
+    """u8 0: a report; 1: what is signed of one; 2: its endorsements; 3: what is signed of a revocation list."""
     kind, data = data[:1], data[1:]
     ends, shown = guests.chain(), guests.plain()
+    root = guests.root(ends)
     if kind == b"\1":
         shown = guests.report(edits={0: data[: snp.SIGNED]})
     elif kind == b"\2":
-        ends[0] = data
+        ends = _items(data)
     elif kind == b"\3":
-        ends.append(data)
+        scheme = padding.PSS(padding.MGF1(hashes.SHA384()), 48)
+        signed = guests.rsa_key(0).sign(data, scheme, hashes.SHA384())
+        ends.append(enclaves.tlv(0x30, data, guests.PSS, enclaves.tlv(3, b"\0", signed)))
     else:
         shown = data
-    statement, _ = snp.examine(shown, ends, [guests.root(ends)], enclaves.NOW)
+    statement, _ = snp.examine(shown, ends, [root], enclaves.NOW)
     snp.failures(statement, {"measurements": ["00" * 48], "min_tcb": {"snp": 1}})
     json.dumps(snp.pinned(statement).to_json())
     assert (statement.report_data, statement.measurement) == (shown[0x50:0x90], shown[0x90:0xC0])
@@ -216,7 +288,10 @@ def _snp(data: bytes) -> None:
 
 def _snp_seeds() -> list[bytes]:
     shown = guests.report()
-    return [b"\0" + shown, b"\1" + shown[: snp.SIGNED], b"\2" + guests.chain()[0], b"\3" + guests.revocations(7)]
+    chains = [guests.chain(), guests.chain(vlek=True), [*guests.chain("Turin"), guests.revocations(7)]]
+    listed = der.Reader(guests.revocations(7)).inside(der.SEQUENCE).whole(der.SEQUENCE)
+    rest = [b"\2" + b"".join(chain) for chain in chains]
+    return [b"\0" + shown, b"\1" + shown[: snp.SIGNED], *rest, b"\3" + listed]
 
 
 def _table(data: bytes) -> None:
@@ -232,25 +307,29 @@ def _table_seeds() -> list[bytes]:
 
 
 def _tdx(data: bytes) -> None:
-    """u8: 1 a PCK certificate's extension, 2 three certificates, each within a quote; or a quote."""
+    """u8: 1 a PCK certificate's extension, 2 three certificates, 3 their PEM, each within a quote; or a quote."""
     if data[:1] == b"\1":
         made = domains.holders({"pck": {"extensions": (enclaves.extension(domains.SGX, data[1:], critical=False),)}})
         data = domains.quote(made)
     elif data[:1] == b"\2":
+        data = domains.quote(text=domains.pem(*_items(data[1:])))
+    elif data[:1] == b"\3":
         data = domains.quote(text=data[1:])
+    pck = tdx.parse(data).pck
+    tdx.examine(data, _collateral(), [domains.ROOT], enclaves.NOW)
     statement = tdx.authenticate(data, (), [domains.ROOT], enclaves.NOW)
     assert [name for name, _ in tdx.failures(statement, ANY_CODE)][-1] == "collateral-required"
     assert all(len(getattr(statement, name)) == size for name, size in tdx_quote.BODY[:-2])
     assert len(data) <= tdx.MAX_QUOTE
-    pck = tdx.parse(data).pck
     assert pck is not None
     assert (len(pck.ppid), len(pck.fmspc), len(pck.pceid), len(pck.components)) == (16, 6, 2, 16)
 
 
 def _tdx_seeds() -> list[bytes]:
-    certificates = domains.pem(*(domains.HOLDERS[who].der for who in ("pck", "authority", "root")))
-    extension = x509.Certificate.read(domains.HOLDERS["pck"].der).extensions["1.2.840.113741.1.13.1"][1]
-    return [domains.quote(), domains.quote(version=5, kind=3), b"\1" + extension, b"\2" + certificates]
+    chain = [domains.HOLDERS[who].der for who in ("pck", "authority", "root")]
+    extension = x509.Certificate.read(chain[0]).extensions["1.2.840.113741.1.13.1"][1]
+    parts = [b"\1" + extension, b"\2" + b"".join(chain), b"\3" + domains.pem(*chain)]
+    return [domains.quote(), domains.quote(version=5, kind=3), *parts]
 
 
 @functools.cache
@@ -258,9 +337,20 @@ def _quote() -> bytes:
     return domains.quote()
 
 
+@functools.cache
+def _genuine() -> tuple[bytes, ...]:
+    return tuple(domains.collateral())
+
+
+def _collateral(**changes: bytes) -> list[bytes]:
+    """The seven parts, with others in place of some."""
+    return [changes.get(part, genuine) for part, genuine in zip(domains.PARTS, _genuine(), strict=True)]
+
+
 def _tdx_collateral(data: bytes) -> None:
     """One of the two texts, signed."""
-    parts = domains.collateral(**{"identity" if b"TD_QE" in data else "info": data})
+    which = "identity" if b"TD_QE" in data else "info"
+    parts = _collateral(**{which: data, f"{which}_signature": domains.signature(domains.KEYS["signer"], data)})
     statement = tdx.authenticate(_quote(), parts, [domains.ROOT], enclaves.NOW)
     read = json.loads(data)
     assert statement.tcb_evaluation is not None
@@ -278,6 +368,66 @@ def _tdx_collateral_seeds() -> list[bytes]:
     needy = [domains.module("01", domains.level("SWHardeningNeeded", "INTEL-SA-2", isvsvn=2))]
     texts = [domains.info(tcbLevels=levels), domains.info(tdxModuleIdentities=needy), domains.identity()]
     return [json.dumps(text).encode() for text in texts]
+
+
+_SIGNED_PARTS = {1: ("signer", "root"), 2: ("root_list", "root"), 3: ("pck_list", "authority")}
+
+
+def _tdx_parts(data: bytes) -> None:
+    """u8: which part of the collateral, 1 its signer, 2 and 3 a revocation list | what is signed of it."""
+    if not data or data[0] not in _SIGNED_PARTS:
+        raise EvidenceError("no such part")
+    part, who = _SIGNED_PARTS[data[0]]
+    signed = domains.KEYS[who].sign(data[1:], ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    whole = enclaves.tlv(0x30, data[1:], enclaves.SHA256_ECDSA, enclaves.tlv(3, b"\0", signed))
+    parts = _collateral(**{part: whole})
+    statement = tdx.authenticate(_quote(), parts, [domains.ROOT], enclaves.NOW)
+    assert statement.crl_numbers is not None
+    assert not tdx.failures(statement, ANY_CODE)
+    if part == "signer":
+        oracles.certificate_agrees(whole, x509.Certificate.read(whole))
+    else:
+        oracles.list_agrees(whole, x509.Crl.read(whole))
+
+
+def _tdx_parts_seeds() -> list[bytes]:
+    parts = dict(zip(domains.PARTS, domains.collateral(), strict=True))
+    lists = {"root_list": domains.revocations(domains.HOLDERS["root"], 9, 2**150), "pck_list": parts["pck_list"]}
+    signed = {name: der.Reader(part).inside(der.SEQUENCE).whole(der.SEQUENCE) for name, part in (parts | lists).items()
+              if name in ("signer", "root_list", "pck_list")}  # fmt: skip
+    return [bytes([kind]) + signed[name] for kind, (name, _) in _SIGNED_PARTS.items()]
+
+
+_FILES = dict(enumerate(("tcbInfo", "enclaveIdentity", "signer.pem", "root.crl", "pck.crl")))
+
+
+@functools.cache
+def _files() -> dict[str, bytes]:
+    return domains.files(domains.HOLDERS, _genuine())
+
+
+@functools.cache
+def _parsed() -> tdx.Quote:
+    return tdx.parse(_quote())
+
+
+def _tdx_files(data: bytes) -> None:
+    """u8 which file of a stage's folder | its content; or a file more than those that are wanted."""
+    folder = _folder("tdx-files")
+    kind, content = (_FILES[data[0]], data[1:]) if data[:1] and data[0] in _FILES else ("more", data)
+    (folder / "more").unlink(missing_ok=True)
+    for name, file in (_files() | {kind: content}).items():
+        (folder / name).write_bytes(file)
+    parts = tdx.endorsements(_parsed(), str(folder))
+    for name, part in zip(("tcbInfo", "enclaveIdentity"), parts[::2], strict=False):
+        assert any(json.loads(part) == json.loads(file.read_bytes()).get(name)
+                   for file in folder.iterdir() if name.encode() in file.read_bytes())  # fmt: skip
+        assert any(part in file.read_bytes() for file in folder.iterdir()), "not the bytes of a file"
+    assert len(parts) == tdx_collateral.PARTS
+
+
+def _tdx_files_seeds() -> list[bytes]:
+    return [bytes([kind]) + _files()[name] for kind, name in _FILES.items()]
 
 
 # Messages.
@@ -672,15 +822,18 @@ TARGETS: dict[str, Target] = {
         _evidence_file, (EvidenceError,), lambda: [attest.dump_evidence(EVIDENCE, BINDING).encode()], "json"
     ),
     "keys": Target(_keys, (EvidenceError,), lambda: [KEY.to_json().encode(), ROOT.to_json().encode()], "json"),
-    "cbor": Target(_cbor, (EvidenceError,), _cbor_seeds),
-    "der": Target(_der, (EvidenceError,), _certificates),
-    "x509": Target(_x509, (EvidenceError,), _certificates),
-    "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)]),
-    "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
-    "snp": Target(_snp, (EvidenceError,), _snp_seeds),
+    "cbor": Target(_cbor, (EvidenceError,), _cbor_seeds, "cbor"),
+    "der": Target(_der, (EvidenceError,), _certificates, "der"),
+    "x509": Target(_x509, (EvidenceError,), _certificates, "der"),
+    "crl": Target(_crl, (EvidenceError,), lambda: [enclaves.revocations(), enclaves.revocations(7, 2**150)], "der"),
+    "ecdsa": Target(_ecdsa, (EvidenceError,), _ecdsa_seeds),
+    "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds, "cbor"),
+    "snp": Target(_snp, (EvidenceError,), _snp_seeds, "der"),
     "table": Target(_table, (EvidenceError,), _table_seeds),
-    "tdx": Target(_tdx, (EvidenceError,), _tdx_seeds),
+    "tdx": Target(_tdx, (EvidenceError,), _tdx_seeds, "der"),
     "tdx-collateral": Target(_tdx_collateral, (EvidenceError,), _tdx_collateral_seeds, "json"),
+    "tdx-parts": Target(_tdx_parts, (EvidenceError,), _tdx_parts_seeds, "der"),
+    "tdx-files": Target(_tdx_files, (AttestationError,), _tdx_files_seeds, "json"),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),
     "messages": Target(_messages, (DecodeError, MessageError), _message_seeds, "msgpack"),
     "parts": Target(_array, (DecodeError,), _array_seeds, "msgpack"),

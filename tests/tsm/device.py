@@ -1,12 +1,15 @@
 """A guest's configfs-tsm as a process of its own: FIFOs in a folder, and what it says is signed under the tests' roots.
 
     python tests/tsm/device.py FOLDER --kind snp|tdx [--measurement BYTE] [--debug] [--foreign] [--bare] [--twice]
+        [--delay S] [--silent]
 
 Each answer is a line on standard output.
 """
 
 import argparse
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--foreign", action="store_true", help="another root, with the same names")
     made.add_argument("--bare", action="store_true", help="no certificates come with SNP's reports")
     made.add_argument("--twice", action="store_true", help="every answer but the first is the one before it")
+    made.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
+    made.add_argument("--silent", action="store_true", help="answers nothing")
     return made
 
 
@@ -39,7 +44,7 @@ def snp(chosen: argparse.Namespace) -> Callable[[bytes], bytes]:
 
 
 def tdx(chosen: argparse.Namespace) -> Callable[[bytes], bytes]:
-    made = domains.living(**{"key": ec.derive_private_key(7, ec.SECP256R1())} if chosen.foreign else {})
+    made = domains.living(ec.derive_private_key(7, ec.SECP256R1()) if chosen.foreign else None)
     attributes = bytes([chosen.debug]) + domains.BODY["td_attributes"][1:]
     fields: dict[str, Any] = {"mrtd": bytes([chosen.measurement]) * 48, "td_attributes": attributes}
     return lambda data: domains.quote(made, report_data=data, **fields)
@@ -51,12 +56,15 @@ def main() -> None:
     given: list[bytes] = []
 
     def answer(data: bytes) -> bytes:
+        if chosen.silent:
+            threading.Event().wait()
+        time.sleep(chosen.delay)
         print("answered", flush=True)
         if not (given and chosen.twice):
             given[:] = [make(data)]
         return given[0]
 
-    chain = guests.living(**{"key": guests.rsa_key(2)} if chosen.foreign else {})
+    chain = guests.living(guests.rsa_key(2) if chosen.foreign else None)
     folder = guests.Folder(chosen.folder, b"" if chosen.bare else guests.full_table(chain), answer,
                            provider="sev_guest" if chosen.kind == "snp" else "tdx_guest")  # fmt: skip
     print("ready", flush=True)

@@ -15,17 +15,17 @@ from attest.providers.tdx import TdxPins
 HERE = Path(__file__).resolve().parent
 
 
-def pins(kind: str, index: int) -> Rooted:
-    """What the guest of stage `index` measures to."""
+def pins(kind: str, index: int, **more: Any) -> Rooted:
+    """What the guest of stage `index` measures to; with `more` pins."""
     measurement = (bytes([100 + index]) * 48).hex()
     common = {"provider": kind, "covers": "image"}
     if kind == "snp":
         fields = {"product": "Milan", "measurements": [measurement], "policy": 0x30000, "min_tcb": guests.VERSIONS}
-        return Rooted(SnpPins(common | fields), guests.root(guests.living()))
+        return Rooted(SnpPins(common | fields | more), guests.root(guests.living()))
     names = ("rtmr0", "rtmr1", "rtmr2", "rtmr3", "td_attributes", "xfam")
     registers = {"mrtd": measurement} | {name: domains.BODY[name].hex() for name in names}
     root = hashlib.sha256(domains.living()["root"].der).digest()
-    return Rooted(TdxPins(common | registers | {"min_tcb_evaluation": 17}), root)
+    return Rooted(TdxPins(common | registers | {"min_tcb_evaluation": 17} | more), root)
 
 
 class Guests(Enclaves):
@@ -58,11 +58,4 @@ def snp_files() -> dict[str, bytes]:
 
 def tdx_files() -> dict[str, bytes]:
     """What Intel has of the tests' platform, as its service answers."""
-    info, info_signature, identity, identity_signature, signer, root_list, pck_list = domains.living_collateral()
-    answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
-    files = {
-        name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
-        for name, (text, signature) in answers.items()
-    }
-    root = domains.living()["root"].der
-    return files | {"signer.pem": domains.pem(signer, root), "root.crl": root_list, "pck.crl": pck_list}
+    return domains.files(domains.living(), domains.living_collateral())

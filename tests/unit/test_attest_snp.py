@@ -239,7 +239,7 @@ def test_all_but_the_key_come_in_any_order() -> None:
 def test_endorsements_are_three_or_four() -> None:
     crl = revocations()
     for ends in ([], CHAIN[:1], CHAIN[:2], [*CHAIN, CHAIN[2]], [*CHAIN, crl, crl], [*CHAIN[:2], crl],
-                 [crl, *CHAIN], [CHAIN[0], crl, crl, CHAIN[2]]):  # fmt: skip
+                 [crl, *CHAIN], [CHAIN[0], crl, crl, CHAIN[2]], [crl] * 3, [crl] * 4):  # fmt: skip
         assert refused(report(), ends) == ["malformed"]
 
 
