@@ -3,11 +3,13 @@
 
 It lies in the boot ramdisk as /init. The application ramdisk beside it holds what the vendor's init of a Nitro enclave
 also expects: /cmd (one argument a line), /env (one NAME=value a line) and rootfs/. It loads the kernel's modules,
-brings the network up where the command line says how, mounts what a stage needs (devices, and processes' own entries),
-and then takes away what nobody needs any more: no module or other kernel can be loaded, and rootfs is read-only.
+brings the network up where the command line says how, mounts what a stage needs (devices, processes' own entries, and
+in a guest of SEV-SNP or TDX the kernel's folders for its reports), and then takes away what nobody needs any more: no
+module or other kernel can be loaded, and rootfs is read-only.
 """
 
 import ctypes
+import errno
 import fcntl
 import ipaddress
 import os
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 NETWORK = "minigpt.network="  # ADDRESS/PREFIX,GATEWAY on the kernel's command line
+REPORTERS = ("sev-guest", "tdx-guest")  # drivers that refuse with ENODEV where they have nothing to drive
 FINIT_MODULE = 313  # system call of x86-64
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, MOVE = 1, 2, 4, 8, 32, 4096, 8192  # flags of mount(2)
 POWER_OFF = 0x4321FEDC
@@ -36,12 +39,28 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
     check(libc.mount(source.encode(), target.encode(), kind.encode(), flags, data.encode()), target)
 
 
-def load_modules() -> None:
-    """Those of this kernel, in the order of their names; another kernel (user-mode Linux) has it built in."""
+def load_modules() -> bool:
+    """Those of this kernel, in the order of their names; another kernel (user-mode Linux) has them built in.
+
+    Returns whether one can report on this machine.
+    """
+    reports = False
     folder = Path("/modules") / os.uname().release
     for module in sorted(folder.glob("*.ko")):
+        reporter = module.stem.partition("-")[2] in REPORTERS
         with module.open("rb") as file:
-            check(libc.syscall(FINIT_MODULE, file.fileno(), b"", 0), module)
+            result = libc.syscall(FINIT_MODULE, file.fileno(), b"", 0)
+        if not (reporter and result < 0 and ctypes.get_errno() == errno.ENODEV):
+            check(result, module)
+            reports = reports or reporter
+    return reports
+
+
+def mount_reports() -> None:
+    """The kernel's folders for reports (configfs-tsm), where attest/tsm.py looks for them; nothing else of /sys."""
+    folder = Path("/rootfs/sys/kernel/config")
+    folder.mkdir(parents=True)
+    mount("configfs", str(folder), "configfs", NOSUID | NODEV | NOEXEC)
 
 
 def raise_interface(name: str, address: str | None = None) -> None:
@@ -102,7 +121,8 @@ def run() -> int:
     mount("/rootfs", "/rootfs", flags=BIND)
     mount("proc", "/rootfs/proc", "proc", NOSUID | NODEV | NOEXEC, "hidepid=2")
     mount("dev", "/rootfs/dev", "devtmpfs", NOSUID | NOEXEC)
-    load_modules()
+    if load_modules():
+        mount_reports()
     network(Path("/rootfs/proc/cmdline").read_text())
     for setting in ("modules_disabled", "kexec_load_disabled", "dmesg_restrict"):
         forbid(setting)

@@ -39,7 +39,9 @@ WHEELS = "wheels"
 KERNEL = "kernel"
 UML = "user-mode-linux"
 GROUPS = {
-    KERNEL: ["linux-image-cloud-amd64"],  # a package that is empty, and depends on the kernel of the day
+    # A package that is empty, and depends on the kernel of the day. Debian 12's cloud kernel of old, 6.1, has no driver
+    # for SNP's reports and TDX's quotes.
+    KERNEL: ["linux-image-6.12-cloud-amd64"],
     "interpreter": [
         f"python{PYTHON}-minimal", f"libpython{PYTHON}-minimal", f"libpython{PYTHON}-stdlib",
         "libc6", "libexpat1", "libffi8", "libgcc-s1", "libstdc++6", "zlib1g",

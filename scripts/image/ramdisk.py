@@ -7,6 +7,7 @@ The kernel unpacks one after the other into the same place.
 """
 
 import io
+import lzma
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ START = "usr/lib/minigpt/start.py"
 MODEL = "model"
 SHARED = "lib/x86_64-linux-gnu"
 
-# The modules that find a network card or a vsock under qemu and in confidential virtual machines, in loading order.
+# The modules that find a network card or a vsock under qemu and in confidential virtual machines, and those by which
+# such a machine reports on itself, in loading order. The kernel has the rest of virtio built in.
 MODULES = [
-    "drivers/virtio/virtio_ring.ko", "drivers/virtio/virtio.ko", "drivers/virtio/virtio_pci_legacy_dev.ko",
-    "drivers/virtio/virtio_pci_modern_dev.ko", "drivers/virtio/virtio_pci.ko", "drivers/virtio/virtio_mmio.ko",
-    "net/core/failover.ko", "drivers/net/net_failover.ko", "drivers/net/virtio_net.ko",
+    "drivers/virtio/virtio_mmio.ko", "net/core/failover.ko", "drivers/net/net_failover.ko", "drivers/net/virtio_net.ko",
     "net/vmw_vsock/vsock.ko", "net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
     "net/vmw_vsock/vmw_vsock_virtio_transport.ko",
+    "fs/configfs/configfs.ko", "drivers/virt/coco/tsm.ko", "drivers/virt/coco/sev-guest/sev-guest.ko",
+    "drivers/virt/coco/tdx-guest/tdx-guest.ko",
 ]  # fmt: skip
 
 # What a stage needs of Debian's packages: the interpreter, its library, and a few shared objects.
@@ -132,11 +134,12 @@ def boot(kernel_files: Mapping[str, bytes]) -> bytes:
     tree = {"dev/console": CONSOLE, "init": Entry.file(_script("init.py"), executable=True)}
     tree |= {name: Entry.link(f"rootfs/{name}") for name in ("lib", "lib64", "usr")}
     for number, module in enumerate(MODULES):
-        found = [path for path in kernel_files if path.endswith("/kernel/" + module)]
+        found = [path for path in kernel_files if path.endswith(f"/kernel/{module}.xz")]
         if len(found) != 1:
-            raise RamdiskError(f"kernel: its package has {len(found)} files {module}, wanted one")
+            raise RamdiskError(f"kernel: its package has {len(found)} files {module}.xz, wanted one")
         release = found[0].split("/")[2]
-        tree[f"modules/{release}/{number:02}-{Path(module).name}"] = Entry.file(kernel_files[found[0]])
+        data = lzma.decompress(kernel_files[found[0]])
+        tree[f"modules/{release}/{number:02}-{Path(module).name}"] = Entry.file(data)
     return cpio(tree)
 
 

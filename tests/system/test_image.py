@@ -5,6 +5,7 @@ The packages are locked afresh for these tests, so that the way to a new lock fi
 
 import contextlib
 import json
+import lzma
 import os
 import re
 import select
@@ -13,12 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import guests
 import pytest
 from made import SMALL, random_tensors, write
 from processes import HOUR, ROOT
+from tsm import driver
+from tsm import pipeline as platforms
 
 import minigpt
 from attest import AttestationError
@@ -32,8 +37,9 @@ from minigpt.launch.plan import write as write_manifest
 from minigpt.protocol import addresses
 from minigpt.protocol.manifest import Manifest
 from scripts.image import build as build_image
-from scripts.image import eif, packages
+from scripts.image import eif, packages, ramdisk
 from scripts.image import run as run_image
+from scripts.image.ramdisk import Entry
 
 SCRIPTS = ROOT / "scripts" / "image"
 SITE = "rootfs/usr/lib/python3/dist-packages/"
@@ -177,6 +183,20 @@ def test_two_builds_are_the_same_bytes_whatever_the_manifest_pins(
 def test_another_stage_has_the_same_boot_ramdisk_and_another_application(image: eif.Image, alone: "Alone") -> None:
     assert alone.image.pcrs()[1] == image.pcrs()[1]
     assert alone.image.pcrs()[2] != image.pcrs()[2]
+
+
+def test_an_images_modules_are_its_kernels_and_each_comes_after_those_it_needs(image: eif.Image) -> None:
+    at = 0x200 + int.from_bytes(image.kernel[0x20E:0x210], "little")  # kernel documentation, x86/boot: kernel_version
+    release = image.kernel[at : image.kernel.index(b" ", at)].decode()
+    loaded: list[str] = []
+    modules = {name: data for name, (_, _, data) in unpacked(image.ramdisks[0]).items() if name.endswith(".ko")}
+    for name in sorted(modules):
+        assert name.startswith(f"modules/{release}/{len(loaded):02}-")
+        assert f"\0vermagic={release} ".encode() in modules[name]
+        needed = re.findall(rb"\0depends=([^\0]*)", modules[name])[0].decode()
+        assert set(needed.split(",")) <= {*loaded, ""}
+        loaded.append(Path(name).stem.partition("-")[2])
+    assert {"virtio_net", "vmw_vsock_virtio_transport", "configfs", "tsm", "sev-guest", "tdx-guest"} <= set(loaded)
 
 
 def test_an_image_measures_as_its_code(application: dict[str, tuple[int, int, bytes]], tmp_path: Path) -> None:
@@ -386,6 +406,78 @@ def test_a_stage_that_refuses_to_start_is_told_from_outside(alone: Alone) -> Non
         guest.provision(b"{}", alone.places, alone.key(0), seconds)
 
 
+LOOK = """
+import json, os, sys
+from pathlib import Path
+status = dict(line.split(":\\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+places = [Path(folder, name) for top in ("/dev", "/sys") for folder, _, names in os.walk(top) for name in names]
+seen = {
+    "rights": [status[name].split() for name in ("Uid", "Groups", "CapEff", "CapBnd", "NoNewPrivs")],
+    "mounts": [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()],
+    "writable": [str(place) for place in places if os.access(place, os.W_OK)],
+    "readable": [str(place) for place in places if os.access(place, os.R_OK)],
+    "sys": [str(place) for place in Path("/sys").rglob("*")],
+    "locked": Path("/proc/sys/kernel/modules_disabled").read_text(),
+}
+if seen["sys"]:
+    sys.path.insert(0, "/usr/lib/python3/dist-packages")
+    from attest import tsm
+    seen["answers"] = [data.hex() for data in tsm.report(bytes(range(64)), "sev_guest")]
+print("minigpt look: " + json.dumps(seen), flush=True)
+"""
+DEVICES = {"/dev/" + name for name in ("full", "null", "ptmx", "random", "tty", "urandom", "zero")}  # anybody's
+
+
+def boot(lock: Path, instead: bytes | None = None) -> bytes:
+    """The boot ramdisk, with another driver in place of SEV-SNP's."""
+    (kernel,) = packages.read_lock(lock)[packages.KERNEL]
+    archive = packages.fetch(packages.KERNEL, kernel, packages.cache_folder())
+    files = {file.path: file.data for file in packages.deb_files(archive)}
+    if instead is not None:
+        (path,) = (path for path in files if path.endswith("/sev-guest.ko.xz"))
+        files[path] = lzma.compress(instead)
+    return ramdisk.boot(files)
+
+
+def look(alone: Alone, ramdisk_: bytes, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What a stage's process sees in a guest of qemu."""
+    plan = alone.plan(0)
+    tree = build_image.rootfs(plan, packages.cache_folder())
+    tree[f"{ramdisk.SITE}/minigpt/launch/isolated.py"] = Entry.file(LOOK.encode())
+    application = ramdisk.application(tree, build_image.command(plan), build_image.ENVIRONMENT)
+    image = replace(alone.image, ramdisks=(ramdisk_, application))
+    kind, seconds = run_image.BACKENDS["qemu"]
+    guest = kind(image, port=run_image.free_port(), lock=packages.read_lock(alone.lock), memory=512 * 2**20)
+    with guest, pytest.raises(run_image.RunError, match="the stage ended with code 0"):
+        guest.provision(b"", None, seconds)
+    told = re.findall(r"minigpt look: (.*)", capfd.readouterr().err)
+    found: dict[str, Any] = json.loads(told[0])
+    return found
+
+
+@pytest.fixture(scope="session")
+def made_driver(lock: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    (kernel,) = packages.read_lock(lock)[packages.KERNEL]
+    table, where = guests.full_table(guests.living()), tmp_path_factory.mktemp("driver")
+    try:
+        return driver.build(kernel, where, guests.plain(), table)
+    except driver.NoDriver as error:
+        pytest.skip(f"a driver for the image's kernel cannot be built here: {error}")
+    finally:
+        shutil.rmtree(where)  # 100 MB, which pytest would keep
+
+
+def snp_image(alone: Alone, boot_ramdisk: bytes) -> tuple[eif.Image, bytes]:
+    """An image that takes no mock evidence, and a manifest that pins SNP's for its stage."""
+    manifest = write_manifest(
+        config=SMALL, model="small", revision=None, tokenizer_sha256=None, layers=alone.layers,
+        weights_sha256=[weights.load(alone.folder, SMALL, alone.layers[0]).digest], addresses=alone.addresses,
+        pins=[platforms.pins("snp", 0).pins],
+    )  # fmt: skip
+    image = build_image.build(replace(alone.plan(0), allow_mock=False), packages.cache_folder())
+    return replace(image, ramdisks=(boot_ramdisk, image.ramdisks[1])), manifest
+
+
 @pytest.fixture
 def nitro_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the vendor's tool, which writes down how it was called. It starts no enclave."""
@@ -497,3 +589,60 @@ def test_two_guests_are_a_pipeline_with_the_models_own_tokens(backend: str, tmp_
     pipeline = Planned(tmp_path, lock, "2+2", outside="10.0.2.2")
     with pipeline.guest(backend, 1), pipeline.guest(backend, 0):
         pipeline.answers()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("uml", marks=needs_uml), pytest.param("qemu", marks=[needs_qemu, pytest.mark.slow])],
+)
+def test_a_stage_says_what_its_machine_lacks_for_evidence(alone: Alone, backend: str) -> None:
+    image, manifest = snp_image(alone, alone.image.ramdisks[0])
+    kind, seconds = run_image.BACKENDS[backend]
+    locked = packages.read_lock(alone.lock)
+    guest = kind(image, port=run_image.free_port(), lock=locked, memory=512 * 2**20)
+    lacks = (
+        "wanted /sys/kernel/config/tsm/report/minigpt, .* or /dev/sev-guest: is this an SNP guest.*ended with code 3"
+    )
+    with guest, pytest.raises(run_image.RunError, match=lacks):
+        guest.provision(manifest, None, seconds)
+
+
+@pytest.mark.slow
+@needs_qemu
+def test_a_machine_that_cannot_report_gives_a_stage_no_device(
+    alone: Alone, lock: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen = look(alone, boot(lock), capfd)
+    nobody = ["65534"] * 4
+    assert seen["rights"] == [nobody, [], ["0" * 16], ["0" * 16], ["1"]]
+    assert [place for place, *_ in seen["mounts"]] == ["/", "/proc", "/dev"]
+    assert set(seen["writable"]) == DEVICES
+    assert seen["sys"] == []
+    assert seen["locked"] == "1\n"
+
+
+@pytest.mark.slow
+@needs_qemu
+def test_a_machine_that_reports_gives_a_stage_one_file_to_ask_with(
+    alone: Alone, lock: Path, made_driver: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen = look(alone, boot(lock, made_driver), capfd)
+    assert [place for place, *_ in seen["mounts"]] == ["/", "/proc", "/dev", "/sys/kernel/config"]
+    assert seen["mounts"][-1][1:] == ["configfs", "rw,nosuid,nodev,noexec,relatime"]
+    folder = "/sys/kernel/config/tsm/report/minigpt/"
+    assert set(seen["writable"]) == DEVICES | {folder + "inblob"}
+    assert {folder + name for name in ("provider", "generation", "outblob", "auxblob")} <= set(seen["readable"])
+    report, table = map(bytes.fromhex, seen["answers"])
+    assert report == guests.plain()[:0x50] + bytes(range(64)) + guests.plain()[0x90:]
+    assert table == guests.full_table(guests.living())
+
+
+@pytest.mark.slow
+@needs_qemu
+def test_a_stage_in_an_image_asks_the_kernel_for_its_report(alone: Alone, lock: Path, made_driver: bytes) -> None:
+    image, manifest = snp_image(alone, boot(lock, made_driver))
+    kind, seconds = run_image.BACKENDS["qemu"]
+    guest = kind(image, port=run_image.free_port(), lock=packages.read_lock(lock), memory=512 * 2**20)
+    unsigned = f"the VCEK of this report is missing; put https://.*/Milan/{guests.CHIP.hex()}"  # no key made it
+    with guest, pytest.raises(run_image.RunError, match=unsigned):
+        guest.provision(manifest, None, seconds)
