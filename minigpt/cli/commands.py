@@ -251,8 +251,7 @@ def _split(options: argparse.Namespace) -> str | int:
 
 
 def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:
-    stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
-    return [reporting.state(entry, report) for entry, report in stages]
+    return [reporting.state(pipeline.manifest, report) for report in pipeline.status()]
 
 
 def _figures(generation: Generation) -> dict[str, Any]:
@@ -398,7 +397,7 @@ def status(options: argparse.Namespace) -> int:
             reports = looker.look()
             if options.save_evidence is not None:
                 _save_evidence(Path(options.save_evidence), reports)
-            stages = [reporting.state(entry, report) for entry, report in zip(entries, reports, strict=True)]
+            stages = [reporting.state(parsed, report) for report in reports]
             days = parsed.days_left(time.time())
             if options.json:
                 show(json.dumps({"stages": stages, "manifest_expires_days": days}) + "\n")
