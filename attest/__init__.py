@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from attest.document import PRIVATE, DocumentError, Place, is_key, load
@@ -144,6 +145,7 @@ class AttestationResult:
     stage: int | None  # the index that the attester's key is endorsed for, None where the provider has no such thing
     timestamp_ms: int | None  # when the evidence was made, ms since the epoch by its own clock; None if it does not say
     registers: tuple[tuple[str, bytes], ...] = ()  # what else the platform has measured, by its name
+    valid_until: datetime | None = None  # when the first of its endorsements ends; None if it has none
 
 
 class Attester(Protocol):

@@ -77,6 +77,7 @@ class Statement(Report):
     product: str
     csp_id: str | None  # the cloud whose VLEK it is
     crl_number: int | None  # of the revocation list; None if there is none
+    valid_until: datetime  # when the first of its endorsements ends
 
     def tcb(self, encoded: bytes) -> dict[str, int]:
         """One of its TCBs as numbers, by their names."""
@@ -85,7 +86,9 @@ class Statement(Report):
     def result(self, claims: bytes) -> AttestationResult:
         digests = ((name, getattr(self, name)) for name in DIGESTS)
         registers = (("measurements", self.measurement), *digests)  # by the names of their pins
-        return AttestationResult(Provider.SNP, self.measurement, self.debug, claims, None, None, registers)
+        return AttestationResult(
+            Provider.SNP, self.measurement, self.debug, claims, None, None, registers, self.valid_until
+        )
 
 
 def authenticate(
@@ -120,12 +123,15 @@ def examine(
     if not is_by(report, chain[0]):
         wrong.append(("signature", "signature: got one that is not by the VEK: it was altered, or is of another chip"))
     wrong += unfit(report, chain, vek)
-    number = None
+    number, ends = None, [certificate.not_after for certificate in chain]
     if listed is not None and hashlib.sha256(chain[2].der).digest() in roots:
-        number, more = revoked(listed, chain, now)
+        crl, more = revoked(listed, chain, now)
         wrong += more
+        if crl is not None:
+            number = crl.number
+            ends.append(crl.next_update)
     found = {field.name: getattr(report, field.name) for field in fields(report)}
-    return Statement(**found, product=vek.product, csp_id=vek.csp_id, crl_number=number), wrong
+    return Statement(**found, product=vek.product, csp_id=vek.csp_id, crl_number=number, valid_until=min(ends)), wrong
 
 
 def appraise(statement: Statement, pins: Pinned, allow_debug: bool = False) -> None:

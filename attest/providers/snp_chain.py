@@ -75,8 +75,8 @@ def read(endorsements: Sequence[bytes]) -> tuple[list[Certificate], bytes | None
     return [vek, *above], lists[0] if lists else None
 
 
-def revoked(listed: bytes, chain: Sequence[Certificate], now: datetime) -> tuple[int | None, list[Failure]]:
-    """A list's number, and what it and the chain have against each other. The root is one to believe.
+def revoked(listed: bytes, chain: Sequence[Certificate], now: datetime) -> tuple[Crl | None, list[Failure]]:
+    """A list, and what it and the chain have against each other. The root is one to believe.
 
     What it did not sign is not read any further: a list may be long.
     """
@@ -88,7 +88,7 @@ def revoked(listed: bytes, chain: Sequence[Certificate], now: datetime) -> tuple
         if certificate.serial in crl.serials:
             name = f"{certificate.common_name[:80]!a} (serial {certificate.serial})"
             wrong.append(("revoked", f"revoked: got {name} on AMD's list, wanted none that is there"))
-    return crl.number, wrong
+    return crl, wrong
 
 
 def is_by(report: Report, vek: Certificate) -> bool:

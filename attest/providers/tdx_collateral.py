@@ -136,6 +136,7 @@ class Verdict:
     advisories: tuple[str, ...]  # Intel's, on what is not up to date
     tcb_evaluation: int  # the number of Intel's evaluation, which grows
     crl_numbers: tuple[int, int]  # of the root's list and the PCK authority's
+    valid_until: datetime  # when the first part of the collateral, or certificate, ends
 
 
 @dataclass(frozen=True)
@@ -196,19 +197,24 @@ class Collateral:
             if listed.serial in revoked.serials:
                 wrong.append(("revoked", f"revoked: got {what}, {listed.serial:x}, in a revocation list"))
         try:
-            verdict, more = self._judge(facts, now)
+            verdict, more = self._judge(facts, chain, now)
         except DocumentError as error:
             raise EvidenceError(str(error)) from None
         return verdict, wrong + more
 
-    def _judge(self, facts: Facts, now: datetime) -> tuple[Verdict | None, list[Failure]]:
+    def _judge(self, facts: Facts, chain: Sequence[Certificate], now: datetime) -> tuple[Verdict | None, list[Failure]]:
         info = load("TCB info", self.texts[0], MAX_TEXT)
         identity = load("QE identity", self.texts[1], MAX_TEXT)
         wrong: list[Failure] = []
+        last = [
+            *(certificate.not_after for certificate in (self.signer, *chain)),
+            *(one.next_update for one in self.lists),
+        ]
         for text, name, version in ((info, "TDX", 3), (identity, "TD_QE", 2)):
             if text.get("id").value != name or text.get("version").integer(0, 2**31) != version:
                 text.refuse(f'"id" {name} and "version" {version}')
             begins, ends = text.get("issueDate").time(), text.get("nextUpdate").time()
+            last.append(ends)
             if not begins <= now <= ends:
                 dates = f"{begins} to {ends}, wanted one of {now}"
                 wrong.append(("collateral-expired", f"collateral-expired: got a {text.name} of {dates}"))
@@ -230,7 +236,7 @@ class Collateral:
             return None, wrong
         status = max((level.status for level in found), key=STATUSES.index)
         advisories = tuple(sorted({advisory for level in found for advisory in level.advisories}))
-        return Verdict(status, advisories, min(numbers), (root_number, pck_number)), wrong
+        return Verdict(status, advisories, min(numbers), (root_number, pck_number), min(last)), wrong
 
 
 def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:

@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any
 
 from Crypto.PublicKey.ECC import EccKey
@@ -70,6 +71,7 @@ class Statement:
     advisories: tuple[str, ...] = ()
     tcb_evaluation: int | None = None
     crl_numbers: tuple[int, int] | None = None  # of the root's list and the PCK authority's
+    valid_until: datetime | None = None  # when the first part of it, or certificate, ends
 
     @property
     def attributes(self) -> int:
@@ -90,7 +92,7 @@ class Statement:
 
     def result(self, claims: bytes) -> AttestationResult:
         registers = tuple((name, getattr(self, name)) for name in HEX if getattr(self, name) is not None)
-        return AttestationResult(Provider.TDX, self.mrtd, self.debug, claims, None, None, registers)
+        return AttestationResult(Provider.TDX, self.mrtd, self.debug, claims, None, None, registers, self.valid_until)
 
 
 _SIZES = {

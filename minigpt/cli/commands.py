@@ -298,8 +298,8 @@ def _split(options: argparse.Namespace) -> str | int:
 
 
 def _stage_states(pipeline: Pipeline) -> list[dict[str, Any]]:
-    stages = zip(pipeline.manifest.stages, pipeline.status(), strict=False)
-    return [reporting.state(entry, report, pipeline.addresses.shown(entry.index)) for entry, report in stages]
+    manifest, where = pipeline.manifest, pipeline.addresses
+    return [reporting.state(manifest, report, where.shown(report.stage)) for report in pipeline.status()]
 
 
 def _figures(generation: Generation) -> dict[str, Any]:
@@ -460,10 +460,7 @@ def status(options: argparse.Namespace) -> int:
             reports = looker.look()
             if options.save_evidence is not None:
                 _save_evidence(Path(options.save_evidence), reports)
-            stages = [
-                reporting.state(entry, report, where.shown(entry.index))
-                for entry, report in zip(entries, reports, strict=True)
-            ]
+            stages = [reporting.state(parsed, report, where.shown(report.stage)) for report in reports]
             days = parsed.days_left(time.time())
             if options.json:
                 show(json.dumps({"stages": stages, "manifest_expires_days": days}) + "\n")

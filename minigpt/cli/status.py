@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import RequestRefused, StageError, UntrustedStage
-from minigpt.protocol.manifest import StageEntry
+from minigpt.protocol.manifest import Manifest, StageEntry
 from minigpt.protocol.messages import StageReport
 
 CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
@@ -55,8 +55,9 @@ def exit_code(reports: Sequence[StageReport]) -> int:
     return StageError.exit_code if any(report.error for report in reports) else 0
 
 
-def state(entry: StageEntry, report: StageReport, address: str | None) -> dict[str, Any]:
+def state(manifest: Manifest, report: StageReport, address: str | None) -> dict[str, Any]:
     """A stage for --json: what the manifest says about it, where it is as far as is known, and what was found."""
+    entry = manifest.stages[report.stage]
     return {
         "stage": entry.index,
         "layers": [entry.layers.start, entry.layers.stop],
@@ -64,6 +65,7 @@ def state(entry: StageEntry, report: StageReport, address: str | None) -> dict[s
         "provider": entry.platform.name,
         "test_root": None if entry.test_root is None else entry.test_root.hex(),
         "evidence": "refused" if report.reason == "attestation" else "unknown" if report.error else "accepted",
+        "endorsements_expire_days": manifest.endorsed_days(entry.index, report.evidence),
         "error": report.error or None,
         "exposed": report.exposed or None,
         **{name: None if report.error else getattr(report, field) for name, field in _FIGURES.items()},
@@ -91,7 +93,9 @@ def shown(states: Sequence[dict[str, Any]]) -> str:
 def _words(state: dict[str, Any]) -> list[str]:
     if state["error"]:
         return [state["error"]]
-    words = [f"not locked down: {state['exposed']}"] if state["exposed"] else []
+    days = state.get("endorsements_expire_days")
+    words = [] if days is None else [f"endorsements end in {days:.1f} days"]
+    words += [f"not locked down: {state['exposed']}"] if state["exposed"] else []
     return words + ([f"requests resumed: {state['resumed']}"] if state["resumed"] else [])
 
 

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attest import Attester, Failure, Verifier, document
+from attest import (
+    AttestationResult,
+    Attester,
+    EvidenceError,
+    Failure,
+    PolicyError,
+    Verifier,
+    document,
+    load_evidence,
+)
 from attest.document import DocumentError, Place
 from attest.providers import TEST_ROOT_WARNING, Check, Platform
 from attest.registry import PLATFORMS
@@ -214,10 +223,45 @@ class Manifest:
         stage = self.stages[index]
         return stage.platform.judge(stage.pins, stage.test_root, self.claims(index), index, clock)
 
+    def judge(self, index: int, text: str) -> tuple[AttestationResult | None, Sequence[Failure]]:
+        """What an evidence file establishes about stage `index`, or what failed: as of when it was made, if it says."""
+        entry = self.stages[index]
+        try:
+            evidence, binding = load_evidence(text)
+            made = entry.platform.describe(evidence).get("made")  # SNP's and TDX's do not say
+            at = datetime.datetime.fromisoformat(made).timestamp() if made else time.time()  # ValueError after 9999
+            return self.verifier_at(index, lambda: at).verify(evidence, binding), ()
+        except (EvidenceError, PolicyError) as error:
+            return None, error.failures
+        except ValueError:
+            return None, [("stale", "stale: got a time after the year 9999, wanted one of this calendar")]
+
+    def endorsed_days(self, index: int, text: str) -> float | None:
+        """Days until the first endorsement of an evidence file ends; 0 where we do not accept the file, or do not any
+        more. None if it has no endorsements that somebody has to renew, or there is no file."""
+        if self.stages[index].platform.simulated or not text:
+            return None
+        result, failures = self.judge(index, text)
+        if failures or result is None:
+            return 0.0
+        return days_until(result.valid_until)
+
     def checks(self, index: int, failures: Sequence[Failure]) -> list[Check]:
         """All checks of the evidence of stage `index`, of which these failed."""
         stage = self.stages[index]
         return stage.platform.lines(stage.pins, failures)
+
+
+def days_until(end: datetime.datetime | None) -> float | None:
+    return None if end is None else (end.timestamp() - time.time()) / 86_400
+
+
+def endorsement_warnings(index: int, end: datetime.datetime | None) -> list[str]:
+    """What to tell of a stage whose first endorsement ends then."""
+    days = days_until(end)
+    if days is None or days >= DAYS_LEFT:
+        return []
+    return [f"endorsements of stage {index} end in {days:.1f} days: renew those in the folder of its --endorsements"]
 
 
 def read(path: str | Path) -> bytes:

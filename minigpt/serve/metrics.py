@@ -33,7 +33,8 @@ class _Stages(Collector):
     """What the stages report of themselves. One that does not answer has no figures but that: a counter that fell to 0
     would look like a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
         self.reports: Sequence[StageReport] = ()
         self.restarts: Sequence[int] = ()
 
@@ -50,6 +51,16 @@ class _Stages(Collector):
         for stage, count in enumerate(self.restarts):
             again.add_metric([str(stage)], count)
         yield again
+        left = GaugeMetricFamily(
+            "minigpt_stage_endorsements_expire_days",
+            "Days until the first endorsement of its evidence ends; 0 if the evidence is not accepted any more.",
+            labels=["stage"],
+        )
+        for report in self.reports:
+            days = self._manifest.endorsed_days(report.stage, report.evidence)
+            if days is not None:
+                left.add_metric([str(report.stage)], days)
+        yield left
         for kind, fields in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for field, (name, words) in fields.items():
                 family = kind(f"minigpt_stage_{name}", f"As the stage reports: {words}", labels=["stage"])
@@ -94,7 +105,7 @@ class Metrics:
             "minigpt_link_bytes", "Ciphertext of answers, both ways; link i leads to stage i.", ("link",),
             registry=registry,
         )  # fmt: skip
-        self._stages = _Stages()
+        self._stages = _Stages(manifest)
         registry.register(self._stages)
 
     def crossed(self, spans: Sequence[Span]) -> None:

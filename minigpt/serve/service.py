@@ -11,11 +11,11 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from attest import AttestationError, EvidenceError, PolicyError, load_evidence
+from attest import AttestationError
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, encode_prompt
 from minigpt.errors import MiniGPTError, RequestRefused, StageError, UsageError
-from minigpt.protocol.manifest import StageEntry
+from minigpt.protocol.manifest import StageEntry, endorsement_warnings
 from minigpt.protocol.messages import Reason, Span, StageReport
 from minigpt.protocol.request import Keywords
 from minigpt.serve.metrics import Metrics
@@ -260,7 +260,7 @@ class Service:
                 reports = await self.reports()
         except TimeoutError:
             reports = tuple(StageReport(entry.index, NOT_TOLD, "failed") for entry in self.pipeline.manifest.stages)
-        return self.metrics.show(reports, self.pipeline.restarts)
+        return await asyncio.to_thread(self.metrics.show, reports, self.pipeline.restarts)  # evidence takes time
 
     def check_stages(self) -> None:
         """Raises Problem if a stage of our own is not started again: only a new process can help then."""
@@ -301,22 +301,30 @@ class Service:
         manifest = self.pipeline.manifest
         reports = await self.reports()
         stages = [self._attested(entry, report) for entry, report in zip(manifest.stages, reports, strict=True)]
+        warnings = manifest.warnings(time.time())
+        for stage in stages:
+            if stage["endorsed_until"] is not None:
+                warnings += endorsement_warnings(stage["index"], datetime.fromisoformat(stage["endorsed_until"]))
         return {
             "manifest_sha256": manifest.digest.hex(),
             "model": manifest.model,
             "expires": manifest.expires.isoformat(),
             "simulated": manifest.simulated,
-            "warnings": manifest.warnings(time.time()),
+            "warnings": warnings,
             "stages": stages,
         }
 
     def _attested(self, entry: StageEntry, report: StageReport) -> dict[str, Any]:
         """One stage's. Links were accepted when they were made: here anybody can see by what, and check it again."""
-        verdict, checks = "UNKNOWN", [report.error]
+        verdict, checks, until = "UNKNOWN", [report.error], None
         if report.reason == "attestation":
             verdict, checks = "FAIL", list((entry.index == 0 and self._refused) or checks)
         elif not report.error:
-            verdict, checks = self._verify(entry, report.evidence)
+            manifest = self.pipeline.manifest
+            result, failures = manifest.judge(entry.index, report.evidence)
+            verdict = "FAIL" if failures else "PASS"
+            checks = [str(check) for check in manifest.checks(entry.index, failures)]
+            until = None if result is None else result.valid_until
         return {
             "index": entry.index,
             "layers": [entry.layers.start, entry.layers.stop],
@@ -326,23 +334,9 @@ class Service:
             "test_root": None if entry.test_root is None else entry.test_root.hex(),
             "verdict": verdict,
             "checks": checks,
+            "endorsed_until": None if until is None else until.isoformat(),
             "evidence": _object(report.evidence),
         }
-
-    def _verify(self, entry: StageEntry, text: str) -> tuple[str, list[str]]:
-        """A verdict on an evidence file, as of when it was made if it says, and a line for each check."""
-        manifest, failures = self.pipeline.manifest, []
-        try:
-            evidence, binding = load_evidence(text)
-            made = entry.platform.describe(evidence).get("made")  # SNP's and TDX's do not say
-            at = datetime.fromisoformat(made).timestamp() if made else time.time()  # ValueError after 9999
-            manifest.verifier_at(entry.index, lambda: at).verify(evidence, binding)
-        except (EvidenceError, PolicyError) as error:
-            failures = list(error.failures)
-        except ValueError:
-            failures = [("stale", "stale: got a time after the year 9999, wanted one of this calendar")]
-        checks = [str(check) for check in manifest.checks(entry.index, failures)]
-        return "FAIL" if failures else "PASS", checks
 
 
 def _object(text: str) -> Any:

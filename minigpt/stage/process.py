@@ -16,7 +16,7 @@ from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol import addresses
 from minigpt.protocol.addresses import MAX_PLACES, Addresses
-from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry
+from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry, endorsement_warnings
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
@@ -153,7 +153,9 @@ def _check_own_evidence(manifest: Manifest, index: int, evidence: EvidenceQueue)
     made = attester.attest(binding)
     log.info("own evidence made in %.2f s", time.monotonic() - began)
     try:
-        manifest.verifier(index).verify(made, binding)
+        result = manifest.verifier(index).verify(made, binding)
+        for warning in endorsement_warnings(index, result.valid_until):
+            log.warning("%s", warning)
     except (EvidenceError, PolicyError) as error:
         log.warning("peers will refuse this stage's evidence:")
         for check in manifest.checks(index, error.failures):

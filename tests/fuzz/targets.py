@@ -407,7 +407,7 @@ def _files() -> dict[str, bytes]:
 
 
 @functools.cache
-def _parsed() -> tdx.Quote:
+def _parsed() -> tdx_quote.Quote:
     return tdx.parse(_quote())
 
 

@@ -449,7 +449,7 @@ def look(alone: Alone, ramdisk_: bytes, capfd: pytest.CaptureFixture[str]) -> di
     kind, seconds = run_image.BACKENDS["qemu"]
     guest = kind(image, port=run_image.free_port(), lock=packages.read_lock(alone.lock), memory=512 * 2**20)
     with guest, pytest.raises(run_image.RunError, match="the stage ended with code 0"):
-        guest.provision(b"", None, seconds)
+        guest.provision(b"", alone.places, None, seconds)
     told = re.findall(r"minigpt look: (.*)", capfd.readouterr().err)
     found: dict[str, Any] = json.loads(told[0])
     return found
@@ -471,7 +471,7 @@ def snp_image(alone: Alone, boot_ramdisk: bytes) -> tuple[eif.Image, bytes]:
     """An image that takes no mock evidence, and a manifest that pins SNP's for its stage."""
     manifest = write_manifest(
         config=SMALL, model="small", revision=None, tokenizer_sha256=None, layers=alone.layers,
-        weights_sha256=[weights.load(alone.folder, SMALL, alone.layers[0]).digest], addresses=alone.addresses,
+        weights_sha256=[weights.load(alone.folder, SMALL, alone.layers[0]).digest],
         pins=[platforms.pins("snp", 0).pins],
     )  # fmt: skip
     image = build_image.build(replace(alone.plan(0), allow_mock=False), packages.cache_folder())
@@ -604,7 +604,7 @@ def test_a_stage_says_what_its_machine_lacks_for_evidence(alone: Alone, backend:
         "wanted /sys/kernel/config/tsm/report/minigpt, .* or /dev/sev-guest: is this an SNP guest.*ended with code 3"
     )
     with guest, pytest.raises(run_image.RunError, match=lacks):
-        guest.provision(manifest, None, seconds)
+        guest.provision(manifest, alone.places, None, seconds)
 
 
 @pytest.mark.slow
@@ -645,4 +645,4 @@ def test_a_stage_in_an_image_asks_the_kernel_for_its_report(alone: Alone, lock: 
     guest = kind(image, port=run_image.free_port(), lock=packages.read_lock(lock), memory=512 * 2**20)
     unsigned = f"the VCEK of this report is missing; put https://.*/Milan/{guests.CHIP.hex()}"  # no key made it
     with guest, pytest.raises(run_image.RunError, match=unsigned):
-        guest.provision(manifest, None, seconds)
+        guest.provision(manifest, alone.places, None, seconds)

@@ -75,7 +75,7 @@ def test_a_pipeline_of_guests_gives_the_tokens_of_one_process(
     allowed = ("--manifest", stages.path, "--allow-test-root")
     assert generate(stages).returncode == 3  # without the switch
     status = says("minigpt", "status", *allowed, "--save-evidence", tmp_path)
-    assert f"{stages.kind} evidence accepted under a test's root" in status.stdout
+    assert f"{stages.kind} evidence accepted under a test's root  endorsements end in " in status.stdout
     for index in (0, 1):
         file = tmp_path / f"stage-{index}.json"
         checked = says("attest", "verify", file, "--stage", index, *allowed)
@@ -87,8 +87,10 @@ def test_a_pipeline_of_guests_gives_the_tokens_of_one_process(
         assert f"FAIL {CODE[stages.kind]}: got" in swapped.stdout
     with Serving("--manifest", str(stages.path), "--allow-test-root", "--connections", "2") as server:
         told = server.get("/v1/attestation").json()
+        assert 2000 < server.metric("minigpt_stage_endorsements_expire_days") < 73_000  # of both: they end in 2049
     for stage in told["stages"]:
         assert (stage["provider"], stage["verdict"]) == (stages.kind, "PASS")
+        assert stage["endorsed_until"] == "2049-01-01T00:00:00+00:00"
         assert all(line.startswith("PASS ") for line in stage["checks"])
 
 

@@ -44,6 +44,8 @@ from attest.document import DocumentError, load
 from attest.providers import ANY_CODE, snp, snp_chain
 from attest.providers.snp import SnpAttester, SnpPins, SnpVerifier
 from attest.x509 import Certificate
+from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import StageReport
 
 SAMPLES = ("milan_prod", "milan_debug", "milan_vlek", "genoa")
 Sample = tuple[bytes, list[bytes], dict[str, Any], datetime]
@@ -673,16 +675,25 @@ def test_the_page_of_attestations_judges_reports_which_have_no_date() -> None:
     service_of = pytest.importorskip("minigpt.serve.service")
     service: Any = object.__new__(service_of.Service)
     judge = replace(VERIFIER, pins=read(PINS | {"host_data": "00" * 32}))
-    service.pipeline = SimpleNamespace(manifest=SimpleNamespace(
-        verifier_at=lambda *_: judge, checks=lambda _, failures: snp.PLATFORM.lines(judge.pins, failures)
-    ))  # fmt: skip
-    entry: Any = SimpleNamespace(platform=snp.PLATFORM, index=0)
-    verdict, checks = service._verify(entry, dump_evidence(shown(), BINDING))
+    entry = SimpleNamespace(platform=snp.PLATFORM, index=0, layers=range(6), address="", test_root=None)
+    manifest: Any = SimpleNamespace(
+        stages=[entry],
+        verifier_at=lambda *_: judge,
+        checks=lambda _, failures: snp.PLATFORM.lines(judge.pins, failures),
+        judge=lambda index, text: Manifest.judge(manifest, index, text),
+    )
+    service.pipeline = SimpleNamespace(manifest=manifest)
+
+    def judged(evidence: Evidence) -> tuple[str, list[str]]:
+        told = service._attested(entry, StageReport(0, evidence=dump_evidence(evidence, BINDING)))
+        return told["verdict"], told["checks"]
+
+    verdict, checks = judged(shown())
     assert verdict == "PASS"
     assert all(check.startswith("PASS ") for check in checks)
     assert f"PASS measurements: {'07' * 48}, as pinned" in checks
     assert f"PASS host_data: {'00' * 32}, as pinned" in checks
-    verdict, checks = service._verify(entry, dump_evidence(shown(policy=0xB0000), BINDING))
+    verdict, checks = judged(shown(policy=0xB0000))
     failed = [check.partition(":")[0] for check in checks if not check.startswith("PASS ")]
     assert (verdict, failed) == ("FAIL", ["FAIL debug", "FAIL policy"])
 

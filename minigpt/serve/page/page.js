@@ -342,7 +342,8 @@ function showProof(found) {
   if ($("proof").open) return; // do not replace what has the focus
   for (const link of $("evidence").querySelectorAll("a")) URL.revokeObjectURL(link.href);
   $("evidence").replaceChildren(...stages.map((stage) => {
-    const says = make("span", {}, `${stage.verdict}, ${stage.provider}`);
+    const until = stage.endorsed_until ? `, endorsed until ${stage.endorsed_until.slice(0, 10)}` : "";
+    const says = make("span", {}, `${stage.verdict}, ${stage.provider}${until}`);
     const line = make("li", { class: verdict(stage) }, make("b", {}, `Stage ${stage.index}`), says);
     if (stage.evidence) {
       const href = URL.createObjectURL(new Blob([JSON.stringify(stage.evidence, null, 2)], { type: "application/json" }));
