@@ -213,7 +213,12 @@ class Arena:
         pipes = stages or self.stages
         for index, proxy in enumerate(pipes.proxies):
             proxy.reset((rules or {}).get(index, honest))
-        order = {"manifest": str(pipes.path), **pipes.options, "timeout": timeout} | options
+        order = {
+            "manifest": str(pipes.path),
+            "places": str(pipes.places),
+            **pipes.options,
+            "timeout": timeout,
+        } | options
         requests = [list(one) for one in (ids or [self.prompt()])]
         (client or self.client).order(ids=requests, max_tokens=count, **order)
 
