@@ -44,6 +44,7 @@ from attest.document import DocumentError, load
 from attest.providers import ANY_CODE, snp, snp_chain
 from attest.providers.snp import SnpAttester, SnpPins, SnpVerifier
 from attest.x509 import Certificate
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import StageReport
 
@@ -675,14 +676,14 @@ def test_the_page_of_attestations_judges_reports_which_have_no_date() -> None:
     service_of = pytest.importorskip("minigpt.serve.service")
     service: Any = object.__new__(service_of.Service)
     judge = replace(VERIFIER, pins=read(PINS | {"host_data": "00" * 32}))
-    entry = SimpleNamespace(platform=snp.PLATFORM, index=0, layers=range(6), address="", test_root=None)
+    entry = SimpleNamespace(platform=snp.PLATFORM, index=0, layers=range(6), test_root=None)
     manifest: Any = SimpleNamespace(
         stages=[entry],
         verifier_at=lambda *_: judge,
         checks=lambda _, failures: snp.PLATFORM.lines(judge.pins, failures),
         judge=lambda index, text: Manifest.judge(manifest, index, text),
     )
-    service.pipeline = SimpleNamespace(manifest=manifest)
+    service.pipeline = SimpleNamespace(manifest=manifest, addresses=Addresses(1, None))
 
     def judged(evidence: Evidence) -> tuple[str, list[str]]:
         told = service._attested(entry, StageReport(0, evidence=dump_evidence(evidence, BINDING)))
