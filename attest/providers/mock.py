@@ -36,6 +36,7 @@ _EVIDENCE = struct.Struct(">8sBQ48s64sB32s")  # both without their signature
 _EVIDENCE_MAGIC = b"MGPTMOCK"
 _ENDORSEMENT = struct.Struct(">10sB32sHQ")
 _ENDORSEMENT_MAGIC = b"MGPTMOCKCA"
+ENDORSEMENT_SIZE = _ENDORSEMENT.size + 64  # bytes
 _VERSION = 1
 _DEBUG = 1
 _SIGNATURE_SIZE = 64
@@ -218,8 +219,8 @@ class MockKey(_Key):
     @classmethod
     def generate(cls, root: MockRoot, stage: int, not_after_ms: int) -> "MockKey":
         """A new key for `stage`, endorsed by `root`; ValueError as in `MockRoot.endorse`."""
-        private = secrets.token_bytes(32)
-        return cls(private, root.endorse(_Key(private).public, stage, not_after_ms))
+        key = NewKey.generate()
+        return key.endorsed(root.endorse(key.public, stage, not_after_ms))
 
     @property
     def stage(self) -> int:
@@ -233,8 +234,20 @@ class MockKey(_Key):
     @classmethod
     def from_json(cls, text: str | bytes) -> "MockKey":
         """Reads a stage key's file; EvidenceError if it is not one. Verifiers find out who endorsed it."""
-        size = _ENDORSEMENT.size + _SIGNATURE_SIZE
-        return cls(*_read_key_file(text, MOCK_KEY, private=32, endorsement=size))
+        return cls(*_read_key_file(text, MOCK_KEY, private=32, endorsement=ENDORSEMENT_SIZE))
+
+
+@dataclass(frozen=True)
+class NewKey(_Key):
+    """A stage's key that nobody has endorsed yet: its private half never leaves whoever made it."""
+
+    @classmethod
+    def generate(cls) -> "NewKey":
+        return cls(secrets.token_bytes(32))
+
+    def endorsed(self, endorsement: bytes) -> MockKey:
+        """The same key with its endorsement; EvidenceError as in `MockKey`."""
+        return MockKey(self.private, endorsement)
 
 
 def _read_key_file(text: str | bytes, kind: str, **sizes: int) -> list[bytes]:

@@ -6,8 +6,10 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -56,6 +58,7 @@ from transport.relay import Relay
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
+LOOK = 0.5  # seconds between two looks of `minigpt up` at whether a stage was given up
 WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
 MOCK_NOTICE = "mock evidence: the signatures are valid, but they prove nothing about hardware"
 
@@ -379,6 +382,35 @@ def plan(options: argparse.Namespace) -> int:
     for index, (part, address) in enumerate(zip(layers, served, strict=True)):
         say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
+    return 0
+
+
+def up(options: argparse.Namespace) -> int:
+    """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C."""
+    from minigpt.launch.local import LocalStages
+
+    ended = threading.Event()
+    checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
+    with progress(lambda _: None) as tell:
+
+        def news(line: str) -> None:
+            tell("")  # so that what is printed begins a line
+            say(line)
+
+        stages = LocalStages(checkpoint, split, threads=options.threads, progress=tell, news=news)
+    try:
+        signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
+        write_file(addresses.beside(options.output), stages.places)
+        write_file(options.output, stages.document)  # last: whoever waits for it can connect
+        model = f" --model {shlex.quote(options.model)}" if options.model else ""
+        flags = f"--manifest {shlex.quote(options.output)}{model} --allow-mock"
+        show(f"minigpt generate {shlex.quote('The capital of France is')} {flags}\nminigpt serve {flags}\n")
+        say(f"{MOCK_NOTICE}. Ctrl-C ends the stages")
+        while not ended.wait(LOOK):
+            if (failure := stages.failure) is not None:
+                raise failure
+    finally:
+        stages.stop()
     return 0
 
 

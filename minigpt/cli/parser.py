@@ -110,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("-o", "--output", required=True, metavar="FILE.json", help="where to write the "
                       "manifest, a new file; the stages' addresses are written to FILE.places.json")  # fmt: skip
 
+    up = _command(commands, "up", "start a pipeline's stages, write its manifest and places, and stay until Ctrl-C")
+    option(up, "--on", "local", "local", one_of("local"), "where the stages run: processes of this machine")
+    _model(up)
+    _stages(up)
+    option(up, "--threads", None, "N", few, "BLAS threads of each stage, pinned")
+    up.add_argument("-o", "--output", default="pipeline.json", metavar="FILE.json", help="where to write the "
+                    "manifest, once all stages serve; their addresses are written to FILE.places.json (default: "
+                    "pipeline.json)")  # fmt: skip
+
     status = _command(commands, "status", "report the state of every stage of a pipeline")
     _manifest(status, required=True)
     status.add_argument(

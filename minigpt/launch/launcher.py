@@ -37,8 +37,8 @@ class Launcher(Protocol):
     def start(self, index: int) -> None:
         """Starts stage `index`, and does not wait. Raises StageError."""
 
-    def wait(self, index: int) -> None:
-        """Waits until stage `index` serves. Raises the error that it ended with: StageError, CheckpointError, …"""
+    def wait(self) -> None:
+        """Waits until all stages serve. Raises the error that one ended with: StageError, CheckpointError, …"""
 
     def stop(self) -> None:
         """Ends the stages, and waits for them. May be called twice."""

@@ -1,15 +1,17 @@
 """A pipeline of child processes on this machine, for a demonstration, a test or a measurement.
 
-The keys are made here and never touch a disk: each stage gets its mock key through a pipe. The ports are bound here, so
-that nobody else can take one while its stage is started again, and listening sockets are handed down; so is a file by
-which the stages take turns at the cores. The children live as long as a pipe to each of them: if this process dies,
-even by kill -9, or forgets its `LocalStages`, they end too. A fork of this process has nothing to do with them.
+Each stage makes its own mock key, of which only the public half leaves it; the root that endorses it is here, and never
+touches a disk. The ports are bound here, so that nobody else can take one while its stage is started again, and
+listening sockets are handed down; so is a file by which the stages take turns at the cores. The children live as long
+as a pipe to each of them: if this process dies, even by kill -9, or forgets its `LocalStages`, they end too. A fork of
+this process has nothing to do with them.
 
 A stage that ends although nobody asked for it is started again, by one thread. It knows by the pipe through which a
 stage says that it serves: the process has a second copy of that end, which only its own end closes.
 """
 
 import contextlib
+import enum
 import fcntl
 import io
 import os
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from typing import IO, NamedTuple
 
 from attest.measure import measure
-from attest.providers.mock import MockKey, MockPins, MockRoot
+from attest.providers.mock import MockPins, MockRoot
 from minigpt.checkpoint import sources
 from minigpt.checkpoint.sources import Checkpoint
 from minigpt.errors import CheckpointError, ManifestError, StageError, UsageError, WeightsMismatch
@@ -50,13 +52,23 @@ class _Child(NamedTuple):
 
     process: subprocess.Popen[bytes]
     ready: io.FileIO  # ends when the process does
+    endorse: io.FileIO  # takes the endorsement of its key
     log: IO[bytes]
 
     def close(self) -> None:
         if self.process.stdin is not None:
             self.process.stdin.close()  # a stage ends with its standard input
         self.ready.close()
+        self.endorse.close()
         self.log.close()
+
+
+class _Said(enum.Enum):
+    """What a stage says by the pipe that ends with it."""
+
+    NOTHING = enum.auto()
+    KEY = enum.auto()
+    SERVES = enum.auto()
 
 
 class LocalStages:
@@ -66,7 +78,11 @@ class LocalStages:
         checkpoint: of the model.
         split: the layers of each stage, as "6+6", or a number of stages.
         threads: BLAS threads of each stage.
-        progress: is told what is waited for, in a line for people; later, of each stage that ended, from a thread.
+        progress: is told what is waited for, in a line for people.
+        news: is told of each stage what it does; later also, from a thread, that it ended. By default `progress`.
+
+    Attributes:
+        document, places: the bytes of the manifest and of its places file.
 
     Raises:
         UsageError, CheckpointError, ManifestError, StageError: a stage cannot be planned or started.
@@ -79,12 +95,13 @@ class LocalStages:
         *,
         threads: int | None = None,
         progress: Callable[[str], None] = lambda line: None,
+        news: Callable[[str], None] | None = None,
     ) -> None:
         count = len(split_layers(sources.read_config(checkpoint.folder).n_layer, split))
         self._folder = checkpoint.folder
         self._threads = threads
         self._root = MockRoot.generate()
-        self._progress = progress
+        self._news = news or progress
         self._children: dict[int, _Child] = {}
         self._restarts: list[Restarts] = []
         self._counts = [0] * count
@@ -98,22 +115,21 @@ class LocalStages:
         try:
             self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
             served = [f"tcp://127.0.0.1:{port.getsockname()[1]}" for port in self._ports]
-            self._places = addresses.write(served, count)
+            self.places = addresses.write(served, count)
             self.addresses = Addresses(count, None, dict(enumerate(served)))
             self._turns = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-            self._manifest = plan(
+            self.document = plan(
                 checkpoint,
                 split,
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
                 days=LIFETIME,
                 progress=progress,
             )
-            self.manifest = Manifest.parse(self._manifest)
+            self.manifest = Manifest.parse(self.document)
             for index in range(count):
                 self.start(index)
-            for index in range(count):
-                progress(f"stage {index} of {count} loads its layers")
-                self.wait(index)
+                self._news(f"stage {index} of {count} loads its layers")
+            self.wait()
             self._restarts += [Restarts(time.monotonic()) for _ in range(count)]
             thread = threading.Thread(
                 target=_supervise,
@@ -151,19 +167,16 @@ class LocalStages:
             self._start(index)
 
     def _start(self, index: int) -> None:
-        key = MockKey.generate(self._root, index, int(self.manifest.expires.timestamp() * 1000)).to_json().encode()
         log = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `_end`
         with contextlib.ExitStack() as handed:
             listener = handed.enter_context(_bound(self._ports[index].getsockname()[1]))
             listener.listen()
             manifest, places = (handed.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-            for file, data in ((manifest, self._manifest), (places, self._places)):
+            for file, data in ((manifest, self.document), (places, self.places)):
                 file.write(data)
                 file.seek(0)
-            secret, keyhole = os.pipe()
-            handed.callback(os.close, secret)
-            with open(keyhole, "wb") as writer:  # a key fits into a pipe, whether or not anybody reads it
-                writer.write(key)
+            endorsed, endorse = os.pipe()
+            handed.callback(os.close, endorsed)
             ready, serving = os.pipe()
             handed.callback(os.close, serving)
             descriptors = {
@@ -171,7 +184,7 @@ class LocalStages:
                 for flag, fd in {
                     "--manifest": manifest.fileno(),
                     "--places": places.fileno(),
-                    "--mock-key": secret,
+                    "--endorsement": endorsed,
                     "--listen": listener.fileno(),
                     "--turns": self._turns.fileno(),
                     "--ready": serving,
@@ -193,31 +206,50 @@ class LocalStages:
                 )
             except OSError as error:
                 os.close(ready)
+                os.close(endorse)
                 log.close()
                 raise StageError(f"stage {index} cannot be started: {error}", stage=index) from error
-            self._children[index] = _Child(process, io.FileIO(ready), log)
+            self._children[index] = _Child(process, io.FileIO(ready), io.FileIO(endorse, "w"), log)
 
-    def wait(self, index: int) -> None:
-        """Waits for the line by which stage `index` says that it serves."""
-        process, ready, log = self._children[index]
+    def wait(self) -> None:
+        """Waits until every stage has said that it serves."""
         until = time.monotonic() + READY
-        line = b""
         with selectors.DefaultSelector() as waiting:
-            waiting.register(ready, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not waiting.select(max(0.0, until - time.monotonic())):
-                    raise StageError(f"stage {index} was not ready in {READY:.0f} s", stage=index)
-                part = ready.read(4096)
-                if not part:  # the child has ended
-                    break
-                line += part
-        if line.startswith(b"stage %d ready" % index):
-            return
+            for index, child in self._children.items():
+                waiting.register(child.ready, selectors.EVENT_READ, index)
+            while left := waiting.get_map():
+                events = waiting.select(max(0.0, until - time.monotonic()))
+                if not events:
+                    late = min(key.data for key in left.values())
+                    raise StageError(f"stage {late} was not ready in {READY:.0f} s", stage=late)
+                for key, _ in events:
+                    said = self._hear(key.data)
+                    if said is _Said.NOTHING:
+                        raise self._end_of(key.data)
+                    if said is _Said.SERVES:
+                        waiting.unregister(key.fileobj)
+                        self._news(f"stage {key.data} serves at {self.addresses.shown(key.data)}")
+
+    def _hear(self, index: int) -> "_Said":
+        """What a stage has to say next. Its key is endorsed on the way. NOTHING if it has ended, or makes no sense."""
+        child = self._children[index]
+        words = child.ready.read(4096).split()  # each line is written in one piece, and the first one waits for us
+        if words[:3] == [b"stage", b"%d" % index, b"key"]:
+            until = int(self.manifest.expires.timestamp() * 1000)
+            with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile, or this is no key
+                os.write(child.endorse.fileno(), self._root.endorse(bytes.fromhex(words[3].decode()), index, until))
+            child.endorse.close()
+            return _Said.KEY
+        return _Said.SERVES if words[:3] == [b"stage", b"%d" % index, b"ready:"] else _Said.NOTHING
+
+    def _end_of(self, index: int) -> Exception:
+        """Why a stage ended before it served."""
+        child = self._children[index]
         try:
-            code = process.wait(PATIENCE)
+            code = child.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise StageError(f"stage {index} runs, but will never say that it serves", stage=index) from None
-        raise _KINDS.get(code, StageError)(f"stage {index} {_how(code)} before it was ready: {_last_line(log)}")
+            return StageError(f"stage {index} runs, but will never say that it serves", stage=index)
+        return _KINDS.get(code, StageError)(f"stage {index} {_how(code)} before it was ready: {_last_line(child.log)}")
 
     def _look(self, heard: list[int]) -> float | None:
         """What the supervisor does when these stages have said something, or ended. Returns in how many seconds there
@@ -225,10 +257,11 @@ class LocalStages:
         for index in heard:
             if self._supervisor.halt.closed:
                 return None
-            if self._children[index].ready.read(4096):  # it serves
+            said = self._hear(index)
+            if said is _Said.SERVES:
                 self._restarts[index].ready(time.monotonic())
                 self._due.pop(index, None)
-            else:
+            elif said is _Said.NOTHING:
                 self._buried(index)
         for index, when in list(self._due.items()):
             if self._supervisor.halt.closed:
@@ -276,7 +309,7 @@ class LocalStages:
             words = f"{what}; it is started again" + (f" in {wait:g} s" if wait else "")
             self._due[index] = now + wait
         with contextlib.suppress(Exception):  # whoever cannot be told does not keep the stage from being started
-            self._progress(words)
+            self._news(words)
 
     def stop(self) -> None:
         """Ends the stages, and waits for them."""

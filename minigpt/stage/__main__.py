@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "another than the manifest's is refused", default="auto")  # fmt: skip
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
+    add("--endorsement", "FILE|ADDR|fd:N", "or the root's endorsement of a mock key that this stage makes itself: it "
+        "first prints `stage I key HEX`, the public half, and then waits for it", place)  # fmt: skip
     add("--endorsements", "DIR", "AMD's certificates and revocation list, where the host does not hand them to its "
         "guests; or Intel's collateral. Read again for each handshake")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import IO, TypeVar
@@ -9,6 +10,7 @@ from typing import IO, TypeVar
 from attest import AttestationError, Attester, Binding, EvidenceError, PolicyError
 from attest.document import DocumentError, read_file, read_private
 from attest.measure import own
+from attest.providers.mock import ENDORSEMENT_SIZE, MockKey, NewKey
 from minigpt.checkpoint import sources, weights
 from minigpt.cli.terminal import progress
 from minigpt.engine import cgroups, threads
@@ -125,10 +127,29 @@ def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace
         raise UsageError(f"--evidence {options.evidence}, but the manifest wants {name} of stage {entry.index}")
     if not entry.platform.simulated:
         return manifest.attester(entry.index, b"", options.endorsements)
+    if options.endorsement is not None:
+        return manifest.attester(entry.index, _own_key(entry.index, options).to_json().encode())
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
     key = options.mock_key
     return _receive("mock key", key, MAX_KEY, lambda data: manifest.attester(entry.index, data), read_private)
+
+
+def _own_key(index: int, options: argparse.Namespace) -> MockKey:
+    """A key made here, of which only the public half leaves this process, once the root has endorsed it."""
+    if options.mock_key is not None:
+        raise UsageError("--endorsement is for a key that this stage makes itself: leave out --mock-key")
+    key = NewKey.generate()
+    line = f"stage {index} key {key.public.hex()}"
+    if options.ready is None:
+        print(line, flush=True)
+    else:
+        os.write(options.ready, f"{line}\n".encode())
+
+    def load(source: str | int, size: int) -> bytes:
+        return read_file(source, size - 1)  # so many bytes, and not until a pipe ends
+
+    return _receive("endorsement", options.endorsement, ENDORSEMENT_SIZE, key.endorsed, load)
 
 
 def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
