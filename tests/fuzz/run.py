@@ -176,6 +176,8 @@ def _other_der(data: bytes, chance: random.Random) -> bytes:
     top = _elements(data)
     for _ in range(chance.choice((1, 1, 2))):
         places = list(_element_places(top))
+        if not places:
+            break
         parent, i = chance.choice(places)
         match chance.randrange(7):
             case 0:

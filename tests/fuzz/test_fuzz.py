@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from attest import EvidenceError
 from fuzz import run as fuzz
 from fuzz.targets import TARGETS
 
@@ -59,6 +60,22 @@ def accepted(name: str, data: bytes) -> bool:
     except TARGETS[name].errors:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["der", "x509", "crl", "snp", "tdx", "tdx-parts"])
+def test_a_mutation_of_der_still_has_lengths_that_fit(name: str) -> None:
+    """Otherwise nearly all mutations would be refused at their first element."""
+    chance, trees = random.Random(name), 0
+    for data in TARGETS[name].seeds():
+        tree = data[1:] if data[0] in fuzz.KINDS else data
+        try:
+            assert fuzz._der(fuzz._elements(tree)) == tree
+        except EvidenceError:
+            continue  # a report, a quote or text
+        trees += 1
+        changed = [fuzz._other_der(tree, chance) for _ in range(50)]
+        assert sum(fuzz._der(fuzz._elements(one)) == one for one in changed if one != tree) > 30
+    assert trees
 
 
 def test_a_finding_is_told_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
