@@ -278,9 +278,9 @@ def living(key: ec.EllipticCurvePrivateKey | None = None) -> dict[str, Holder]:
     return holders(dict.fromkeys(_SIGNERS, EVER) | ({"root": EVER | {"key": key}} if key else {}))
 
 
-def living_collateral() -> list[bytes]:
-    """The collateral of `living` at any time."""
-    made, dates = living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
+def living_collateral(ends: datetime = EVER["ends"]) -> list[bytes]:
+    """The collateral of `living`, at any time until its texts end."""
+    made, dates = living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(ends)}
     lists = {
         "root_list": revocations(made["root"], **EVER),
         "pck_list": revocations(made["authority"], **EVER),

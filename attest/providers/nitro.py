@@ -37,6 +37,7 @@ from attest import (
     provider_name,
     x509,
 )
+from attest.certificates import Files
 from attest.document import Place
 from attest.policy import date, differences
 from attest.providers import AnyCode, Platform
@@ -322,7 +323,7 @@ class NitroAttester:
         return evidence
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> NitroAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> NitroAttester:
     if not os.path.exists(nsm.DEVICE):
         raise AttestationError(f"{nsm.DEVICE} is missing, wanted the device of a Nitro enclave: this is none")
     return NitroAttester(claims)

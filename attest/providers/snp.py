@@ -39,6 +39,7 @@ from attest import (
     tsm,
     x509,
 )
+from attest.certificates import Files
 from attest.der import IA5, INTEGER, OCTETS, Reader
 from attest.document import Place
 from attest.policy import differences
@@ -619,7 +620,7 @@ class SnpAttester:
     claims: bytes  # what the stage claims about itself; never a peer's choice
     ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a report, and a table of certificates
     _: KW_ONLY
-    folder: str | None = None  # of more endorsements: what its operator puts there counts from then on
+    files: Files | None = None  # of more endorsements: asked each time
 
     def attest(self, binding: Binding) -> Evidence:
         """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
@@ -630,7 +631,7 @@ class SnpAttester:
             raise ValueError("binding: its provider or claims are not this attester's own")
         data, table = self.ask(binding.digest)
         report = parse(data)
-        pool = certificates.in_table(table) + (certificates.in_folder(self.folder) if self.folder else [])
+        pool = certificates.in_table(table) + (certificates.in_files(self.files()) if self.files else [])
         evidence = Evidence(self.provider, self.claims, data, endorsements(report, pool))
         wrong = _unbound(report, evidence, binding)
         if wrong:
@@ -674,11 +675,11 @@ def _where(report: Report) -> str:
     return f"put {site}/{chip}?{versions} and {site}/cert_chain into the folder of --endorsements"
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> SnpAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> SnpAttester:
     if os.path.isdir(tsm.FOLDER):
-        return SnpAttester(claims, partial(tsm.report, provider="sev_guest", folder=tsm.FOLDER), folder=folder)
+        return SnpAttester(claims, partial(tsm.report, provider="sev_guest", folder=tsm.FOLDER), files=files)
     if os.path.exists(sev_guest.DEVICE):
-        return SnpAttester(claims, partial(sev_guest.report, device=sev_guest.DEVICE), folder=folder)
+        return SnpAttester(claims, partial(sev_guest.report, device=sev_guest.DEVICE), files=files)
     wanted = f"wanted {tsm.FOLDER}, which root makes once, or {sev_guest.DEVICE}"
     raise AttestationError(f"got no way to ask for an SNP report, {wanted}: is this an SNP guest?")
 

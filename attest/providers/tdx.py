@@ -42,6 +42,7 @@ from attest import (
     tsm,
     x509,
 )
+from attest.certificates import Files
 from attest.document import Place
 from attest.policy import differences
 from attest.providers import AnyCode, Platform
@@ -54,7 +55,7 @@ from attest.providers.tdx_collateral import (
     Facts,
     Pck,
     QeReport,
-    in_folder,
+    in_files,
     is_signed,
 )
 from attest.x509 import Certificate
@@ -557,7 +558,7 @@ class TdxAttester:
     provider = Provider.TDX
     claims: bytes  # what the stage claims about itself; never a peer's choice
     ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a quote, and nothing
-    folder: str  # of the collateral: what its operator puts there counts from then on
+    files: Files  # of the collateral: asked each time
 
     def attest(self, binding: Binding) -> Evidence:
         """Evidence for `binding`; ValueError if its provider or claims are not the attester's own.
@@ -567,19 +568,19 @@ class TdxAttester:
         if (binding.provider, binding.claims) != (self.provider, self.claims):
             raise ValueError("binding: its provider or claims are not this attester's own")
         data, _ = self.ask(binding.digest)
-        evidence = Evidence(self.provider, self.claims, data, endorsements(parse(data), self.folder))
+        evidence = Evidence(self.provider, self.claims, data, endorsements(parse(data), self.files()))
         wrong = _unbound(parse(data).statement, evidence, binding)
         if wrong:
             raise EvidenceError.of(wrong)
         return evidence
 
 
-def endorsements(quote: Quote, folder: str) -> tuple[bytes, ...]:
-    """A quote's collateral, from a folder. Raises AttestationError if some is missing; it says where Intel has it."""
+def endorsements(quote: Quote, files: Mapping[str, bytes]) -> tuple[bytes, ...]:
+    """A quote's collateral, from files. Raises AttestationError if some is missing; it says where Intel has it."""
     if not quote.chain or quote.pck is None:
         raise AttestationError("TDX quote: got one without its certificates: install Intel's PCK certificates there")
     try:
-        return in_folder(folder, quote.chain)
+        return in_files(files, quote.chain)
     except AttestationError as error:
         kind = "platform" if quote.chain[1].common_name == AUTHORITIES[0] else "processor"
         site = "https://api.trustedservices.intel.com"
@@ -591,12 +592,12 @@ def endorsements(quote: Quote, folder: str) -> tuple[bytes, ...]:
         raise AttestationError(f"{error}; {places}, {lists} and {root} have it") from None
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> TdxAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> TdxAttester:
     if not os.path.isdir(tsm.FOLDER):
         raise AttestationError(f"{tsm.FOLDER} is missing, wanted what root makes once: is this a TDX guest?")
-    if folder is None:
-        raise AttestationError("got no collateral, wanted a folder of Intel's: give --endorsements")
-    return TdxAttester(claims, partial(tsm.report, provider="tdx_guest", folder=tsm.FOLDER), folder)
+    if files is None:
+        raise AttestationError("got no collateral, wanted Intel's: give --endorsements")
+    return TdxAttester(claims, partial(tsm.report, provider="tdx_guest", folder=tsm.FOLDER), files)
 
 
 def _describe(evidence: Evidence) -> dict[str, Any]:

@@ -9,7 +9,7 @@ own report claims), a TDX module and a quoting enclave (QE). Each of the three h
 
 import re
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -240,7 +240,18 @@ class Collateral:
         return Verdict(status, advisories, min(numbers), (root_number, pck_number)), wrong
 
 
-def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
+def in_answer(place: str, data: bytes) -> tuple[str, bytes, bytes] | None:
+    """What of Intel's service a file holds, its text and the signature; None if it is no JSON. Raises AttestationError,
+    which names the file, if it is any other."""
+    if data.lstrip()[:1] != b"{":
+        return None
+    answer = _ANSWER.fullmatch(data)
+    if answer is None:
+        raise AttestationError(f"{place}: got other JSON than Intel's answers, wanted them byte for byte")
+    return _TEXTS[answer[1]], answer[2], bytes.fromhex(answer[3].decode())
+
+
+def in_files(files: Mapping[str, bytes], chain: Sequence[Certificate]) -> tuple[bytes, ...]:
     """The seven parts, from files as Intel has them: both answers of its service, their signer's certificate, and the
     revocation lists of the root and of the PCK authority. Other certificates and lists are left out.
 
@@ -253,16 +264,14 @@ def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
 
     def keep(what: str, *found: bytes) -> None:
         if parts.setdefault(what, found) != found:
-            raise AttestationError(f"{folder}: got two of {what}, wanted one: keep the newer")
+            raise AttestationError(f"endorsements: got two of {what}, wanted one: keep the newer")
 
     _, authority, root = chain
     owners = {root.subject: "the root's revocation list", authority.subject: "the PCK authority's revocation list"}
-    for place, data in certificates.files(folder).items():
-        if data.lstrip()[:1] == b"{":
-            answer = _ANSWER.fullmatch(data)
-            if answer is None:
-                raise AttestationError(f"{place}: got other JSON than Intel's answers, wanted them byte for byte")
-            keep(_TEXTS[answer[1]], answer[2], bytes.fromhex(answer[3].decode()))
+    for place, data in files.items():
+        answer = in_answer(place, data)
+        if answer is not None:
+            keep(*answer)
             continue
         try:
             for item in certificates.in_file(place, data):
@@ -277,7 +286,9 @@ def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
     wanted = (*_TEXTS.values(), "the signer's certificate", *owners.values())
     missing = [what for what in wanted if what not in parts]
     if missing:
-        raise AttestationError(f"{folder}: {' and '.join(missing)} missing: wanted Intel's collateral of this platform")
+        raise AttestationError(
+            f"endorsements: {' and '.join(missing)} missing: wanted Intel's collateral of this platform"
+        )
     return tuple(part for what in wanted for part in parts[what])
 
 

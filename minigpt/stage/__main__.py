@@ -58,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
         "another than the manifest's is refused", default="auto")  # fmt: skip
     add("--mock-key", "FILE|ADDR|fd:N", "this stage's mock key, from `python -m attest keygen`, or where to receive it",
         place)  # fmt: skip
-    add("--endorsements", "DIR", "AMD's certificates and revocation list, where the host does not hand them to its "
-        "guests; or Intel's collateral. Read again for each handshake")  # fmt: skip
+    add("--endorsements", "DIR|ADDR", "AMD's certificates and revocation list, where the host does not hand them to "
+        "its guests; or Intel's collateral. Read again for each handshake; or asked for at an address, where `minigpt "
+        "endorsements` has them")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)

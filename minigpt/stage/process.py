@@ -15,7 +15,7 @@ from minigpt.engine import cgroups, threads
 from minigpt.engine.model import GPT2
 from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry
-from minigpt.stage import streams
+from minigpt.stage import endorsements, streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
 from minigpt.stage.server import Server
@@ -107,7 +107,7 @@ def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace
     if options.evidence not in ("auto", name):
         raise UsageError(f"--evidence {options.evidence}, but the manifest wants {name} of stage {entry.index}")
     if not entry.platform.simulated:
-        return manifest.attester(entry.index, b"", options.endorsements)
+        return manifest.attester(entry.index, b"", endorsements.source(options.endorsements))
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
     key = options.mock_key

@@ -7,7 +7,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
     evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, nitro, snp, table,
-                tdx, tdx-collateral
+                delivery, tdx, tdx-collateral
     messages    codec, messages, parts, batch, answers
     files       manifest, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -229,6 +229,10 @@ def _table_seeds() -> list[bytes]:
         guests.full_table([b"one", b"two", b"three"]),
         guests.table(vlek=b"-----BEGIN X-----\nAAAA\n-----END X-----\n"),
     ]
+
+
+def _delivery(data: bytes) -> None:
+    assert certificates.delivery(certificates.delivered(data)) == data
 
 
 def _tdx(data: bytes) -> None:
@@ -675,6 +679,7 @@ TARGETS: dict[str, Target] = {
     "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds),
     "snp": Target(_snp, (EvidenceError,), _snp_seeds),
     "table": Target(_table, (EvidenceError,), _table_seeds),
+    "delivery": Target(_delivery, (EvidenceError,), lambda: [certificates.delivery([b"one", b"", b"three"])]),
     "tdx": Target(_tdx, (EvidenceError,), _tdx_seeds),
     "tdx-collateral": Target(_tdx_collateral, (EvidenceError,), _tdx_collateral_seeds, "json"),
     "codec": Target(_codec, (DecodeError,), _codec_seeds, "msgpack"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def snp_files() -> dict[str, bytes]:
     return dict(zip(("vcek", "ask", "ark"), guests.living(), strict=True))
 
 
-def tdx_files() -> dict[str, bytes]:
+def tdx_files(ends: datetime = domains.EVER["ends"]) -> dict[str, bytes]:
     """What Intel has of the tests' platform, as its service answers."""
-    info, info_signature, identity, identity_signature, signer, root_list, pck_list = domains.living_collateral()
+    info, info_signature, identity, identity_signature, signer, root_list, pck_list = domains.living_collateral(ends)
     answers = {"tcbInfo": (info, info_signature), "enclaveIdentity": (identity, identity_signature)}
     files = {
         name: b'{"%s":%s,"signature":"%s"}' % (name.encode(), text, signature.hex().encode())
