@@ -71,5 +71,5 @@ def test_a_process_that_has_ended_is_not_looked_at() -> None:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it stays, without memory, until it is collected
         with pytest.raises(ProcessLookupError, match="has ended"):
             soak.look(ended.pid)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         soak.look(ended.pid)
