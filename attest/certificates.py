@@ -1,20 +1,29 @@
-"""Endorsements as they lie about: in the table that an SNP host hands to its guests, and in a folder, under any names.
+"""Endorsements as they lie about: in the table that an SNP host hands to its guests; and in files under any names, in a
+folder or delivered.
 
-table      entry, ..., 24 zeros, certificates
+table      entry, ..., 24 zeros, certificates                                                         little-endian
 entry      GUID 16, in the order of its text | u32 offset of a certificate, from the table's begin | u32 length
+delivery   u8 how many files, 1 to 16 | for each: u32 length, at most 65536 | file                    big-endian
 """
 
 import binascii
 import os
+import struct
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 
-from attest import AttestationError, EvidenceError
+from attest import MAX_ENDORSEMENTS, AttestationError, EvidenceError
 from attest.der import SEQUENCE, Reader
 from attest.document import read_file
 
 MAX_TABLE = 16 * 1024  # bytes; what the kernel takes from a host
 MAX_FILE = 64 * 1024  # bytes; of a revocation list at most
 MAX_FILES = 32  # in a folder
+MAX_DELIVERY = 1 + MAX_ENDORSEMENTS * (4 + MAX_FILE)  # bytes
+
+Files = Callable[[], Mapping[str, bytes]]  # what an operator has put somewhere, by its places. Raises AttestationError
+
+_LENGTH = struct.Struct(">I")
 _ENTRY = 24
 _GUIDS = {
     uuid.UUID("63da758d-e664-4564-adc5-f4b93be8accd").bytes: "VCEK",
@@ -53,12 +62,12 @@ def in_table(table: bytes) -> list[bytes]:
     return [item for guid, (begin, finish) in places.items() if guid in _GUIDS for item in decode(table[begin:finish])]
 
 
-def in_folder(folder: str) -> list[bytes]:
-    """All that the files of a folder hold, in DER: certificates and revocation lists, in DER or PEM.
+def in_files(found: Mapping[str, bytes]) -> list[bytes]:
+    """All that files hold, in DER: certificates and revocation lists, in DER or PEM.
 
-    Raises AttestationError, also if there are more than MAX_FILES, and names the file that holds anything else.
+    Raises AttestationError, which names the file that holds anything else.
     """
-    return [item for place, data in files(folder).items() for item in in_file(place, data)]
+    return [item for place, data in found.items() for item in in_file(place, data)]
 
 
 def files(folder: str) -> dict[str, bytes]:
@@ -74,6 +83,33 @@ def files(folder: str) -> dict[str, bytes]:
     for place, data in found.items():
         if len(data) > MAX_FILE:
             raise AttestationError(f"{place}: got more than {MAX_FILE} bytes, wanted endorsements")
+    return found
+
+
+def delivery(found: Sequence[bytes]) -> bytes:
+    """Files, to be delivered. Raises AttestationError if they are more or longer than that allows."""
+    data = bytes([min(len(found), 255)]) + b"".join(_LENGTH.pack(len(item)) + item for item in found)
+    delivered(data)  # what would be refused there is refused here
+    return data
+
+
+def delivered(data: bytes) -> list[bytes]:
+    """The files of a delivery. Raises EvidenceError."""
+    count = data[0] if data else 0
+    if not 1 <= count <= MAX_ENDORSEMENTS:
+        raise EvidenceError(f"delivery: got {count} files, wanted 1 to {MAX_ENDORSEMENTS}")
+    found, at = [], 1
+    for _ in range(count):
+        begin = at + _LENGTH.size
+        length = int.from_bytes(data[at:begin], "big")
+        at = begin + length
+        if length > MAX_FILE:
+            raise EvidenceError(f"delivery: got a file of {length} bytes, wanted at most {MAX_FILE}")
+        if at > len(data):
+            raise EvidenceError("delivery: got one that ends inside a file")
+        found.append(data[begin:at])
+    if at != len(data):
+        raise EvidenceError("delivery: got bytes behind its end")
     return found
 
 

@@ -304,10 +304,10 @@ def _load(data: bytes, folder: str | None) -> tuple[Evidence, Binding | None]:
     if data[:1] in (b"\x84", b"\x9f"):  # how such a document begins, and no text does
         return Evidence(Provider.NITRO, NO_CLAIMS, data, ()), None
     if len(data) == snp.SIZE and data[1:4] == b"\0\0\0":  # as its version has it, and no text
-        found = snp.endorsements(snp.parse(data), certificates.in_folder(folder)) if folder else ()
+        found = snp.endorsements(snp.parse(data), certificates.in_files(certificates.files(folder))) if folder else ()
         return Evidence(Provider.SNP, NO_CLAIMS, data, found), None
     if data.startswith(tdx.BEGINS):
-        found = tdx.endorsements(tdx.parse(data), folder) if folder else ()
+        found = tdx.endorsements(tdx.parse(data), certificates.files(folder)) if folder else ()
         return Evidence(Provider.TDX, NO_CLAIMS, data, found), None
     return load_evidence(data)
 

@@ -279,9 +279,11 @@ def living(key: ec.EllipticCurvePrivateKey | None = None, **changes: Mapping[str
     return holders({who: EVER | rooted.get(who, {}) | dict(changes.get(who, {})) for who in _SIGNERS})
 
 
-def living_collateral(made: Mapping[str, Holder] | None = None, **changes: Any) -> list[bytes]:
-    """The collateral of `living` at any time; `changes` as of `collateral`."""
-    made, dates = made or living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(EVER["ends"])}
+def living_collateral(
+    made: Mapping[str, Holder] | None = None, ends: datetime = EVER["ends"], **changes: Any
+) -> list[bytes]:
+    """The collateral of `living`, at any time until its texts end; `changes` as of `collateral`."""
+    made, dates = made or living(), {"issueDate": date(EVER["begins"]), "nextUpdate": date(ends)}
     lists = {
         "root_list": revocations(made["root"], **EVER),
         "pck_list": revocations(made["authority"], **EVER),

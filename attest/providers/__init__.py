@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from attest import Attester, Evidence, Failure, Provider, Verifier
+from attest.certificates import Files
 from attest.document import Place
 
 TEST_ROOT = "test_root"  # the field of a manifest's `evidence` object that names a root in place of the vendor's
@@ -51,8 +52,8 @@ class Platform:
     verifier: Callable[[Any, bytes, int, Callable[[], float]], Verifier]
     describe: Callable[[Evidence], dict[str, Any]]  # what it says, unverified. Raises EvidenceError
     checks: dict[str, str]  # what a verifier checks beside pins, in order: a name, and what holds if it passes
-    # Makes evidence with (the bytes of a key's file, claims, the folder of its endorsements or None).
-    attester: Callable[[bytes, bytes, str | None], Attester]
+    # Makes evidence with (the bytes of a key's file, claims, what gives the files of its endorsements, or None).
+    attester: Callable[[bytes, bytes, Files | None], Attester]
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a check: what it says nothing without
     simulated: bool = False  # whether it proves nothing about hardware, and is accepted with --allow-mock only
 

@@ -23,6 +23,7 @@ from Crypto.PublicKey.ECC import EccKey
 from Crypto.Signature import eddsa
 
 from attest import AttestationResult, Binding, Evidence, EvidenceError, Provider, dump_file, open_file, provider_name
+from attest.certificates import Files
 from attest.document import MOCK_KEY, MOCK_ROOT, DocumentError, Place
 from attest.measure import own
 from attest.policy import CLIENT_ID, MAX_MEASUREMENTS, MEASUREMENT_SIZE, Policy, date
@@ -346,7 +347,7 @@ _CHECKS = {
 }
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> MockAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> MockAttester:
     return MockAttester(MockKey.from_json(key), claims)
 
 

@@ -33,6 +33,7 @@ from attest import (
     nsm,
     x509,
 )
+from attest.certificates import Files
 from attest.document import Place
 from attest.policy import date
 from attest.providers import AnyCode, Platform
@@ -273,7 +274,7 @@ class NitroAttester(VendorAttester):
         return document, parse(document).statement, ()
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> NitroAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> NitroAttester:
     if not os.path.exists(nsm.DEVICE):
         raise AttestationError(f"{nsm.DEVICE} is missing, wanted the device of a Nitro enclave: this is none")
     return NitroAttester(claims)

@@ -29,6 +29,7 @@ from attest import (
     tsm,
     x509,
 )
+from attest.certificates import Files
 from attest.document import Place
 from attest.providers import AnyCode, Platform
 from attest.providers.snp_chain import TCB, Vek, endorsements, is_by, misnamed, read, revoked, unfit
@@ -330,20 +331,20 @@ class SnpAttester(VendorAttester):
     provider = Provider.SNP
     ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a report, and a table of certificates
     _: KW_ONLY
-    folder: str | None = None  # of more endorsements: what its operator puts there counts from then on
+    files: Files | None = None  # of more endorsements: asked each time
 
     def ask_for(self, binding: Binding) -> tuple[bytes, Report, tuple[bytes, ...]]:
         data, table = self.ask(binding.digest)
         report = parse(data)
-        pool = certificates.in_table(table) + (certificates.in_folder(self.folder) if self.folder else [])
+        pool = certificates.in_table(table) + (certificates.in_files(self.files()) if self.files else [])
         return data, report, endorsements(report, pool)
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> SnpAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> SnpAttester:
     if os.path.isdir(tsm.FOLDER):
-        return SnpAttester(claims, partial(tsm.report, provider="sev_guest", folder=tsm.FOLDER), folder=folder)
+        return SnpAttester(claims, partial(tsm.report, provider="sev_guest", folder=tsm.FOLDER), files=files)
     if os.path.exists(sev_guest.DEVICE):
-        return SnpAttester(claims, partial(sev_guest.report, device=sev_guest.DEVICE), folder=folder)
+        return SnpAttester(claims, partial(sev_guest.report, device=sev_guest.DEVICE), files=files)
     wanted = f"wanted {tsm.FOLDER}, which root makes once, or {sev_guest.DEVICE}"
     raise AttestationError(f"got no way to ask for an SNP report, {wanted}: is this an SNP guest?")
 

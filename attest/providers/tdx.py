@@ -18,6 +18,7 @@ from typing import Any
 from Crypto.Hash import SHA256
 
 from attest import AttestationError, Binding, Evidence, Failure, Provider, ecdsa, tsm, x509
+from attest.certificates import Files
 from attest.document import Place
 from attest.providers import AnyCode, Platform
 from attest.providers.tdx_collateral import (
@@ -27,7 +28,7 @@ from attest.providers.tdx_collateral import (
     Collateral,
     Facts,
     QeReport,
-    in_folder,
+    in_files,
     is_signed,
 )  # fmt: skip
 from attest.providers.tdx_quote import (
@@ -311,20 +312,20 @@ class TdxAttester(VendorAttester):
 
     provider = Provider.TDX
     ask: Callable[[bytes], tuple[bytes, bytes]]  # 64 bytes of report data: a quote, and nothing
-    folder: str  # of the collateral: what its operator puts there counts from then on
+    files: Files  # of the collateral: asked each time
 
     def ask_for(self, binding: Binding) -> tuple[bytes, Statement, tuple[bytes, ...]]:
         data, _ = self.ask(binding.digest)
         quote = parse(data)
-        return data, quote.statement, endorsements(quote, self.folder)
+        return data, quote.statement, endorsements(quote, self.files())
 
 
-def endorsements(quote: Quote, folder: str) -> tuple[bytes, ...]:
-    """A quote's collateral, from a folder. Raises AttestationError if some is missing; it says where Intel has it."""
+def endorsements(quote: Quote, files: Mapping[str, bytes]) -> tuple[bytes, ...]:
+    """A quote's collateral, from files. Raises AttestationError if some is missing; it says where Intel has it."""
     if not quote.chain or quote.pck is None:
         raise AttestationError("TDX quote: got one without its certificates: install Intel's PCK certificates there")
     try:
-        return in_folder(folder, quote.chain)
+        return in_files(files, quote.chain)
     except AttestationError as error:
         kind = "platform" if quote.chain[1].common_name == AUTHORITIES[0] else "processor"
         site = "https://api.trustedservices.intel.com"
@@ -336,12 +337,12 @@ def endorsements(quote: Quote, folder: str) -> tuple[bytes, ...]:
         raise AttestationError(f"{error}; {places}, {lists} and {root} have it") from None
 
 
-def _attester(key: bytes, claims: bytes, folder: str | None) -> TdxAttester:
+def _attester(key: bytes, claims: bytes, files: Files | None) -> TdxAttester:
     if not os.path.isdir(tsm.FOLDER):
         raise AttestationError(f"{tsm.FOLDER} is missing, wanted what root makes once: is this a TDX guest?")
-    if folder is None:
-        raise AttestationError("got no collateral, wanted a folder of Intel's: give --endorsements")
-    return TdxAttester(claims, partial(tsm.report, provider="tdx_guest", folder=tsm.FOLDER), folder)
+    if files is None:
+        raise AttestationError("got no collateral, wanted Intel's: give --endorsements")
+    return TdxAttester(claims, partial(tsm.report, provider="tdx_guest", folder=tsm.FOLDER), files)
 
 
 def _describe(evidence: Evidence) -> dict[str, Any]:

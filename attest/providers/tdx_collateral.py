@@ -10,7 +10,7 @@ own report claims), a TDX module and a quoting enclave (QE). Each of the three h
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -239,50 +239,14 @@ class Collateral:
         return Verdict(status, advisories, min(numbers), (root_number, pck_number), min(last)), wrong
 
 
-def in_folder(folder: str, chain: Sequence[Certificate]) -> tuple[bytes, ...]:
-    """The seven parts, from files as Intel has them: both answers of its service, their signer's certificate, and the
-    revocation lists of the root and of the PCK authority. Other certificates and lists are left out.
-
-    Args:
-        chain: of the quote: PCK certificate, authority, root.
-
-    Raises AttestationError, also if one is missing or there twice. Nothing is verified: peers do that.
-    """
-    parts: dict[str, tuple[bytes, ...]] = {}
-
-    def keep(what: str, *found: bytes) -> None:
-        if parts.setdefault(what, found) != found:
-            raise AttestationError(f"{folder}: got two of {what}, wanted one: keep the newer")
-
-    _, authority, root = chain
-    owners = {root.subject: "the root's revocation list", authority.subject: "the PCK authority's revocation list"}
-    for place, data in certificates.files(folder).items():
-        if data.lstrip()[:1] == b"{":
-            what, text, signature = _answer(place, data)
-            keep(what, text, signature)
-            continue
-        try:
-            for item in certificates.in_file(place, data):
-                if certificates.is_list(item):
-                    owner = owners.get(Crl.read(item).issuer)
-                    if owner is not None:
-                        keep(owner, item)
-                elif Certificate.read(item).common_name == SIGNER:
-                    keep("the signer's certificate", item)
-        except EvidenceError as error:
-            raise AttestationError(f"{place}: {error}: wanted Intel's collateral") from None
-    wanted = (*_TEXTS.values(), "the signer's certificate", *owners.values())
-    missing = [what for what in wanted if what not in parts]
-    if missing:
-        raise AttestationError(f"{folder}: {' and '.join(missing)} missing: wanted Intel's collateral of this platform")
-    return tuple(part for what in wanted for part in parts[what])
-
-
-def _answer(place: str, data: bytes) -> tuple[str, bytes, bytes]:
+def in_answer(place: str, data: bytes) -> tuple[str, bytes, bytes] | None:
     """Of one of Intel's answers, however it is spaced and ordered: what its text is, its exact bytes, their signature.
+    None of a file that is no JSON.
 
-    Raises AttestationError.
+    Raises AttestationError, which names the file.
     """
+    if data.lstrip()[:1] != b"{":
+        return None
     try:
         answer = load(place, data, certificates.MAX_FILE)
         name = next((name for name in _TEXTS if name in answer.value), "tcbInfo")
@@ -298,6 +262,47 @@ def _answer(place: str, data: bytes) -> tuple[str, bytes, bytes]:
         raise AttestationError(f"{error}: wanted an answer of Intel's service") from None
     _, end = json.JSONDecoder().raw_decode(text, begins.end())
     return _TEXTS[name], text[begins.end() : end].encode(), signature
+
+
+def in_files(files: Mapping[str, bytes], chain: Sequence[Certificate]) -> tuple[bytes, ...]:
+    """The seven parts, from files as Intel has them: both answers of its service, their signer's certificate, and the
+    revocation lists of the root and of the PCK authority. Other certificates and lists are left out.
+
+    Args:
+        chain: of the quote: PCK certificate, authority, root.
+
+    Raises AttestationError, also if one is missing or there twice. Nothing is verified: peers do that.
+    """
+    parts: dict[str, tuple[bytes, ...]] = {}
+
+    def keep(what: str, *found: bytes) -> None:
+        if parts.setdefault(what, found) != found:
+            raise AttestationError(f"endorsements: got two of {what}, wanted one: keep the newer")
+
+    _, authority, root = chain
+    owners = {root.subject: "the root's revocation list", authority.subject: "the PCK authority's revocation list"}
+    for place, data in files.items():
+        answer = in_answer(place, data)
+        if answer is not None:
+            keep(*answer)
+            continue
+        try:
+            for item in certificates.in_file(place, data):
+                if certificates.is_list(item):
+                    owner = owners.get(Crl.read(item).issuer)
+                    if owner is not None:
+                        keep(owner, item)
+                elif Certificate.read(item).common_name == SIGNER:
+                    keep("the signer's certificate", item)
+        except EvidenceError as error:
+            raise AttestationError(f"{place}: {error}: wanted Intel's collateral") from None
+    wanted = (*_TEXTS.values(), "the signer's certificate", *owners.values())
+    missing = [what for what in wanted if what not in parts]
+    if missing:
+        raise AttestationError(
+            f"endorsements: {' and '.join(missing)} missing: wanted Intel's collateral of this platform"
+        )
+    return tuple(part for what in wanted for part in parts[what])
 
 
 def is_signed(signer: Certificate, message: bytes, signature: bytes) -> bool:

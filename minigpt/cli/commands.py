@@ -51,10 +51,12 @@ from minigpt.protocol import addresses, manifest
 from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.messages import StageReport
 from minigpt.protocol.request import Options, check_top, seed_of
+from minigpt.stage import endorsements as deliveries
 from minigpt.stage import streams
 from transport.address import Address
 from transport.noise import KeyPair
 from transport.relay import Relay
+from transport.sockets import Listener
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
 MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
@@ -594,6 +596,17 @@ def relay(options: argparse.Namespace) -> int:
         passing.serve()
     finally:
         passing.stop()
+    return 0
+
+
+def endorsements(options: argparse.Namespace) -> int:
+    """`minigpt endorsements`: sends a folder's files to stages that ask, until SIGTERM or Ctrl-C."""
+    streams.set_up("endorsements")
+    deliveries.checked(options.folder)
+    with Listener(Address.parse(options.listen)) as listener:
+        signal.signal(signal.SIGTERM, lambda _signal, _frame: listener.close())
+        show(f"endorsements ready: {listener.address}\n")
+        deliveries.serve(listener, options.folder)
     return 0
 
 

@@ -167,6 +167,10 @@ def parser() -> argparse.ArgumentParser:
                        "the context id 4294967295 stands for any")  # fmt: skip
     relay.add_argument("target", metavar="TARGET", help="where to pass them on to")
     option(relay, "--connections", "256", "N", positive, "how many at once; each takes two sockets and two threads")
+
+    endorsements = _command(commands, "endorsements", "have a folder of endorsements for stages that ask for them")
+    endorsements.add_argument("listen", metavar="LISTEN", help="where to listen, tcp://host:port or vsock://cid:port")
+    endorsements.add_argument("folder", metavar="DIR", help="their files, read again each time")
     return top
 
 

@@ -24,6 +24,7 @@ from attest import (
     document,
     load_evidence,
 )
+from attest.certificates import Files
 from attest.document import DocumentError, Place
 from attest.providers import TEST_ROOT_WARNING, Check, Platform
 from attest.registry import PLATFORMS
@@ -207,8 +208,9 @@ class Manifest:
         """Whether some stage's evidence proves nothing about hardware."""
         return any(stage.platform.simulated for stage in self.stages)
 
-    def attester(self, index: int, key: bytes, endorsements: str | None = None) -> Attester:
-        """Makes the evidence of stage `index`: the mock's with a key's file, SNP's and TDX's with a folder.
+    def attester(self, index: int, key: bytes, endorsements: Files | None = None) -> Attester:
+        """Makes the evidence of stage `index`: the mock's with a key's file, SNP's and TDX's with files of
+        endorsements.
 
         Raises EvidenceError if it is no such file, AttestationError if this machine is of another platform.
         """

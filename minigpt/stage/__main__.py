@@ -62,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
         place)  # fmt: skip
     add("--endorsement", "FILE|ADDR|fd:N", "or the root's endorsement of a mock key that this stage makes itself: it "
         "first prints `stage I key HEX`, the public half, and then waits for it", place)  # fmt: skip
-    add("--endorsements", "DIR", "AMD's certificates and revocation list, where the host does not hand them to its "
-        "guests; or Intel's collateral. Read again for each handshake")  # fmt: skip
+    add("--endorsements", "DIR|ADDR", "AMD's certificates and revocation list, where the host does not hand them to "
+        "its guests; or Intel's collateral. Read again for each handshake; or asked for at an address, where `minigpt "
+        "endorsements` has them")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
     add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)

@@ -19,7 +19,7 @@ from minigpt.errors import ManifestError, UsageError, WeightsMismatch
 from minigpt.protocol import addresses
 from minigpt.protocol.addresses import MAX_PLACES, Addresses
 from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, StageEntry, endorsement_warnings
-from minigpt.stage import streams
+from minigpt.stage import endorsements, streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
 from minigpt.stage.readiness import Readiness
@@ -126,7 +126,7 @@ def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace
     if options.evidence not in ("auto", name):
         raise UsageError(f"--evidence {options.evidence}, but the manifest wants {name} of stage {entry.index}")
     if not entry.platform.simulated:
-        return manifest.attester(entry.index, b"", options.endorsements)
+        return manifest.attester(entry.index, b"", endorsements.source(options.endorsements))
     if options.endorsement is not None:
         return manifest.attester(entry.index, _own_key(entry.index, options).to_json().encode())
     if options.mock_key is None:

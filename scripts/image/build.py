@@ -38,6 +38,8 @@ from minigpt.protocol.manifest import Manifest, StageEntry
 from scripts.image import eif, packages, ramdisk
 from scripts.image.packages import PackageError
 from scripts.image.ramdisk import Entry, RamdiskError, Tree
+from transport.address import Address
+from transport.errors import AddressError
 
 LINK_PORT, MANIFEST_PORT, MOCK_KEY_PORT, PLACES_PORT = range(5001, 5005)  # where the stage serves, and is provisioned
 NETWORK = "10.0.2.15/24,10.0.2.2"  # what qemu's and libslirp's user-mode networks expect of a guest
@@ -60,6 +62,7 @@ class Plan:
         link: "tcp" or "vsock", where the stage serves and is provisioned.
         network: ADDRESS/PREFIX,GATEWAY of a guest of the plain layout; "" for none.
         blobs: the vendor's folder, for the layout nitro; None for the plain layout.
+        endorsements: where the stage asks for its platform's; None if its host hands them over, or it needs none.
     """
 
     manifest: Manifest
@@ -70,6 +73,7 @@ class Plan:
     link: str = "tcp"
     network: str = NETWORK
     blobs: Path | None = None
+    endorsements: Address | None = None
 
 
 def build(plan: Plan, cache: Path) -> eif.Image:
@@ -103,6 +107,7 @@ def command(plan: Plan) -> list[str]:
         {"--mock-key": MOCK_KEY_PORT} if plan.allow_mock else {}
     )
     flags |= {flag: f"{plan.link}://{host}:{port}" for flag, port in ports.items()}
+    flags |= {"--endorsements": plan.endorsements} if plan.endorsements else {}
     words = [str(word) for pair in flags.items() for word in pair]
     return [f"/{ramdisk.PYTHON}", "-IBS", f"/{ramdisk.START}", *words, *(["--allow-mock"] if plan.allow_mock else [])]
 
@@ -232,6 +237,8 @@ def parser() -> argparse.ArgumentParser:
                          help=f"of a guest of the plain layout (default: {NETWORK})")  # fmt: skip
     options.add_argument("--allow-mock", action="store_true", help="make an image that accepts mock evidence, which "
                          "proves nothing about hardware, and receives a mock key at boot")  # fmt: skip
+    options.add_argument("--endorsements", metavar="ADDR", help="where the stage asks for its platform's endorsements, "
+                         "as `minigpt endorsements` has them (default: the host hands them over)")  # fmt: skip
     options.add_argument("--lock", type=Path, default=packages.LOCK, metavar="FILE", help="the lock file")
     options.add_argument(
         "--cache", type=Path, default=packages.cache_folder(), metavar="DIR", help="of fetched packages"
@@ -264,6 +271,7 @@ def run(options: argparse.Namespace) -> None:
         link=options.link or ("tcp" if options.layout == "plain" else "vsock"),
         network=options.network,
         blobs=options.blobs,
+        endorsements=Address.parse(options.endorsements) if options.endorsements else None,
     )
     if options.layout == "docker":
         write_container(plan, options.cache, Path(options.output))
@@ -284,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PackageError, RamdiskError, eif.EifError) as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 1
-    except MiniGPTError as error:
+    except (MiniGPTError, AddressError) as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:

@@ -7,7 +7,7 @@ reading (written again, the stream that was sent, a file taken apart by hand) an
                 records                                         an established session, altered on the way
                 authentic-records, first-records                the same and the first flight, by a peer with the keys
     evidence    attest, evidence, claims, evidence-file, keys, cbor, der, x509, crl, ecdsa, nitro, snp, table,
-                tdx, tdx-collateral, tdx-parts, tdx-files
+                delivery, tdx, tdx-collateral, tdx-parts, tdx-files
     messages    codec, messages, parts, batch, answers
     files       manifest, places, address, config, safetensors, header, index, tokenizer, tokenizer-parts,
                 tokenizer-more
@@ -306,6 +306,10 @@ def _table_seeds() -> list[bytes]:
     ]
 
 
+def _delivery(data: bytes) -> None:
+    assert certificates.delivery(certificates.delivered(data)) == data
+
+
 def _tdx(data: bytes) -> None:
     """u8: 1 a PCK certificate's extension, 2 three certificates, 3 their PEM, each within a quote; or a quote."""
     if data[:1] == b"\1":
@@ -418,7 +422,7 @@ def _tdx_files(data: bytes) -> None:
     (folder / "more").unlink(missing_ok=True)
     for name, file in (_files() | {kind: content}).items():
         (folder / name).write_bytes(file)
-    parts = tdx.endorsements(_parsed(), str(folder))
+    parts = tdx.endorsements(_parsed(), certificates.files(str(folder)))
     for name, part in zip(("tcbInfo", "enclaveIdentity"), parts[::2], strict=False):
         assert any(json.loads(part) == json.loads(file.read_bytes()).get(name)
                    for file in folder.iterdir() if name.encode() in file.read_bytes())  # fmt: skip
@@ -830,6 +834,7 @@ TARGETS: dict[str, Target] = {
     "nitro": Target(_nitro, (EvidenceError,), _nitro_seeds, "cbor"),
     "snp": Target(_snp, (EvidenceError,), _snp_seeds, "der"),
     "table": Target(_table, (EvidenceError,), _table_seeds),
+    "delivery": Target(_delivery, (EvidenceError,), lambda: [certificates.delivery([b"one", b"", b"three"])]),
     "tdx": Target(_tdx, (EvidenceError,), _tdx_seeds, "der"),
     "tdx-collateral": Target(_tdx_collateral, (EvidenceError,), _tdx_collateral_seeds, "json"),
     "tdx-parts": Target(_tdx_parts, (EvidenceError,), _tdx_parts_seeds, "der"),

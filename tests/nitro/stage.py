@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
+    from attest.certificates import Files
     from attest.providers import nitro
     from attest.registry import PLATFORMS
     from minigpt.stage.__main__ import main as serve
@@ -33,7 +34,7 @@ def main() -> None:
         message[24:] = struct.pack("=Q", len(answer))
         return 0
 
-    def attester(_key: bytes, claims: bytes, _folder: str | None) -> nitro.NitroAttester:
+    def attester(_key: bytes, claims: bytes, _files: Files | None) -> nitro.NitroAttester:
         return nitro.NitroAttester(claims, device="/dev/null", ioctl=ioctl)
 
     PLATFORMS["nitro"] = replace(nitro.PLATFORM, attester=attester)

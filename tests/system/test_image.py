@@ -40,6 +40,7 @@ from scripts.image import build as build_image
 from scripts.image import eif, packages, ramdisk
 from scripts.image import run as run_image
 from scripts.image.ramdisk import Entry
+from transport.address import Address
 
 SCRIPTS = ROOT / "scripts" / "image"
 SITE = "rootfs/usr/lib/python3/dist-packages/"
@@ -233,9 +234,11 @@ def test_the_stages_index_is_fixed_and_the_mock_only_on_request(
     assert "--allow-mock" in words
     plan = build_image.Plan(Manifest.parse(planned.bytes), 1, planned.folder, {}, link="vsock")
     strict = build_image.command(plan)
-    assert not {"--allow-mock", "--mock-key"} & set(strict)
+    assert not {"--allow-mock", "--mock-key", "--endorsements"} & set(strict)
     assert strict[strict.index("--listen") + 1] == "vsock://4294967295:5001"
     assert strict[strict.index("--places") + 1] == "vsock://4294967295:5004"
+    endorsed = build_image.command(replace(plan, endorsements=Address.parse("vsock://3:5005")))
+    assert [word for word in endorsed if word not in strict] == ["--endorsements", "vsock://3:5005"]
 
 
 def minigpt_command(*words: object) -> "subprocess.CompletedProcess[str]":

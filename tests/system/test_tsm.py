@@ -1,9 +1,11 @@
 """Pipelines of SNP and of TDX guests, end to end: real processes, each with a configfs-tsm made of FIFOs, behind which
 a process signs under the tests' own roots."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from made import SMALL, random_tensors, write
 from processes import ROOT, eventually
 from serving import Serving
-from tsm.pipeline import Guests, pins
+from tsm.pipeline import Guests, pins, tdx_files
 
 import minigpt
 from minigpt.client.pipeline import Pipeline
@@ -158,6 +160,76 @@ def test_collateral_that_is_replaced_counts_from_then_on(folder: Path, tmp_path:
         kept.rename(stages.endorsements / "tcbInfo")
         with connect(stages) as pipeline:
             assert ids(pipeline) == expected
+
+
+@contextlib.contextmanager
+def delivering(folder: Path) -> Iterator[str]:
+    """Meanwhile `minigpt endorsements` has a folder's files at an address."""
+    command = [sys.executable, "-m", "minigpt", "endorsements", "tcp://127.0.0.1:0", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().removeprefix("endorsements ready: ").strip()
+        finally:
+            process.terminate()
+            assert process.wait(MOST) == 0
+
+
+def refusal(stages: Guests) -> str:
+    """Why a new client refuses a stage; "" if it does not."""
+    try:
+        connect(stages).close()
+    except UntrustedStage as error:
+        return str(error)
+    return ""
+
+
+def test_endorsements_that_end_are_replaced_over_an_address_while_the_stage_serves(
+    folder: Path, tmp_path: Path, expected: list[int]
+) -> None:
+    with Guests(folder, "4", tmp_path, "tdx") as stages:
+
+        def put(files: dict[str, bytes]) -> None:
+            for name, data in files.items():
+                (stages.endorsements / f".{name}").write_bytes(data)
+                (stages.endorsements / f".{name}").rename(stages.endorsements / name)
+
+        put(tdx_files(ends=datetime.now(UTC) + timedelta(seconds=2)))
+        with delivering(stages.endorsements) as address:
+            stages.start(0, "--endorsements", address, endorsed=False)
+            assert eventually(lambda: "collateral-expired: " in refusal(stages))
+            put(tdx_files())
+            assert eventually(lambda: refusal(stages) == "")
+            assert f"files of endorsements came from {address}" in stages.log(0)
+        assert eventually(lambda: refusal(stages) == "" and f"no endorsements came from {address}" in stages.log(0))
+        assert "the 5 files from before still count" in stages.log(0)
+        with connect(stages) as pipeline:
+            assert ids(pipeline) == expected
+
+
+def test_an_address_where_nobody_is_costs_only_those_who_need_it(
+    folder: Path, tmp_path: Path, expected: list[int]
+) -> None:
+    nobody = ("--endorsements", "tcp://127.0.0.1:1")
+    for kind in ("tdx", "snp"):
+        (tmp_path / kind).mkdir()
+        with Guests(folder, "4", tmp_path / kind, kind) as stages:
+            if kind == "tdx":
+                assert ended(stages.spawn(0, *nobody, endorsed=False)) == 3
+                assert "TCB info" in stages.log(0)
+            else:  # its host hands them over
+                stages.start(0, *nobody, endorsed=False)
+                with connect(stages) as pipeline:
+                    assert ids(pipeline) == expected
+            assert "no endorsements came from tcp://127.0.0.1:1: " in stages.log(0)
+            assert "there are none yet" in stages.log(0)
+
+
+def test_a_folder_with_a_key_in_it_is_delivered_to_nobody(tmp_path: Path) -> None:
+    assert says("attest", "keygen", "-o", tmp_path / "root.json").returncode == 0
+    refused = says("minigpt", "endorsements", "tcp://127.0.0.1:0", tmp_path)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert "root.json: got other JSON than Intel's answers" in refused.stderr
 
 
 def test_a_guest_of_another_platform_is_refused_at_start(folder: Path, tmp_path: Path) -> None:

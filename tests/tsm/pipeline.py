@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,6 @@ def snp_files() -> dict[str, bytes]:
     return dict(zip(("vcek", "ask", "ark"), guests.living(), strict=True))
 
 
-def tdx_files() -> dict[str, bytes]:
+def tdx_files(ends: datetime = domains.EVER["ends"]) -> dict[str, bytes]:
     """What Intel has of the tests' platform, as its service answers."""
-    return domains.files(domains.living(), domains.living_collateral())
+    return domains.files(domains.living(), domains.living_collateral(ends=ends))

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import permutations, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -731,7 +732,7 @@ def test_a_verifier_believes_amd_and_the_clock_by_default() -> None:
 
 def attester(device: guests.Device, folder: Path | None = None) -> SnpAttester:
     ask = lambda data: sev_guest.report(data, device="/dev/null", ioctl=device)  # noqa: E731
-    return SnpAttester(CLAIMS, ask, folder=None if folder is None else str(folder))
+    return SnpAttester(CLAIMS, ask, files=None if folder is None else partial(certificates.files, str(folder)))
 
 
 TABLE = guests.full_table(CHAIN)
@@ -955,21 +956,21 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
     for place in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").touch()
         with pytest.raises(AttestationError, match="wanted a folder of endorsements"):
-            certificates.in_folder(str(place))
+            certificates.files(str(place))
     (tmp_path / "file").write_bytes(bytes(2**16 + 1))
     with pytest.raises(AttestationError, match="more than 65536"):
-        certificates.in_folder(str(tmp_path))
+        certificates.in_files(certificates.files(str(tmp_path)))
     (tmp_path / "file").write_text("-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n")
     with pytest.raises(AttestationError, match="file: endorsements: got PEM that is not base64"):
-        certificates.in_folder(str(tmp_path))
+        certificates.in_files(certificates.files(str(tmp_path)))
     for data in (b"a note", b"", CHAIN[0] + b"\n"):
         (tmp_path / "file").write_bytes(data)
         with pytest.raises(AttestationError, match=r"file: DER: .* wanted endorsements in DER or PEM"):
-            certificates.in_folder(str(tmp_path))
+            certificates.in_files(certificates.files(str(tmp_path)))
     for number in range(40):
         (tmp_path / str(number)).touch()
     with pytest.raises(AttestationError, match="at most 32"):
-        certificates.in_folder(str(tmp_path))
+        certificates.in_files(certificates.files(str(tmp_path)))
 
 
 def test_the_fake_folder_is_of_pipes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from domains import HOLDERS, ROOT, collateral, files, info, quote
 from enclaves import NOW
 
-from attest import AttestationError
+from attest import AttestationError, certificates
 from attest.certificates import MAX_FILE, MAX_FILES
 from attest.providers import tdx
 
@@ -35,7 +35,7 @@ def read(tmp_path: Path) -> Read:
                 (folder / name).unlink(missing_ok=True)
             else:
                 (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
-        return tdx.endorsements(tdx.parse(quote()), str(folder))
+        return tdx.endorsements(tdx.parse(quote()), certificates.files(str(folder)))
 
     return parts
 
@@ -94,7 +94,7 @@ def test_genuine_collateral_is_read_from_files(vectors: Path, tmp_path: Path) ->
         (tmp_path / name).write_bytes(bytes.fromhex(given[name]))
     evidence = (vectors / "tdx" / "v4_prod_phala.bin").read_bytes()
     signer = x509.load_pem_x509_certificates(given["tcb_info_issuer_chain"].encode())[0]
-    parts = tdx.endorsements(tdx.parse(evidence), str(tmp_path))
+    parts = tdx.endorsements(tdx.parse(evidence), certificates.files(str(tmp_path)))
     assert (parts[0], parts[2]) == (given["tcb_info"].encode(), given["qe_identity"].encode())
     assert parts[4] == signer.public_bytes(serialization.Encoding.DER)
     dates = json.loads(given["tcb_info"])["issueDate"], json.loads(given["qe_identity"])["issueDate"]
