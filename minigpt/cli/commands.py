@@ -29,7 +29,7 @@ from attest.document import (
     write_private,
 )
 from attest.measure import measure
-from attest.providers import Pins
+from attest.providers import Pins, Rooted
 from attest.providers.mock import MockPins
 from attest.providers.nitro import CODE, REGISTERS, NitroPins
 from attest.providers.snp import SnpPins
@@ -315,7 +315,10 @@ def plan(options: argparse.Namespace) -> int:
         )
     write_file(options.output, data)
     show(hashlib.sha256(data).hexdigest() + "\n")
-    for stage in manifest.Manifest.parse(data).stages:
+    planned = manifest.Manifest.parse(data)
+    for warning in planned.warnings(time.time()):
+        say(f"warning: {warning}")
+    for stage in planned.stages:
         say(f"stage {stage.index}  layers {stage.layers.start}-{stage.layers.stop - 1}  {stage.address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
     return 0
@@ -327,20 +330,26 @@ _FLAGS = "--pcrs, --snp or --tdx"
 def _pins(options: argparse.Namespace) -> list[Pins]:
     """The pins of `minigpt plan`: for each stage an image, or the mock; or the mock for all of them."""
     images: list[tuple[str, str]] = options.images
+    if options.test_root is not None and all(path == "mock" for _, path in images):
+        raise UsageError("--test-root is for images: the mock's root is its --root-key")
     if images and not any(path == "mock" for _, path in images):
         if options.root_key is not None or options.measurement:
             raise UsageError(f"{_FLAGS} pins images, not the mock: leave out --root-key and --measurement")
-        return [_image(flag, path) for flag, path in images]
+        return [_image(options, flag, path) for flag, path in images]
     if options.root_key is None:
         raise UsageError(f"give --root-key, the mock's public key; or, for images, {_FLAGS} once for each stage")
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
     mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
-    return [mock if path == "mock" else _image(flag, path) for flag, path in images or [("", "mock")]]
+    return [mock if path == "mock" else _image(options, flag, path) for flag, path in images or [("", "mock")]]
 
 
-def _image(flag: str, path: str) -> Pins:
-    if flag == "--pcrs":
-        return _nitro(path)
+def _image(options: argparse.Namespace, flag: str, path: str) -> Pins:
+    """The pins of one image, under the vendor's root unless another is named."""
+    pins = _nitro(path) if flag == "--pcrs" else _guest(flag, path)
+    return pins if options.test_root is None else Rooted(pins, _hex("--test-root", options.test_root, 32))
+
+
+def _guest(flag: str, path: str) -> Pins:
     try:
         place = load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
         if flag == "--snp":
