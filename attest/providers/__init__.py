@@ -30,6 +30,17 @@ class Pins(Protocol):
 
 
 @dataclass(frozen=True)
+class Rooted:
+    """Pins of a stage that is believed under another root than the vendor's: for tests."""
+
+    pins: Pins
+    root: bytes  # SHA-256 of its certificate in DER
+
+    def to_json(self) -> dict[str, Any]:
+        return self.pins.to_json() | {TEST_ROOT: self.root.hex()}
+
+
+@dataclass(frozen=True)
 class Check:
     """One check of evidence, for people."""
 

@@ -22,24 +22,14 @@ from attest import MAX_FILE, dump_file, open_file
 from attest.document import (
     CLIENT_KEY,
     DocumentError,
-    load,
-    parse_json,
-    public_key,
-    read_file,
     read_private,
     show,
     write_file,
     write_private,
 )
-from attest.measure import measure
-from attest.providers import Pins
-from attest.providers.mock import MockPins
-from attest.providers.nitro import CODE, REGISTERS, NitroPins
-from attest.providers.snp import SnpPins
-from attest.providers.tdx import TdxPins
 from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
-from minigpt.cli import clients
+from minigpt.cli import clients, pins
 from minigpt.cli import status as reporting
 from minigpt.cli.terminal import progress, say, shaded, visible
 from minigpt.cli.values import Variable, positive
@@ -59,7 +49,6 @@ from transport.relay import Relay
 from transport.sockets import Listener
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
-MAX_DESCRIPTION = 2**20  # bytes of an image's description; ours are 1 KB
 LOOK = 0.5  # seconds between two looks of `minigpt up` at whether a stage was given up
 WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
 MOCK_NOTICE = "mock evidence: the signatures are valid, but they prove nothing about hardware"
@@ -355,7 +344,7 @@ def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
     for address in options.address:
         Address.parse(address)
-    pins = _pins(options)
+    pinned = pins.read(options)
     beside = addresses.beside(options.output)
     for path in (options.output, beside):
         if os.path.isfile(path):  # before the weights are read
@@ -371,9 +360,9 @@ def plan(options: argparse.Namespace) -> int:
         data = planning.plan(
             checkpoint,
             split,
-            pins=pins,
+            pins=pinned,
             suites=options.suite or [2],
-            clients=[_public("--client", text) for text in options.client] or None,
+            clients=[pins.public("--client", text) for text in options.client] or None,
             days=options.days,
             progress=tell,
         )
@@ -381,6 +370,8 @@ def plan(options: argparse.Namespace) -> int:
         write_file(beside, places)
     write_file(options.output, data)  # last: whoever waits for it can use both
     show(hashlib.sha256(data).hexdigest() + "\n")
+    for warning in manifest.Manifest.parse(data).warnings(time.time()):
+        say(f"warning: {warning}")
     for index, (part, address) in enumerate(zip(layers, served, strict=True)):
         say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
@@ -414,69 +405,6 @@ def up(options: argparse.Namespace) -> int:
     finally:
         stages.stop()
     return 0
-
-
-_FLAGS = "--pcrs, --snp or --tdx"
-
-
-def _pins(options: argparse.Namespace) -> list[Pins]:
-    """The pins of `minigpt plan`: for each stage an image, or the mock; or the mock for all of them."""
-    images: list[tuple[str, str]] = options.images
-    if images and not any(path == "mock" for _, path in images):
-        if options.root_key is not None or options.measurement:
-            raise UsageError(f"{_FLAGS} pins images, not the mock: leave out --root-key and --measurement")
-        return [_image(flag, path) for flag, path in images]
-    if options.root_key is None:
-        raise UsageError(f"give --root-key, the mock's public key; or, for images, {_FLAGS} once for each stage")
-    measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
-    mock = MockPins(_public("--root-key", options.root_key), frozenset(measurements))
-    return [mock if path == "mock" else _image(flag, path) for flag, path in images or [("", "mock")]]
-
-
-def _image(flag: str, path: str) -> Pins:
-    if flag == "--pcrs":
-        return _nitro(path)
-    try:
-        place = load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
-        if flag == "--snp":
-            return SnpPins.read(place)
-        pins = TdxPins.read(place)
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror}") from None
-    except DocumentError as error:
-        raise UsageError(f"{flag} {error}") from None
-    for warning in pins.warnings:
-        say(f"warning: {flag} {path}: {warning}")
-    return pins
-
-
-def _nitro(path: str) -> NitroPins:
-    """All registers that an image's description has: PCR0, PCR1 and PCR2, and if it is signed, PCR8."""
-    try:
-        found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]
-        texts = {index: found[f"PCR{index}"] for index in range(REGISTERS) if index in CODE or f"PCR{index}" in found}
-        if not all(isinstance(text, str) for text in texts.values()):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
-    return NitroPins({index: _hex(f"--pcrs {path}", text, 48) for index, text in texts.items()})
-
-
-def _public(flag: str, text: str) -> bytes:
-    try:
-        return public_key(text)
-    except DocumentError as error:
-        raise UsageError(f"{flag}: {error}") from None
-
-
-def _hex(flag: str, text: str, length: int) -> bytes:
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        value = b""
-    if len(value) != length:
-        raise UsageError(f"{flag}: got {text[:120]!r}, wanted {2 * length} hex digits")
-    return value
 
 
 def status(options: argparse.Namespace) -> int:

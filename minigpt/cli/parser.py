@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     ):  # fmt: skip
         plan.add_argument(flag, dest="images", action="append", default=[], type=partial(_image, flag),
                           metavar="FILE|mock", help=text)  # fmt: skip
+    plan.add_argument("--test-root", metavar="HEX", help="for tests: a root that is believed in place of the images' "
+                      "vendor's, by its certificate's SHA-256; both ends then need --allow-test-root")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
     plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "

@@ -10,21 +10,17 @@ from typing import Any
 import enclaves
 from processes import Stages, eventually
 
-from attest.providers import Pins
+from attest import providers
 from attest.providers.nitro import NitroPins
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Rooted:
+class Rooted(providers.Rooted):
     """Pins of a stage, with a root of the tests' in place of the vendor's."""
 
-    pins: Pins
     root: bytes = enclaves.ROOT
-
-    def to_json(self) -> dict[str, Any]:
-        return self.pins.to_json() | {"test_root": self.root.hex()}
 
 
 def image(index: int) -> NitroPins:

@@ -353,6 +353,29 @@ def test_plan_pins_trust_domains_in_order_and_warns_of_weak_ones(tmp_path: Path)
     assert not (tmp_path / "no.json").exists()
 
 
+def test_plan_names_a_test_root_of_images_and_warns_of_it(tmp_path: Path) -> None:
+    file, plan, digest = tmp_path / "image.json", str(tmp_path / "plan.json"), "7a" * 32
+    file.write_text(json.dumps({"Measurements": {f"PCR{i}": f"0{i + 1}" * 48 for i in range(3)}}))
+    image = ("--pcrs", str(file))
+    mock = ("--pcrs", "mock", "--root-key", MockRoot.generate().public.hex())
+    done = run("plan", "--stages", "2", "-o", plan, *image, *mock, "--test-root", digest)
+    roots = [stage.test_root for stage in Manifest.parse(Path(plan).read_bytes()).stages]
+    assert roots == [bytes.fromhex(digest), None]
+    assert f"warning: stage 0 is believed under a test's root, {digest}, which proves nothing" in done.stderr
+    stage = subprocess.run([sys.executable, "-m", "minigpt.stage", "--manifest", plan, "--index", "0", "--allow-mock"],
+                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert "refused without --allow-test-root" in stage.stderr
+    for words, root, code, told in (
+        (mock[2:], digest, 2, "--test-root is for images"), (mock, digest, 2, "--test-root is for images"),
+        (image, "12", 2, "64 hex digits"), (image, "00" * 32, 3, "not all zeros"),
+    ):  # fmt: skip
+        options = ("--stages", "1", "-o", str(tmp_path / "no.json"), "--test-root", root)
+        assert told in run("plan", *options, *words, code=code).stderr
+    assert not (tmp_path / "no.json").exists()
+    run("plan", "--stages", "1", "-o", plan, *image, MINIGPT_TEST_ROOT=digest)
+    assert Manifest.parse(Path(plan).read_bytes()).stages[0].test_root is None  # never by the environment
+
+
 def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:
     root = MockRoot.generate()
     plan = tmp_path / "pipeline.json"
