@@ -6,6 +6,7 @@ other stages are met by measured code that enforces the same manifest.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -42,6 +43,7 @@ CONNECTIONS = 32  # as many as a stage has sequences, by default
 MAX_TIMEOUT = 1e9  # seconds, thirty years; as on the command line
 
 _NONE = type(None)
+_DIGEST = re.compile(r"\s*([0-9a-fA-F]{64})(\s.*)?", re.DOTALL)
 
 
 class Pipeline(TextModel):
@@ -104,7 +106,7 @@ class Pipeline(TextModel):
 
         Args:
             manifest: its file, or its bytes. It is your root of trust: get it over a channel that you trust, or
-            manifest_sha256: pin its digest, in hex.
+            manifest_sha256: pin its digest, in hex, or as a line that sha256sum prints.
             model: where to find the tokenizer: a folder, "tiny" or a hub id; by default what the manifest names, if it
                 is on this machine. Its digest must be the manifest's.
             text: False for token ids only: no tokenizer is looked for.
@@ -141,8 +143,8 @@ class Pipeline(TextModel):
         _check_retry_for(retry_for)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
-        if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
-            raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
+        if manifest_sha256 is not None and _digest(manifest_sha256) != parsed.digest.hex():
+            raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {_digest(manifest_sha256)}")
         tokenizer = _tokenizer(parsed, model) if text else None
         pipeline = cls(
             parsed, tokenizer, allow_mock, timeout, connect_timeout, client_key, connections, retry_for,
@@ -194,8 +196,8 @@ class Pipeline(TextModel):
         checkpoint = sources.find(model, revision)
         processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
-            tokenizer = tokenizers.load(checkpoint.folder)
             manifest = processes.manifest
+            tokenizer = tokenizers.load(checkpoint.folder) if manifest.tokenizer_sha256 else None
             pipeline = cls(manifest, tokenizer, True, timeout, connect_timeout, None, connections, retry_for)
             pipeline._stages = processes
             pipeline._verify()
@@ -361,6 +363,14 @@ def _check_seconds(**arguments: float) -> None:
             raise UsageError(f"{name} is {value}, wanted seconds: more than 0, at most {MAX_TIMEOUT:g}")
 
 
+def _digest(text: str) -> str:
+    """A digest in hex, alone or as sha256sum prints it, before the file's name."""
+    found = _DIGEST.fullmatch(text)
+    if found is None:
+        raise UsageError(f"manifest_sha256 is {text[:80]!r}, wanted 64 hex digits, or a line that sha256sum prints")
+    return found[1].lower()
+
+
 def _check_retry_for(value: float) -> None:
     check_type("retry_for", value, float)
     if not 0 <= value <= MAX_TIMEOUT:
@@ -375,4 +385,4 @@ def _tokenizer(manifest: Manifest, model: str | Path | None) -> Tokenizer | None
         found = sources.find(manifest.model, manifest.revision, files=sources.TOKENIZER_FILES, download=False)
     except CheckpointError:
         return None
-    return tokenizers.load(found.folder)  # a damaged one is not the same as none
+    return tokenizers.load_for_text(found.folder)  # a damaged one is not the same as none

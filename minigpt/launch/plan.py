@@ -46,7 +46,7 @@ def plan(
         raise UsageError(f"got {len(addresses)} addresses for {len(layers)} stages: give --address once for each")
     if len(pins) not in (1, len(layers)):
         raise UsageError(f"got pins for {len(pins)} stages, wanted {len(layers)}: give them once for each")
-    found = tokenizer.load(checkpoint.folder)
+    found = tokenizer.load_for_text(checkpoint.folder)
     return write(
         config=config,
         model=checkpoint.name,

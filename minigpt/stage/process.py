@@ -21,7 +21,7 @@ from minigpt.stage.evidence import SHARE, EvidenceQueue
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
-from transport.errors import TimedOut, TransportError
+from transport.errors import TimedOut, TransportError, Unreachable
 
 log = logging.getLogger("minigpt.stage")
 
@@ -155,7 +155,17 @@ def _opened(place: str | int) -> IO[bytes]:
 
 def _listener(place: str | int | None, entry: StageEntry) -> Listener:
     if place is None:
-        return Listener(entry.address)
+        try:
+            listener = Listener(entry.address)
+        except Unreachable as error:
+            hint = "if this stage's own address is another than the manifest's, give it with --listen"
+            raise Unreachable(f"{error}: {hint}") from None
+        if listener.address.host.startswith("127.") and entry.address.host not in (listener.address.host, "localhost"):
+            log.warning(
+                "%s is %s here, which no other machine reaches: correct /etc/hosts, or give --listen tcp://0.0.0.0:%d",
+                entry.address.host, listener.address.host, listener.address.port,
+            )  # fmt: skip
+        return listener
     return Listener(Address.parse(place) if isinstance(place, str) else streams.moved_up(place))
 
 
