@@ -23,9 +23,9 @@ from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.client.pool import Pool
-from minigpt.client.resume import RETRY_FOR, Resumption
+from minigpt.client.resume import RETRY_FOR, Fault, Resumption
 from minigpt.client.text import Prompt, TextModel, encode_prompt
-from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
+from minigpt.errors import INSIDE, CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import links, messages
 from minigpt.protocol import manifest as manifests
@@ -249,6 +249,14 @@ class Pipeline(TextModel):
         if (failure := self.failure) is not None:
             raise failure
 
+    def _explained(self, error: Fault) -> Fault:
+        """The error, with the end of a local stage's log where it says to look there: that file has no name."""
+        if self._stages is not None and isinstance(error, StageError) and error.stage is not None:
+            where, _, rest = str(error).partition(INSIDE)
+            if INSIDE in str(error) and (end := self._stages.log_end(error.stage)):
+                return type(error)(f"{where}failed inside{rest}; the end of its log:\n{end}\n", stage=error.stage)
+        return error
+
     def close(self) -> None:
         """Ends the connections; and the stages, if they are ours."""
         self._pool.close()
@@ -282,7 +290,8 @@ class Pipeline(TextModel):
                     rest = resumption.rest()
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
-                except (StageError, RequestRefused) as error:
+                except (StageError, RequestRefused) as fault:
+                    error = self._explained(fault)
                     wait = resumption.fault(error, again=self._pool.may_replace(link))
                     if wait is None and resumption.reason is not None:
                         return resumption.reason
