@@ -25,6 +25,7 @@ from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.client.pool import Pool
 from minigpt.client.resume import RETRY_FOR, Fault, Resumption
 from minigpt.client.text import Prompt, TextModel, encode_prompt
+from minigpt.engine import blas
 from minigpt.errors import INSIDE, CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import links, messages
@@ -194,6 +195,7 @@ class Pipeline(TextModel):
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         _check_retry_for(retry_for)
         checkpoint = sources.find(model, revision)
+        blas.computes_beside("stages")
         processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
             manifest = processes.manifest
