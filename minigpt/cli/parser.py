@@ -13,6 +13,7 @@ from minigpt.cli.values import (
     bias,
     counts,
     days,
+    escaped,
     few,
     integer,
     natural,
@@ -62,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--n", "1", "N", answers, "answers, one after the other; each after the first has a seed that "
            "follows from the first one's")  # fmt: skip
     option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
-    _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
+    generate.add_argument("--stop", action="append", default=[], type=escaped, metavar="TEXT", help=r"end before this "
+                          r"text; \n, \t and \\ are a new line, a tab, a backslash; repeatable")  # fmt: skip
     option(generate, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
@@ -124,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
            "first number")  # fmt: skip
     option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
-    option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
+    option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue; for a checkpoint without a "
+           "tokenizer, token ids (then by default any five)")  # fmt: skip
     option(bench, "--threads", None, "N", few, "BLAS threads of each stage, pinned")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
     option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")

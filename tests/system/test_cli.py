@@ -179,6 +179,14 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
     assert run("generate", PROMPT, "--stop", "ris").stdout == " Pa\n"
 
 
+def test_a_stop_string_may_be_a_new_line(tiny: Stages) -> None:
+    running = ("--manifest", str(tiny.path), "--allow-mock", "--max-tokens", "60")
+    whole = run("generate", "List:\n-", *running).stdout
+    before, found, _ = whole.removesuffix("\n").partition("\n")
+    assert found
+    assert run("generate", "List:\n-", *running, "--stop", r"\n").stdout == before + "\n"
+
+
 def test_the_prompt_may_come_from_standard_input(tiny: Stages) -> None:
     command = [sys.executable, "-m", "minigpt", "generate", "-", "--manifest", str(tiny.path), "--allow-mock"]
     for prompt in (PROMPT, PROMPT + "\n"):
@@ -517,6 +525,13 @@ def test_bench_prints_tables_or_every_latency(tmp_path: Path) -> None:
     assert [(row["stages"], row["party"]) for row in told["breakdown"]] == [
         (1, "client"), (1, "stage 0"), (2, "client"), (2, "stage 0"), (2, "stage 1")]  # fmt: skip
     assert [row["wire_ms"] is None for row in told["breakdown"]] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("clients", [(), ("--clients", "1")])
+def test_bench_needs_no_prompt_where_there_is_no_tokenizer(tmp_path: Path, clients: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    flags = ("--model", str(folder), "--runs", "1", "--max-tokens", "2", "--stages", "1")
+    assert "| 1 |" in run("bench", *flags, *clients).stdout.replace("  ", " ")
 
 
 def test_versions() -> None:
