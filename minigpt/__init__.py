@@ -8,7 +8,9 @@ Importing this package imports nothing heavy. It sets two variables of the envir
 NumPy reads when NumPy is first imported: so import minigpt before numpy.
 """
 
-import importlib
+import importlib.util
+import os
+import sys
 
 from minigpt.engine.blas import set_threads
 
@@ -31,6 +33,22 @@ _HOME = {
     "load": "minigpt.client.inprocess",
 }
 
+
+def _check_own() -> None:
+    """Refuses files of the user's that have the names of our other packages, and come before them in sys.path."""
+    for name, part in (("attest", "measure.py"), ("transport", "noise.py")):
+        found = importlib.util.find_spec(name)
+        place = "" if found is None else found.origin or next(iter(found.submodule_search_locations or ()), "")
+        folder, file = os.path.split(place)
+        if not place or (file == "__init__.py" and os.path.exists(os.path.join(folder, part))):
+            continue  # where there is none, the import error says so
+        text = f"{place} hides minigpt's own package {name}: rename it, or start Python in another folder"
+        if sys.argv[:1] == ["-m"]:  # a command: `python -m` looks for it right now
+            sys.exit(f"minigpt: {text}")
+        raise ImportError(text)
+
+
+_check_own()
 set_threads()
 
 

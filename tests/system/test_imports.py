@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages
 
@@ -50,6 +51,21 @@ with minigpt.Pipeline.local("tiny", stages=1):
     assert run(OPENBLAS_THREAD_TIMEOUT="20")[1] == ""  # nothing came too late
     for threads in ("1", "2"):  # the number can still be set
         assert run(MINIGPT_THREADS=threads)[0] == f"{threads}\n"
+
+
+@pytest.mark.parametrize("hidden", ["transport.py", "attest.py", "transport/__init__.py"])
+def test_a_users_file_that_hides_a_package_of_ours_is_named(tmp_path: Path, hidden: str) -> None:
+    file = tmp_path / hidden
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    (tmp_path / "script.py").write_text("import minigpt")
+    said = f"{file} hides minigpt's own package {hidden.partition('/')[0].removesuffix('.py')}: rename it, or start"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command in (("script.py",), ("-m", "minigpt", "generate", "The")):
+        run = subprocess.run([sys.executable, *command], text=True, cwd=tmp_path, capture_output=True, env=environment)
+        assert said in run.stderr
+        assert run.returncode == 1
+        assert ("Traceback" in run.stderr) == (command[0] == "script.py")
 
 
 def test_a_cpu_without_any_feature_that_numpy_dispatches_to_generates() -> None:
