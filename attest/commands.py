@@ -166,7 +166,11 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
             f"next, on the stage's machine: python -m minigpt.stage --manifest pipeline.json --index {options.stage} "
             f"--mock-key {options.output} --allow-mock --model DIR"
         )
-    write_private(options.output, key.to_json())
+    try:
+        write_private(options.output, key.to_json())
+    except FileExistsError as error:
+        kept = "exists, and a key file is never overwritten: use that one, or choose another name"
+        raise FileExistsError(error.errno, kept, error.filename) from None
     print(advice, file=sys.stderr)
     return 0, key.public.hex() + "\n"
 

@@ -19,6 +19,8 @@ Errors of the link are `transport.TransportError` (exit code 4) and of evidence 
 import resource
 from collections.abc import Sequence
 
+INSIDE = "failed inside: its log says where"  # what a stage tells of itself when an error is a bug
+
 
 class MiniGPTError(Exception):
     """Root of the package's errors."""

@@ -14,7 +14,8 @@ _DECIMAL = re.compile(r"(0|[1-9][0-9]{0,9})\Z")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\Z")
 _SHAPE = re.compile(
-    r"(?P<scheme>tcp|vsock)://(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>[0-9]+)\Z"
+    r"(?P<scheme>tcp|vsock)://(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]|(?P<host>[A-Za-z0-9._-]+))"
+    r":(?P<port>[0-9]+)\Z"
 )
 
 
@@ -56,6 +57,10 @@ def _number(text: str, what: str, digits: str, largest: int) -> int:
 
 def _host(text: str, host: str | None, six: str | None) -> str:
     """A host in its canonical spelling."""
+    if six is not None and "%" in six:
+        raise AddressError(
+            f"address {text!r}: a scope id ({six[six.index('%') :]}) is one machine's: use another address"
+        )
     try:
         if host is None:
             return str(ipaddress.IPv6Address(six))
@@ -64,5 +69,10 @@ def _host(text: str, host: str | None, six: str | None) -> str:
     except ValueError:
         raise AddressError(f"address {text!r}: {six or host} is not an IP address") from None
     if not _HOST.match(host):
-        raise AddressError(f"address {text!r}: {host} is not a host name")
+        reason = ""
+        if host.endswith("."):
+            reason = ": leave out the dot at its end"
+        elif "_" in host:
+            reason = ", which has no underscore: use its IP address, or give it another name"
+        raise AddressError(f"address {text!r}: {host} is not a host name{reason}")
     return host

@@ -5,6 +5,7 @@ progress bar on a terminal.
 """
 
 import importlib.resources
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 from attest.document import DocumentError, parse_json, read_file
 from minigpt.engine.config import Config
 from minigpt.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("minigpt")
 
 TINY = "tiny"  # the embedded checkpoint's name
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -38,6 +41,18 @@ FILES = [
     "model-*-of-*.safetensors",
     *TOKENIZER_FILES,
 ]
+# What the first bytes of a file tell that is not what its name says.
+_DISGUISES = {
+    b"version https://git-lfs": "a pointer of git-lfs, not the file: run `git lfs pull` in its repository",
+    b"<": "a page of HTML or XML, as a download that failed leaves: fetch the file again",
+    b"PK\x03\x04": "an archive, perhaps a pickle of torch's, which can run code: convert it with save_pretrained",
+    b"\x80": "a pickle, which can run code: convert it with transformers' save_pretrained",
+    b"\x89HDF": "HDF5, as TensorFlow writes: convert it with transformers' save_pretrained",
+    b"GGUF": "GGUF: get the checkpoint as transformers has it",
+    b"\x1f\x8b": "compressed: unpack it",
+}
+# Models that a folder of the same name would be taken for.
+_WELL_KNOWN = re.compile(r"tiny|((openai-community/)?gpt2(-medium|-large|-xl)?)")
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
 
 
@@ -65,10 +80,15 @@ def find(
         CheckpointError: it does not exist, or the hub cannot be reached, or refuses; the message says which.
     """
     if os.path.isdir(model) or model == TINY:
+        if os.path.isdir(model) and isinstance(model, str) and _WELL_KNOWN.fullmatch(model):
+            log.warning("model %s is the folder %s here, not the model of that name: ./%s says so", model,
+                        os.path.abspath(model), model)  # fmt: skip
         if revision is not None:
             raise CheckpointError(f"revision {revision}: {str(model)!r} is not on the hub, and has no revisions")
         folder = local(model)
         return Checkpoint(folder, TINY if folder == _embedded() else folder.name)
+    if os.path.isfile(model):
+        raise CheckpointError(_a_file(model))
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"model {str(model)!r}: no such folder, and not a hub id such as openai-community/gpt2")
     return _download(model, revision, files, download)
@@ -82,12 +102,35 @@ def local(model: str | Path) -> Path:
     """
     if os.path.isdir(model):
         return Path(model).resolve()
+    if os.path.isfile(model):
+        raise CheckpointError(_a_file(model))
     if model != TINY:
-        raise CheckpointError(f"model {str(model)!r}: there is no such folder")
+        hub = isinstance(model, str) and _HUB_ID.fullmatch(model)
+        hint = f". A stage downloads nothing: `hf download {model}` prints a folder to name with --model" if hub else ""
+        raise CheckpointError(f"model {str(model)!r}: there is no such folder{hint}")
     folder = _embedded()
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError("the embedded checkpoint is missing: reinstall the package, unzipped")
     return folder
+
+
+def _a_file(model: str | Path) -> str:
+    return f"model {str(model)!r} is a file, wanted the folder that it is in, with {CONFIG} beside it"
+
+
+def disguise(data: bytes) -> str | None:
+    """What a file that cannot be read really is, by its first bytes, and what to do; None if they do not tell."""
+    if not data:
+        return "the file is empty: fetch it again"
+    words = (f"this is {words}" for start, words in _DISGUISES.items() if data.lstrip().startswith(start))
+    return next(words, None)
+
+
+def dangling(path: Path) -> str | None:
+    """What to say of a link to nothing, as is left where the hub's cache was pruned; None if it is none."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"not a file, but a link to {os.readlink(path)}, where nothing is: it was moved or removed; fetch it again"
 
 
 def _embedded() -> Path | None:
@@ -124,9 +167,10 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
             raise ConfigError(f"got {type(data).__name__}, wanted a JSON object")
         return parse(data)
     except OSError as error:
-        reason = f"{error.strerror}" + (f": a checkpoint's folder has a {CONFIG}" if path.name == CONFIG else "")
+        hint = f": a checkpoint's folder has a {CONFIG}" if path.name == CONFIG else ""
+        reason = dangling(path) or f"{error.strerror}{hint}"
     except DocumentError as error:
-        reason = f"not JSON: {error}"
+        reason = disguise(text) or f"not JSON: {error}"
     except ConfigError as error:
         reason = str(error)
     raise ConfigError(f"{path}: {reason}")
@@ -146,8 +190,10 @@ def _download(model: str, revision: str | None, files: list[str], download: bool
         reason = "there is no such folder here, and no such model on the hub (or it is private: set HF_TOKEN)"
     except hub.RevisionNotFoundError:
         reason = "the hub has the model, but not this revision"
-    except hub.LocalEntryNotFoundError:
-        reason = "there is no such folder here, it was not downloaded before, and the hub cannot be reached"
+    except hub.LocalEntryNotFoundError as error:
+        reason = (
+            f"there is no such folder here, it was not downloaded before, and {_why_not(error.__cause__, download)}"
+        )
     except hub.HFValidationError as error:
         reason = f"not a hub id: {error}"
     except (OSError, ValueError) as error:  # the hub, the network or the disk; their root is OSError
@@ -155,3 +201,15 @@ def _download(model: str, revision: str | None, files: list[str], download: bool
     else:
         return Checkpoint(folder, model, folder.name)  # the cache names a snapshot by its commit
     raise CheckpointError(f"{wanted}: {reason}")
+
+
+def _why_not(cause: BaseException | None, download: bool) -> str:
+    """Why the hub was of no use, by the error that its client met."""
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status == 429:
+        return "the hub refuses so many requests (HTTP 429): try again later, or set HF_TOKEN"
+    if status is not None:
+        return f"the hub fails (HTTP {status}): try again later"
+    if type(cause).__name__ == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE forbids to ask the hub: unset it"
+    return "the hub cannot be reached" if download else "the hub was not asked"

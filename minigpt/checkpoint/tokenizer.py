@@ -9,6 +9,7 @@ The package is imported on first use: stages never need it.
 import codecs
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,8 @@ def _byte_characters() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
+
+log = logging.getLogger("minigpt")
 
 LONG = 2**14  # characters from which other threads may run while a text is encoded: 1 MiB takes half a second
 _BYTES = _byte_characters()
@@ -128,11 +131,20 @@ def load(folder: Path) -> Tokenizer | None:
             encoder = tokenizer_files.build(files)
         chat = tokenizer_files.chat(folder, files)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from None
+        raise type(error)(f"{folder}/{error}") from None
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content)
     return Tokenizer(encoder, digest.digest(), ChatTemplate(*chat) if chat else None)
+
+
+def load_for_text(folder: Path) -> Tokenizer | None:
+    """As `load`, for whoever can do without text: of a tokenizer of another kind, it warns, and returns None."""
+    try:
+        return load(folder)
+    except tokenizer_files.OtherTokenizer as error:
+        log.warning("%s: text cannot be used with this model, token ids can", error)
+        return None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from attest.document import DocumentError, parse_json, read_file
+from minigpt.checkpoint.sources import dangling, disguise
 from minigpt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ _MODEL = (
 )  # fmt: skip
 
 
+class OtherTokenizer(CheckpointError):
+    """A tokenizer of another kind than this package reads, and not a damaged one: token ids still work."""
+
+
 def read(folder: Path) -> dict[str, bytes]:
     """The contents of a folder's tokenizer files by name, in the order of the digest; none if there is no vocabulary.
 
@@ -68,15 +73,19 @@ def read(folder: Path) -> dict[str, bytes]:
         CheckpointError: a file cannot be read, is too large, or is of another kind of tokenizer. The message begins
             with the file's name.
     """
-    names = next((names for names in ((WHOLE,), (VOCAB, MERGES)) if all((folder / n).is_file() for n in names)), ())
+    names = next((names for names in ((WHOLE,), (VOCAB, MERGES)) if all(_there(folder / n) for n in names)), ())
     other = next((name for name in _OTHERS if WHOLE not in names and (folder / name).exists()), None)
     if names and other:
-        _refuse(other, f"not supported, and transformers reads it rather than {VOCAB}")
+        _other(other, f"not supported, and transformers reads it rather than {VOCAB}")
     more = [name for name in MORE if names and os.path.lexists(folder / name)]  # a dangling link is not nothing
     files = {name: _content(folder / name) for name in (*names, *more)}
     if names and (folder / CONFIG).exists():
         _check_config(_object({CONFIG: _content(folder / CONFIG)}, CONFIG), _object(files, SETTINGS))
     return files
+
+
+def _there(path: Path) -> bool:
+    return path.is_file() or dangling(path) is not None  # which is refused, and not taken for nothing
 
 
 def _check_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -107,7 +116,7 @@ def chat(folder: Path, files: Mapping[str, bytes]) -> tuple[str, str, str] | Non
 def _content(path: Path) -> bytes:
     try:
         if not path.is_file():  # opening a named pipe would wait for a writer
-            _refuse(path.name, "not a file")
+            _refuse(path.name, dangling(path) or "not a file")
         content = read_file(path, MAX_FILE)
     except OSError as error:
         _refuse(path.name, error.strerror or "cannot be read")
@@ -158,10 +167,10 @@ def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     settings = _object(files, SETTINGS)
     for name, value in settings.items():
         if name not in (*_SETTINGS, *_INERT) and value is not None and value is not False:
-            _refuse(SETTINGS, f"{name!r:.80} is not supported, and might change token ids: remove it if it does not")
+            _other(SETTINGS, f"{name!r:.80} is not supported, and might change token ids: remove it if it does not")
     kind = settings.get("tokenizer_class")
     if kind not in (None, *_OWN, *_GENERIC):
-        _refuse(SETTINGS, f"tokenizer_class is {kind!r:.80}, wanted one of {', '.join((*_OWN, *_GENERIC))}")
+        _other(SETTINGS, f"tokenizer_class is {kind!r:.80}, wanted one of {', '.join((*_OWN, *_GENERIC))}")
     if kind in _GENERIC and WHOLE not in files:
         _refuse(SETTINGS, f"tokenizer_class {kind} needs a {WHOLE}")
     for name in ("add_prefix_space", "add_bos_token"):
@@ -182,11 +191,11 @@ def _document(files: Mapping[str, bytes]) -> dict[str, Any]:
         _check_component(place, document.get(place))
     model = document.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        _refuse(WHOLE, "its model is not a BPE")
+        _other(WHOLE, "its model is not a BPE")
     for name, value in model.items():
         affix = name in ("continuing_subword_prefix", "end_of_word_suffix")
         if name not in _MODEL or (affix and value not in (None, "")):
-            _refuse(WHOLE, f"model: {name!r:.80} is not supported")
+            _other(WHOLE, f"model: {name!r:.80} is not supported")
     added = document.setdefault("added_tokens", [])
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         _refuse(WHOLE, "added_tokens is not a list of objects")
@@ -209,7 +218,7 @@ def _check_component(place: str, component: object) -> None:
             _check_component(place, part)
     elif kind not in _COMPONENTS[place]:
         known = ", ".join(name or "none" for name in _COMPONENTS[place])
-        _refuse(WHOLE, f"{place} is {kind!s:.80}, wanted {known}")
+        _other(WHOLE, f"{place} is {kind!s:.80}, wanted {known}")
 
 
 def _as_gpt2(document: Mapping[str, Any], *, prefix_space: bool) -> dict[str, Any]:
@@ -341,7 +350,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         return _mapping(name, parse_json(files[name])) if name in files else {}
     except DocumentError as error:
-        _refuse(name, f"not JSON: {error}")
+        _refuse(name, disguise(files[name]) or f"not JSON: {error}")
 
 
 def _mapping(name: str, value: object) -> dict[str, Any]:
@@ -352,3 +361,7 @@ def _mapping(name: str, value: object) -> dict[str, Any]:
 
 def _refuse(name: str, reason: str) -> NoReturn:
     raise CheckpointError(f"{name}: {reason}")
+
+
+def _other(name: str, reason: str) -> NoReturn:
+    raise OtherTokenizer(f"{name}: {reason}")

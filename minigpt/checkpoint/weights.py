@@ -38,12 +38,24 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from attest.document import parse_json, read_file
+from minigpt.checkpoint.sources import dangling, disguise
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.linalg import Array, by_columns
 from minigpt.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OTHERS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+)  # files of weights that we do not read
 MAX_HEADER = 4 * 2**20  # bytes of a file's header, or of an index; GPT-2 XL's are 60 KB, with 1024 layers 1.5 MB
 BLOCK = 2 * 2**20  # bytes read, digested and widened at a time: few enough to be in the cache when they are hashed
 READERS = 2  # threads; hashing releases the GIL, and two outrun most disks
@@ -231,9 +243,15 @@ def _stored_names(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_header(folder / SINGLE), SINGLE)
     if (folder / INDEX).is_file():
         return _index(folder / INDEX)
-    pickled = any(folder.glob("*.bin"))
-    hint = "; its *.bin files are pickles, which can run code: convert them with transformers' save_pretrained"
-    raise CheckpointError(f"no {SINGLE} and no {INDEX} in {folder}{hint if pickled else ''}")
+    for name in (SINGLE, INDEX):
+        if (gone := dangling(folder / name)) is not None:
+            raise CheckpointError(f"{folder / name}: {gone}")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    hint = (
+        f", only {', '.join(others)[:200]}, which is not read (pickles can run code): convert it with transformers' "
+        "save_pretrained"
+    )
+    raise CheckpointError(f"no {SINGLE} and no {INDEX} in {folder}{hint if others else ''}")
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -242,6 +260,8 @@ def _index(path: Path) -> dict[str, str]:
         data = read_file(path, MAX_HEADER)
         if len(data) > MAX_HEADER:
             raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes")
+        if (wrong := disguise(data)) is not None:
+            raise CheckpointError(f"{path}: {wrong}")
         entries = dict(parse_json(data)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
@@ -255,13 +275,17 @@ def _index(path: Path) -> dict[str, str]:
 def _header(path: Path) -> dict[str, _Stored]:
     """Every tensor of a safetensors file, whose header the package has checked: no holes, no overlaps."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, or not a file")
+        raise CheckpointError(f"{path} is {dangling(path) or 'missing, or not a file'}")
+    wrong = None
     places: dict[str, _Stored] = {}
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(32)
+            length = int.from_bytes(begin[:8], "little")
+            wrong = disguise(begin) if begin[8:9] != b"{" else None
             if length > MAX_HEADER:
-                raise CheckpointError(f"{path}: a header of {length} bytes, wanted at most {MAX_HEADER}")
+                raise CheckpointError(f"{path}: {wrong or f'a header of {length} bytes, wanted at most {MAX_HEADER}'}")
+            file.seek(8)
             parse_json(file.read(length))  # of equal names the package takes the last
         with safe_open(path, framework="numpy") as opened:
             offset = 8 + length
@@ -273,5 +297,6 @@ def _header(path: Path) -> dict[str, _Stored]:
                 places[name] = _Stored(path, offset, dtype, shape)
                 offset += places[name].nbytes
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file: {str(error)!r:.200}") from None
+        reason = wrong or f"not a valid safetensors file: {str(error)!r:.200}"
+        raise CheckpointError(f"{path}: {reason}") from None
     return places

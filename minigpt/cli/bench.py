@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import ids_in
+from minigpt.client.text import Prompt, ids_in
 from minigpt.protocol.messages import Span
 
+PROMPT = "The capital of France is"
 MIN_P99 = 100  # samples; with fewer, a 99th percentile is just the maximum
 
 BREAKDOWN = """\
@@ -100,10 +101,16 @@ def measure(
     return results
 
 
+def given(pipeline: Pipeline, prompt: str) -> Prompt:
+    """The prompt as the model takes it. Any five ids stand for the text that is the default."""
+    if pipeline.tokenizer is not None:
+        return prompt
+    return [token % pipeline.config.vocab_size for token in range(5)] if prompt == PROMPT else ids_in(prompt)
+
+
 def run_once(pipeline: Pipeline, prompt: str, max_tokens: int) -> Run:
     """Times one greedy generation, token by token, without drafts."""
-    given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
-    generation = pipeline.generate(given, max_tokens=max_tokens, spans=True, draft=0)
+    generation = pipeline.generate(given(pipeline, prompt), max_tokens=max_tokens, spans=True, draft=0)
     for _ in generation:
         pass
     times, spans = generation.times, tuple(generation.spans)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from minigpt.cli.bench import MIN_P99, estimate, percentile, shown, table
+from minigpt.cli.bench import MIN_P99, estimate, given, percentile, shown, table
 from minigpt.client.pipeline import Pipeline
-from minigpt.client.text import Prompt, ids_in
+from minigpt.client.text import Prompt
 
 PATIENCE = 60.0  # seconds until all clients of a run have started
 
@@ -65,8 +65,7 @@ def measure(
             progress(f"run {number} of {runs}" if number else "warming up")
             for count, many in results if number % 2 else reversed(results):
                 pipeline = pipelines[count]
-                given = prompt if pipeline.tokenizer is not None else ids_in(prompt)
-                crowd = run_together(pipeline, given, max_tokens, many)
+                crowd = run_together(pipeline, given(pipeline, prompt), max_tokens, many)
                 if number:
                     results[count, many].append(crowd)
         return results

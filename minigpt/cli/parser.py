@@ -13,6 +13,7 @@ from minigpt.cli.values import (
     bias,
     counts,
     days,
+    escaped,
     few,
     integer,
     located,
@@ -63,15 +64,18 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--n", "1", "N", answers, "answers, one after the other; each after the first has a seed that "
            "follows from the first one's")  # fmt: skip
     option(generate, "--seed", None, "S", integer, "of the draws (default: a new one, which is reported)")
-    _repeated(generate, "--stop", "TEXT", "end before this text; repeatable")
+    generate.add_argument("--stop", action="append", default=[], type=escaped, metavar="TEXT", help=r"end before this "
+                          r"text; \n, \t and \\ are a new line, a tab, a backslash; repeatable")  # fmt: skip
     option(generate, "--threads", None, "N", few, "BLAS threads of each local stage, pinned")
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _retry(generate)
-    _switch(generate, "--logprobs", "each token's log-probability, in --json")
+    _switch(generate, "--logprobs", "each token's log-probability, in --json and --json-lines")
     option(generate, "--top-logprobs", "0", "N", integer, "log-probabilities of the N most likely tokens at each place,"
            " 0 to 20, in --json")  # fmt: skip
-    _switch(generate, "--json", "one object instead of text")
+    form = generate.add_mutually_exclusive_group()
+    _switch(form, "--json", "one object instead of text")
+    _switch(form, "--json-lines", "an object on a line for each token as it comes, and one at the end of each answer")
 
     score = _command(commands, "score", "tell how likely the model finds each token of a text")
     score.add_argument("file", metavar="FILE|-", help="the text, in UTF-8 (- reads it from standard input); for a "
@@ -137,7 +141,8 @@ def parser() -> argparse.ArgumentParser:
            "first number")  # fmt: skip
     option(bench, "--runs", "5", "N", positive, "runs of each, interleaved")
     option(bench, "--max-tokens", "20", "N", positive, "tokens in a run")
-    option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue")
+    option(bench, "--prompt", "The capital of France is", "TEXT", str, "what to continue; for a checkpoint without a "
+           "tokenizer, token ids (then by default any five)")  # fmt: skip
     option(bench, "--threads", None, "N", few, "BLAS threads of each stage, pinned")
     option(bench, "--format", "md", "md|json", one_of("md", "json"), "Markdown tables, or JSON with every latency")
     option(bench, "--plot", None, "FILE.svg|FILE.png", picture, "also draw the latencies, with the extra `plot`")
@@ -194,7 +199,7 @@ def _image(flag: str, path: str) -> tuple[str, str]:
     return flag, path
 
 
-def _switch(to: argparse.ArgumentParser, flag: str, text: str) -> None:
+def _switch(to: Any, flag: str, text: str) -> None:
     to.add_argument(flag, action="store_true", help=text)
 
 
@@ -224,6 +229,7 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
                     "whatever the places say: a relay before stage 0, for example; repeatable")  # fmt: skip
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
+    option(to, "--connect-timeout", "10", "S", seconds, "seconds that a connection may take")
     option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "
             "the manifest pins a platform)")  # fmt: skip
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")

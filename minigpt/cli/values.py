@@ -7,6 +7,7 @@ variable counts as unset.
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,15 @@ def bias(text: str) -> tuple[int, float]:
     except ValueError:
         wanted = "a token's id, = and a number, as 464=-100; -100 (never) to 100 (always) is usual"
         raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}") from None
+
+
+def escaped(text: str) -> str:
+    r"""Text as it is typed in a shell, where a new line is hard to type.
+
+    >>> escaped(r"one\n\ttwo \\n C:\dir")
+    'one\n\ttwo \\n C:\\dir'
+    """
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
 
 
 def one_of(*words: str) -> Callable[[str], str]:

@@ -29,7 +29,7 @@ class Model(TextModel):
 
     def __init__(self, checkpoint: sources.Checkpoint) -> None:
         self.config = sources.read_config(checkpoint.folder)
-        self.tokenizer = tokenizer.load(checkpoint.folder)
+        self.tokenizer = tokenizer.load_for_text(checkpoint.folder)
         layers = range(self.config.n_layer)
         self._model = GPT2(self.config, layers, weights.load(checkpoint.folder, self.config, layers).tensors)
         self._layers = Layers(self._model)

@@ -6,6 +6,7 @@ other stages are met by measured code that enforces the same manifest.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -22,9 +23,10 @@ from minigpt.checkpoint import sources
 from minigpt.checkpoint import tokenizer as tokenizers
 from minigpt.checkpoint.tokenizer import Tokenizer
 from minigpt.client.pool import Pool
-from minigpt.client.resume import RETRY_FOR, Resumption
+from minigpt.client.resume import RETRY_FOR, Fault, Resumption
 from minigpt.client.text import Prompt, TextModel, encode_prompt
-from minigpt.errors import CheckpointError, ManifestError, RequestRefused, StageError, UsageError
+from minigpt.engine import blas
+from minigpt.errors import INSIDE, CheckpointError, ManifestError, RequestRefused, StageError, UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import addresses, links, messages
 from minigpt.protocol import manifest as manifests
@@ -43,6 +45,7 @@ CONNECTIONS = 32  # as many as a stage has sequences, by default
 MAX_TIMEOUT = 1e9  # seconds, thirty years; as on the command line
 
 _NONE = type(None)
+_DIGEST = re.compile(r"\s*([0-9a-fA-F]{64})(\s.*)?", re.DOTALL)
 
 
 class Pipeline(TextModel):
@@ -110,7 +113,7 @@ class Pipeline(TextModel):
 
         Args:
             manifest: its file, or its bytes. It is your root of trust: get it over a channel that you trust, or
-            manifest_sha256: pin its digest, in hex.
+            manifest_sha256: pin its digest, in hex, or as a line that sha256sum prints.
             places: the file that says where the stages are; by default X.places.json beside a manifest's file X.json.
                 It is read again for each link, and need not be trusted: at a wrong place the handshake fails.
             place: addresses of single stages, by their numbers, which go before those of the file: of a relay before
@@ -156,8 +159,8 @@ class Pipeline(TextModel):
         _check_retry_for(retry_for)
         data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
         parsed = Manifest.parse(data)
-        if manifest_sha256 is not None and manifest_sha256.lower() != parsed.digest.hex():
-            raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {manifest_sha256.lower()}")
+        if manifest_sha256 is not None and _digest(manifest_sha256) != parsed.digest.hex():
+            raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {_digest(manifest_sha256)}")
         if places is None and not isinstance(manifest, bytes):
             places = addresses.beside(manifest)
         where = Addresses(len(parsed.stages), places, place)
@@ -211,9 +214,10 @@ class Pipeline(TextModel):
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         _check_retry_for(retry_for)
         checkpoint = sources.find(model, revision)
+        blas.computes_beside("stages")
         processes = LocalStages(checkpoint, split or stages, threads=threads, progress=progress)
         try:
-            tokenizer = tokenizers.load(checkpoint.folder)
+            tokenizer = tokenizers.load(checkpoint.folder) if processes.manifest.tokenizer_sha256 else None
             pipeline = cls(
                 processes.manifest, processes.addresses, tokenizer, True, timeout, connect_timeout, None, connections,
                 retry_for,
@@ -268,6 +272,14 @@ class Pipeline(TextModel):
         if (failure := self.failure) is not None:
             raise failure
 
+    def _explained(self, error: Fault) -> Fault:
+        """The error, with the end of a local stage's log where it says to look there: that file has no name."""
+        if self._stages is not None and isinstance(error, StageError) and error.stage is not None:
+            where, _, rest = str(error).partition(INSIDE)
+            if INSIDE in str(error) and (end := self._stages.log_end(error.stage)):
+                return type(error)(f"{where}failed inside{rest}; the end of its log:\n{end}\n", stage=error.stage)
+        return error
+
     def close(self) -> None:
         """Ends the connections; and the stages, if they are ours."""
         self._pool.close()
@@ -301,7 +313,8 @@ class Pipeline(TextModel):
                     rest = resumption.rest()
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
-                except (StageError, RequestRefused) as error:
+                except (StageError, RequestRefused) as fault:
+                    error = self._explained(fault)
                     wait = resumption.fault(error, again=self._pool.may_replace(link))
                     if wait is None and resumption.reason is not None:
                         return resumption.reason
@@ -382,6 +395,14 @@ def _check_seconds(**arguments: float) -> None:
             raise UsageError(f"{name} is {value}, wanted seconds: more than 0, at most {MAX_TIMEOUT:g}")
 
 
+def _digest(text: str) -> str:
+    """A digest in hex, alone or as sha256sum prints it, before the file's name."""
+    found = _DIGEST.fullmatch(text)
+    if found is None:
+        raise UsageError(f"manifest_sha256 is {text[:80]!r}, wanted 64 hex digits, or a line that sha256sum prints")
+    return found[1].lower()
+
+
 def _check_retry_for(value: float) -> None:
     check_type("retry_for", value, float)
     if not 0 <= value <= MAX_TIMEOUT:
@@ -396,4 +417,4 @@ def _tokenizer(manifest: Manifest, model: str | Path | None) -> Tokenizer | None
         found = sources.find(manifest.model, manifest.revision, files=sources.TOKENIZER_FILES, download=False)
     except CheckpointError:
         return None
-    return tokenizers.load(found.folder)  # a damaged one is not the same as none
+    return tokenizers.load_for_text(found.folder)  # a damaged one is not the same as none

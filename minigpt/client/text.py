@@ -206,6 +206,12 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -
         except UnicodeEncodeError:
             raise UsageError("the prompt is not UTF-8 text") from None
         ids = tuple(tokenizer.encode(prompt))
+        beyond = next((token for token in ids if token >= config.vocab_size), None)
+        if beyond is not None:
+            raise UsageError(
+                f"the prompt has the token {tokenizer.name(beyond)!r:.80}, id {beyond}, and this model's ids end at "
+                f"{config.vocab_size - 1}: its tokenizer is larger than the model; leave that token out"
+            )
     else:
         ids = _given_ids(prompt)
         if any(not 0 <= token < config.vocab_size for token in ids):

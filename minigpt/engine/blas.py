@@ -8,7 +8,6 @@ import ctypes
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,12 +18,14 @@ from minigpt.errors import UsageError
 _IDLE_SPIN = "20"
 
 _late = False  # whether a setting came after NumPy's import
+_beside: set[str] = set()  # what this process has, and whether it was warned of that
 
 
 def set_threads(threads: int | None = None) -> None:
     """Sets the number of BLAS threads: `threads`, or MINIGPT_THREADS, or what the environment says already.
 
-    It has an effect only before NumPy is first imported. Raises UsageError for what is no number of threads.
+    It has its whole effect only before NumPy is first imported: later, OpenBLAS still takes the number, when the first
+    model is made. Raises UsageError for what is no number of threads.
     """
     global _late  # noqa: PLW0603
     if threads is not None and (type(threads) is not int or threads < 1):
@@ -38,14 +39,23 @@ def set_threads(threads: int | None = None) -> None:
     os.environ.update(changed)
 
 
-def warn_if_late() -> None:
-    """Warns once, when a model is made, if NumPy was imported before minigpt."""
-    if _late:
-        warnings.warn(
-            "NumPy was imported before minigpt, so its idle threads keep spinning for 29 ms: whatever else runs on "
-            "these cores, another stage for example, takes up to twice as long. Import minigpt before numpy",
-            RuntimeWarning,
-            stacklevel=3,
+def late() -> bool:
+    """Whether NumPy's BLAS was loaded before it could be told anything."""
+    return _late
+
+
+def computes_beside(what: str) -> None:
+    """Told of a "model" and of "stages" that this process has, each whenever it begins. Warns once of what it costs
+    that NumPy was imported before minigpt, which is something only where the two share the cores."""
+    _beside.add(what)
+    if _late and _beside == {"model", "stages"}:
+        _beside.add("warned")
+        import logging  # 8 ms, in which an early Ctrl-C would show a traceback
+
+        logging.getLogger("minigpt").warning(
+            "NumPy was imported before minigpt, so for 29 ms after each product its idle threads keep the cores busy: "
+            "beside a model that computes in this process, its local stages may take twice as long for a token. "
+            "Import minigpt before numpy"
         )
 
 

@@ -195,7 +195,7 @@ class GPT2:
     """
 
     def __init__(self, config: Config, layers: range, tensors: Mapping[str, Array]) -> None:
-        blas.warn_if_late()
+        blas.computes_beside("model")
         threads.settle()
         shapes = tensor_shapes(config, layers)
         for name, shape in shapes.items():

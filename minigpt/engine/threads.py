@@ -65,9 +65,12 @@ THREADS = available()
 
 
 def settle() -> None:
-    """Leaves BLAS no more than THREADS threads: it counts processors itself, and knows nothing of quotas."""
+    """Leaves BLAS no more than THREADS threads: it counts processors itself, and knows nothing of quotas. If it was
+    loaded before it could be told, it has as many as were set."""
     control = blas.control()
-    if control is not None and not SET and control.get() > THREADS:
+    if control is None:
+        return
+    if (blas.late() and control.get() != THREADS) if SET else control.get() > THREADS:
         control.set(THREADS)
 
 

@@ -34,6 +34,9 @@ class Launcher(Protocol):
     def failure(self) -> StageError | None:
         """Why a stage is not started again, if that is so: the pipeline is of no more use."""
 
+    def log_end(self, index: int) -> str:
+        """The last lines of the log of stage `index`, where nobody else can read it; else ""."""
+
     def start(self, index: int) -> None:
         """Starts stage `index`, and does not wait. Raises StageError."""
 

@@ -36,10 +36,12 @@ from minigpt.launch.restarts import TRIES, Restarts
 from minigpt.protocol import addresses
 from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import printable
 from transport.fork import UNFORKED, identity, own
 
 READY = 300.0  # seconds that a stage may take to load
-LAST = 4096  # bytes: the end of a log, where its last line is looked for
+LAST = 4096  # bytes: the end of a log, where its last lines are looked for
+LINES = 20  # of a log, in an error: a traceback of nine functions
 PATIENCE = 5.0  # seconds that it may take to end
 LIFETIME = 36_500.0  # days: stages that end with this process must not expire before it
 
@@ -158,6 +160,11 @@ class LocalStages:
         """Why a stage is not started again, if that is so: a new error each time, for whoever raises it."""
         failed = self._failure
         return None if failed is None else StageError(failed[0], stage=failed[1])
+
+    def log_end(self, index: int) -> str:
+        """The last lines that stage `index` has logged: the file has no name."""
+        child = self._children.get(index)
+        return "" if child is None or child.log.closed else "\n".join(_log_end(child.log, LINES))
 
     def start(self, index: int) -> None:
         """Starts stage `index`, and does not wait."""
@@ -391,9 +398,15 @@ def _how(code: int) -> str:
 
 
 def _last_line(log: IO[bytes]) -> str:
-    log.seek(max(0, log.seek(0, os.SEEK_END) - LAST))
-    words = log.read().decode(errors="replace").strip().splitlines()
-    return words[-1] if words else "it said nothing"
+    words = _log_end(log, 1)
+    return words[0] if words else "it said nothing"
+
+
+def _log_end(log: IO[bytes], count: int) -> list[str]:
+    """The last lines of a log, which may still be written: the child shares the file's position."""
+    size = os.fstat(log.fileno()).st_size
+    words = os.pread(log.fileno(), LAST, max(0, size - LAST)).decode(errors="replace").strip().splitlines()
+    return [printable(line) for line in words[-count:]]
 
 
 def _bound(port: int = 0) -> socket.socket:

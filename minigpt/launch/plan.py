@@ -41,7 +41,7 @@ def plan(
     layers = split_layers(config.n_layer, split)
     if len(pins) not in (1, len(layers)):
         raise UsageError(f"got pins for {len(pins)} stages, wanted {len(layers)}: give them once for each")
-    found = tokenizer.load(checkpoint.folder)
+    found = tokenizer.load_for_text(checkpoint.folder)
     return write(
         config=config,
         model=checkpoint.name,

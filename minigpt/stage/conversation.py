@@ -16,7 +16,15 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from attest import AttestationError
-from minigpt.errors import ManifestError, MiniGPTError, RequestRefused, StageError, UnreachableStage, UntrustedStage
+from minigpt.errors import (
+    INSIDE,
+    ManifestError,
+    MiniGPTError,
+    RequestRefused,
+    StageError,
+    UnreachableStage,
+    UntrustedStage,
+)
 from minigpt.protocol import links, messages
 from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.evidence import Ticket
@@ -74,6 +82,9 @@ class Conversation:
         except Exception as error:  # of one channel: the others live on. Its text may hold what the peer sent
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s: ended by %s\n%s", self._name, type(error).__name__, where)
+            if self._channel is not None:
+                with suppress(TransportError):
+                    self._fail(self._channel, StageError(f"{self._here} {INSIDE}"))
         finally:
             self._end()
 
@@ -104,10 +115,6 @@ class Conversation:
             self._fail(channel, error)
         except ManifestError as error:  # it has expired
             self._fail(channel, StageError(f"{self._here}: {error}"))
-            raise
-        except Exception:
-            with suppress(TransportError):
-                self._fail(channel, StageError(f"{self._here} failed inside: its log says where"))
             raise
 
     def _turn(self, channel: Channel) -> None:

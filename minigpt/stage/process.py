@@ -26,7 +26,7 @@ from minigpt.stage.readiness import Readiness
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
-from transport.errors import TimedOut, TransportError
+from transport.errors import TimedOut, TransportError, Unreachable
 
 log = logging.getLogger("minigpt.stage")
 
@@ -194,7 +194,18 @@ def _opened(place: str | int) -> IO[bytes]:
 
 def _listener(place: str | int | None, where: Addresses, index: int) -> Listener:
     if place is None:
-        return Listener(where.of(index))
+        own = where.of(index)
+        try:
+            listener = Listener(own)
+        except Unreachable as error:
+            hint = "if this stage's own address is another than its place, give it with --listen"
+            raise Unreachable(f"{error}: {hint}") from None
+        if listener.address.host.startswith("127.") and own.host not in (listener.address.host, "localhost"):
+            log.warning(
+                "%s is %s here, which no other machine reaches: correct /etc/hosts, or give --listen tcp://0.0.0.0:%d",
+                own.host, listener.address.host, listener.address.port,
+            )  # fmt: skip
+        return listener
     return Listener(Address.parse(place) if isinstance(place, str) else streams.moved_up(place))
 
 

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from minigpt.errors import MessageError, StageError
+from minigpt.errors import INSIDE, MessageError, StageError
 from minigpt.protocol import batches, messages
 from minigpt.protocol.batches import Result
 from minigpt.protocol.batchlink import BatchLink
@@ -133,7 +133,7 @@ class UpstreamConversation(Conversation):
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s: ended by %s\n%s", self._name, type(error).__name__, where)
             with suppress(TransportError):
-                self._fail(channel, StageError(f"{self._here} failed inside: its log says where"))
+                self._fail(channel, StageError(f"{self._here} {INSIDE}"))
         finally:
             channel.deafen()  # nothing can be answered any more
 

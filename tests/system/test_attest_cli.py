@@ -113,6 +113,8 @@ def test_keygen_never_overwrites(tmp_path: Path) -> None:
         done = run("keygen", "-o", path)
         assert (done.returncode, done.stdout) == (1, "")
         assert str(path) in done.stderr
+        if path is existing:
+            assert "exists, and a key file is never overwritten: use that one, or choose another name" in done.stderr
     assert existing.read_text() == "precious"
     assert not (tmp_path / "target").exists()
 

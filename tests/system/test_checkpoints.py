@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,17 @@ from hub import COMMIT, Hub
 from made import SMALL, random_tensors, write
 from unit.test_tokenizer import ENCODER
 
+import minigpt
 from attest.providers.mock import MockPins
-from minigpt.checkpoint import sources, weights
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.checkpoint import sources, tokenizer, weights
+from minigpt.client.text import encode_prompt
+from minigpt.errors import CheckpointError, ConfigError, UsageError
 from minigpt.launch.plan import plan
+from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.manifest import Manifest
+from minigpt.stage import process
+from transport import sockets
+from transport.errors import Unreachable
 
 NAME = "someone/small-gpt2"
 
@@ -87,11 +94,13 @@ def test_the_hub_client_downloads_what_is_needed_and_tells_the_commit(hub: Hub, 
 def test_what_the_hub_does_not_have_is_said(hub: Hub, tmp_path: Path) -> None:
     assert "no such model on the hub" in find_in_child(hub, tmp_path, "someone/else")
     assert "not this revision" in find_in_child(hub, tmp_path, NAME, "v9")
-    assert "was not downloaded before" in find_in_child(hub, tmp_path, NAME, HF_HUB_OFFLINE="1")
+    offline = find_in_child(hub, tmp_path, NAME, HF_HUB_OFFLINE="1")
+    assert "was not downloaded before, and HF_HUB_OFFLINE forbids to ask the hub: unset it" in offline
 
 
 def test_what_the_hub_refuses_is_said_without_the_token(hub: Hub, tmp_path: Path) -> None:
-    for status, words in ((403, "accept its terms"), (401, "private: set HF_TOKEN"), (500, "cannot be")):
+    for status, words in ((403, "accept its terms"), (401, "private: set HF_TOKEN"), (429, "(HTTP 429): try again"),
+                          (500, "the hub fails (HTTP 500)")):  # fmt: skip
         hub.status = status
         said = find_in_child(hub, tmp_path, NAME, HF_TOKEN="hf_secret")
         assert words in said
@@ -106,12 +115,24 @@ def test_a_hub_that_is_not_there_is_said(hub: Hub, tmp_path: Path) -> None:
 # Folders
 
 
-def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "tiny", SMALL, random_tensors(SMALL))
     found = sources.find("tiny")
     assert (found.folder, found.name, found.revision) == ((tmp_path / "tiny").resolve(), "tiny", None)
     assert sources.local("tiny") == found.folder
+    assert f"model tiny is the folder {found.folder} here, not the model of that name: ./tiny says so" in caplog.text
+    caplog.clear()
+    assert sources.find("./tiny").folder == found.folder
+    assert caplog.text == ""
+    with pytest.raises(CheckpointError, match=r"is a file, wanted the folder that it is in, with config.json"):
+        sources.find("tiny/config.json")
+    with pytest.raises(CheckpointError, match="is a file, wanted the folder that it is in"):
+        sources.local("tiny/config.json")
+    with pytest.raises(CheckpointError, match="A stage downloads nothing: `hf download openai-community/gpt2` prints"):
+        sources.local("openai-community/gpt2")
     assert sources.read_config(found.folder) == SMALL
 
 
@@ -215,3 +236,52 @@ def test_a_users_program_has_the_files_of_a_checkpoint_honoured_whatever_it_told
     assert ends == [runs[0][0][3], 401]
     end = runs[0][0].index(ends[0]) + 1
     assert stopped[0] == stopped[2] == [runs[0][0][:end], "end"]
+
+
+def test_with_a_tokenizer_of_another_kind_token_ids_still_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path / "model", SMALL, random_tensors(SMALL))
+    words = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": {"type": "Whitespace"}, "model": words}))
+    with minigpt.Pipeline.local(folder, stages=1) as pipeline:
+        (told,) = caplog.messages
+        assert told.endswith("text cannot be used with this model, token ids can")
+        assert "tokenizer.json: pre_tokenizer is Whitespace, wanted none, ByteLevel, Digits" in told
+        model = minigpt.load(folder)
+        assert caplog.messages == [told, told]
+        for each in (pipeline, model):
+            assert len(list(each.generate([1, 2], max_tokens=2))) == 2
+            with pytest.raises(UsageError, match="no tokenizer for this model was found"):
+                each.generate("a")
+    (folder / "tokenizer.json").write_text("{")  # a damaged one is no other kind
+    with pytest.raises(CheckpointError, match="not JSON"):
+        minigpt.load(folder)
+
+
+def test_a_token_that_the_model_does_not_have_is_named() -> None:
+    folder = sources.local("tiny")
+    config = replace(sources.read_config(folder), vocab_size=2000, eos_token_id=())
+    found = tokenizer.load(folder)
+    said = r"has the token '<\|endoftext\|>', id 2047, and this model's ids end at 1999: .* leave that token out"
+    with pytest.raises(UsageError, match=said):
+        encode_prompt("a<|endoftext|>", found, config)
+
+
+def test_a_stage_that_cannot_listen_or_only_for_its_own_machine_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = ("127.0.1.1", 0)
+    monkeypatch.setattr(sockets, "_places", lambda address: [(socket.AF_INET, place)])
+    with process._listener(None, Addresses(1, None, {0: "tcp://here:5001"}), 0) as listener:
+        port = listener.address.port
+    assert "here is 127.0.1.1 here, which no other machine reaches" in caplog.text
+    assert f"--listen tcp://0.0.0.0:{port}" in caplog.text
+    caplog.clear()
+    place = ("127.0.0.1", 0)
+    for name in ("localhost", "127.0.0.1"):
+        process._listener(None, Addresses(1, None, {0: f"tcp://{name}:5001"}), 0).close()
+    assert caplog.text == ""
+    place = ("192.0.2.1", 0)  # of nobody
+    with pytest.raises(Unreachable, match=r"cannot listen on tcp://here:5001: .*give it with --listen"):
+        process._listener(None, Addresses(1, None, {0: "tcp://here:5001"}), 0)

@@ -66,6 +66,23 @@ def test_json_is_one_object_and_tells_all() -> None:
     assert again["text"] == told["text"]
 
 
+def test_json_lines_are_an_object_for_each_token_as_it_comes(tiny: Stages) -> None:
+    running = ("--manifest", str(tiny.path), "--allow-mock", "--max-tokens", "4", "--connect-timeout", "60")
+    command = [sys.executable, "-m", "minigpt", "generate", PROMPT, "--json-lines", "--logprobs", "--n", "2", *running]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    whole = json.loads(run("generate", PROMPT, "--json", "--logprobs", *running).stdout)
+    assert len(lines) == 10
+    for answer in (lines[:5], lines[5:]):
+        assert [line["id"] for line in answer[:4]] == [token["id"] for token in whole["tokens"]]
+        assert "".join(line["text"] for line in answer[:4]) == whole["text"]
+        assert all(line["logprob"] < 0 for line in answer[:4])
+        assert (answer[4]["reason"], len(answer[4]["latencies_ms"])) == ("length", 4)
+    assert "not allowed with" in run("generate", PROMPT, "--json", "--json-lines", code=2).stderr
+    assert "connect_timeout" in run("generate", PROMPT, "--connect-timeout", "0", code=2).stderr.replace("-", "_")
+
+
 def test_several_answers_have_seeds_of_their_own_and_their_alternatives() -> None:
     flags = ("--max-tokens", "4", "--temperature", "1.5", "--json")
     told = json.loads(run("generate", PROMPT, "--n", "3", "--seed", "7", "--top-logprobs", "2", *flags).stdout)
@@ -177,6 +194,14 @@ def test_a_flag_that_has_no_effect_is_warned_of(tiny: Stages) -> None:
 
 def test_a_stop_string_ends_the_text_before_it() -> None:
     assert run("generate", PROMPT, "--stop", "ris").stdout == " Pa\n"
+
+
+def test_a_stop_string_may_be_a_new_line(tiny: Stages) -> None:
+    running = ("--manifest", str(tiny.path), "--allow-mock", "--max-tokens", "60")
+    whole = run("generate", "List:\n-", *running).stdout
+    before, found, _ = whole.removesuffix("\n").partition("\n")
+    assert found
+    assert run("generate", "List:\n-", *running, "--stop", r"\n").stdout == before + "\n"
 
 
 def test_the_prompt_may_come_from_standard_input(tiny: Stages) -> None:
@@ -540,6 +565,13 @@ def test_bench_prints_tables_or_every_latency(tmp_path: Path) -> None:
     assert [(row["stages"], row["party"]) for row in told["breakdown"]] == [
         (1, "client"), (1, "stage 0"), (2, "client"), (2, "stage 0"), (2, "stage 1")]  # fmt: skip
     assert [row["wire_ms"] is None for row in told["breakdown"]] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("clients", [(), ("--clients", "1")])
+def test_bench_needs_no_prompt_where_there_is_no_tokenizer(tmp_path: Path, clients: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    flags = ("--model", str(folder), "--runs", "1", "--max-tokens", "2", "--stages", "1")
+    assert "| 1 |" in run("bench", *flags, *clients).stdout.replace("  ", " ")
 
 
 def test_versions() -> None:

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages
 
+import minigpt
+import minigpt.errors
 from minigpt.client.pipeline import Pipeline
 from transport import aead
 
@@ -19,6 +22,20 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
+def test_the_package_shows_what_it_has_and_all_of_its_errors() -> None:
+    assert set(dir(minigpt)) == set(minigpt.__all__) >= {"load", "Pipeline"}
+    errors = {
+        name
+        for name, value in vars(minigpt.errors).items()
+        if isinstance(value, type) and value.__module__ == "minigpt.errors"
+    }
+    assert errors <= set(minigpt.__all__)
+    readme = (ROOT / "README.md").read_text()
+    for name in errors:
+        assert getattr(minigpt, name) is getattr(minigpt.errors, name)
+        assert f"{name}`" in readme
+
+
 def test_a_stage_has_not_imported_numpy_when_its_options_are_read() -> None:
     """--threads must be set before: BLAS counts its threads when NumPy is imported."""
     code = "import sys, minigpt.stage.__main__; print('numpy' in sys.modules)"
@@ -26,11 +43,45 @@ def test_a_stage_has_not_imported_numpy_when_its_options_are_read() -> None:
     assert (ROOT / "minigpt" / "stage" / "__init__.py").read_text() == ""
 
 
-def test_importing_numpy_first_is_warned_of() -> None:
-    code = "import numpy, warnings; warnings.simplefilter('error'); import minigpt; minigpt.load('tiny')"
-    environment = {"PATH": "/usr/bin:/bin"}
-    run = subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, capture_output=True, env=environment)
-    assert "Import minigpt before numpy" in run.stderr
+def test_numpy_may_be_imported_first_and_is_warned_of_only_where_that_costs_something() -> None:
+    code = """
+import numpy, warnings
+warnings.simplefilter("error")
+import minigpt
+from minigpt.engine import blas
+minigpt.load("tiny")
+print(blas.control().get(), flush=True)
+with minigpt.Pipeline.local("tiny", stages=1):
+    minigpt.load("tiny")
+"""
+
+    def run(**variables: str) -> tuple[str, str]:
+        environment = {"PATH": "/usr/bin:/bin", **variables}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, text=True, cwd=ROOT, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    said = run()[1]
+    assert said.count("for 29 ms after each product") == said.count("Import minigpt before numpy") == 1
+    assert run(OPENBLAS_THREAD_TIMEOUT="20")[1] == ""  # nothing came too late
+    for threads in ("1", "2"):  # the number can still be set
+        assert run(MINIGPT_THREADS=threads)[0] == f"{threads}\n"
+
+
+@pytest.mark.parametrize("hidden", ["transport.py", "attest.py", "transport/__init__.py"])
+def test_a_users_file_that_hides_a_package_of_ours_is_named(tmp_path: Path, hidden: str) -> None:
+    file = tmp_path / hidden
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    (tmp_path / "script.py").write_text("import minigpt")
+    said = f"{file} hides minigpt's own package {hidden.partition('/')[0].removesuffix('.py')}: rename it, or start"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command in (("script.py",), ("-m", "minigpt", "generate", "The")):
+        run = subprocess.run([sys.executable, *command], text=True, cwd=tmp_path, capture_output=True, env=environment)
+        assert said in run.stderr
+        assert run.returncode == 1
+        assert ("Traceback" in run.stderr) == (command[0] == "script.py")
 
 
 def test_a_cpu_without_any_feature_that_numpy_dispatches_to_generates() -> None:

@@ -19,7 +19,7 @@ from processes import ROOT, Stages, alive, eventually
 import minigpt
 from attest.measure import PACKAGES, measure
 from minigpt.client.pipeline import Pipeline
-from minigpt.errors import StageError
+from minigpt.errors import INSIDE, StageError
 from minigpt.launch import isolated, local
 from minigpt.protocol.messages import StageReport
 
@@ -244,6 +244,17 @@ def interpreter(where: Path, body: str) -> str:
     path.write_text(f'#!/bin/sh\n{body}\nexec "{sys.executable}" "$@"\n')
     path.chmod(0o755)
     return str(path)
+
+
+def test_a_stage_that_failed_inside_is_told_with_the_end_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StageError(f"stage 1 {INSIDE}", stage=1)
+
+    with Pipeline.local("tiny", retry_for=0) as pipeline:
+        generation = pipeline.generate("The", max_tokens=2)
+        monkeypatch.setattr(pipeline._pool, "take", fail)
+        with pytest.raises(StageError, match=r"^stage 1 failed inside; the end of its log:\n(.*\n)*stage 1: INFO rea"):
+            next(generation)
 
 
 def test_stages_start_though_python_says_a_lot_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,16 @@ def test_several_clients_are_served_at_once_each_with_its_own_cache(stages: Stag
             made.close()
 
 
+def test_several_generations_of_one_pipeline_go_on_at_once_in_one_thread(
+    pipeline: Pipeline, model: minigpt.Model
+) -> None:
+    prompts = [IDS[:4], IDS[10:60], IDS[5:9]]
+    for made in (pipeline, model):
+        rounds = list(zip(*(made.generate(prompt, max_tokens=12) for prompt in prompts), strict=True))
+        for prompt, tokens in zip(prompts, zip(*rounds, strict=True), strict=True):
+            assert [token.id for token in tokens] == ids(model.generate(prompt, max_tokens=12))
+
+
 def test_many_threads_get_what_one_gets(stages: Stages, model: minigpt.Model) -> None:
     found: dict[int, list[int]] = {}
 

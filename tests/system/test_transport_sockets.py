@@ -277,6 +277,19 @@ def test_what_is_no_address_is_refused(text):
     assert issubclass(AddressError, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tcp://ho_st:1", "no underscore: use its IP address, or give it another name"),
+        ("tcp://host.:1", "leave out the dot at its end"),
+        ("tcp://[fe80::1%eth0]:1", r"a scope id \(%eth0\) is one machine's: use another address"),
+    ],
+)
+def test_an_address_that_is_nearly_one_is_told_what_to_change(text, reason):
+    with pytest.raises(AddressError, match=reason):
+        Address.parse(text)
+
+
 @given(st.text(max_size=60) | st.from_regex(r"(tcp|vsock)://[\[\]a-f0-9:.-]{0,20}:[0-9]{0,6}", fullmatch=True))
 def test_any_text_is_an_address_or_an_address_error(text):
     try:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import SMALL, expected_digest, odd, random_tensors, write
 
+import minigpt
 from minigpt.checkpoint import weights
 from minigpt.engine import linalg
 from minigpt.engine.config import Config, tensor_shapes
@@ -210,8 +211,48 @@ def test_a_lying_index_is_refused(tmp_path: Path) -> None:
 def test_pickles_are_not_read_and_the_message_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         weights.load(tmp_path, SMALL, ALL)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(CheckpointError, match="pickles"):
+    for name in ("pytorch_model.bin", "model.pt", "tf_model.h5", "flax_model.msgpack", "model.gguf"):
+        (tmp_path / name).write_bytes(b"\x80")
+        with pytest.raises(CheckpointError, match=f"only {name}, .*pickles can run code.*: convert it"):
+            weights.load(tmp_path, SMALL, ALL)
+        (tmp_path / name).unlink()
+
+
+DISGUISES = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n": "git-lfs, .*run `git lfs pull`",
+    b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n": "a page of HTML or XML, .*fetch the file again",
+    b"PK\x03\x04\0\0\x08\x08" + bytes(40): "a pickle of torch's, .*convert it",
+    b"\x80\x02}q\0X\5\0\0\0hello": "a pickle, which can run code",
+    b"\x89HDF\r\n\x1a\n" + bytes(40): "HDF5",
+    b"": "empty: fetch it again",
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", DISGUISES)
+def test_a_file_that_is_something_else_is_refused_for_what_it_is(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write(tmp_path / "checkpoint", SMALL, random_tensors(SMALL))
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: th.*{DISGUISES[content]}"):
+        minigpt.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_to_nothing_is_refused_for_that(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "checkpoint", SMALL, random_tensors(SMALL))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/0123")
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: not a file, but a link to \.\./\.\./blobs/0123, where nothing is: .*fetch it"
+    ):
+        minigpt.load(folder)
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_none(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((0x80).to_bytes(8, "little") + b"{" + bytes(10))
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         weights.load(tmp_path, SMALL, ALL)
 
 

@@ -307,6 +307,19 @@ def test_what_an_editor_did_to_one_is_named(data: bytes, found: str) -> None:
         Manifest.parse(data)
 
 
+def test_its_digest_may_be_a_line_of_sha256sums() -> None:
+    data = written(now=None)
+    digest = hashlib.sha256(data).hexdigest()
+    for good in (digest, digest.upper(), f"{digest}  pipeline.json\n", f"{digest} *pipeline.json"):
+        with pytest.raises(ManifestError, match="mock evidence"):  # the next thing that is checked
+            Pipeline.connect(data, text=False, manifest_sha256=good)
+    for bad in (digest[:-1], f"{digest}0", "pipeline.json", ""):
+        with pytest.raises(UsageError, match="wanted 64 hex digits, or a line that sha256sum prints"):
+            Pipeline.connect(data, text=False, manifest_sha256=bad)
+    with pytest.raises(ManifestError, match=f"sha256 is {digest}, wanted {'0' * 64}"):
+        Pipeline.connect(data, text=False, manifest_sha256=f"{'0' * 64}  pipeline.json")
+
+
 def test_an_expired_one_is_refused_and_a_clock_behind_its_issue_counts_as_its_issue() -> None:
     read = Manifest.parse(written())
     read.check_time(ISSUED.timestamp() - 1e6)
