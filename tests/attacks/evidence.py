@@ -1,4 +1,4 @@
-"""Attacks 14 to 19, 22, 26, 27: on mock evidence. 20 is in host.py; 21, 23, 25 in platforms.py; 24 in machines.py."""
+"""Attacks 14 to 19, 22, 26 and 27: on mock evidence. 20 in host.py, 21, 23, 25 in platforms.py, 24 in machines.py."""
 
 from __future__ import annotations
 
