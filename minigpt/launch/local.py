@@ -39,7 +39,7 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import printable
 from transport.fork import UNFORKED, identity, own
 
-READY = 300.0  # seconds that a stage may take to load
+READY = 300.0  # seconds that a stage may take to load, from its start or since another one was ready
 LAST = 4096  # bytes: the end of a log, where its last lines are looked for
 LINES = 20  # of a log, in an error: a traceback of nine functions
 PATIENCE = 5.0  # seconds that it may take to end
@@ -235,13 +235,14 @@ class LocalStages:
                         raise self._end_of(key.data)
                     if said is _Said.SERVES:
                         waiting.unregister(key.fileobj)
+                        until = time.monotonic() + READY  # the others had to share the disk with it
                         self._news(f"stage {key.data} serves at {self.addresses.shown(key.data)}")
 
     def _hear(self, index: int) -> "_Said":
         """What a stage has to say next. Its key is endorsed on the way. NOTHING if it has ended, or makes no sense."""
         child = self._children[index]
         words = child.ready.read(4096).split()  # each line is written in one piece, and the first one waits for us
-        if words[:3] == [b"stage", b"%d" % index, b"key"]:
+        if words[:3] == [b"stage", b"%d" % index, b"key"] and len(words) == 4:
             until = int(self.manifest.expires.timestamp() * 1000)
             with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile, or this is no key
                 os.write(child.endorse.fileno(), self._root.endorse(bytes.fromhex(words[3].decode()), index, until))
