@@ -6,6 +6,8 @@
 
 Importing this package imports nothing heavy. It sets two variables of the environment, which the BLAS library behind
 NumPy reads when NumPy is first imported: so import minigpt before numpy.
+
+The errors of `minigpt.errors` are here too.
 """
 
 import importlib.util
@@ -21,9 +23,27 @@ if TYPE_CHECKING:
     from minigpt.client.inprocess import Model, load
     from minigpt.client.pipeline import Pipeline
     from minigpt.client.text import Generation, Token
+    from minigpt.errors import (
+        CheckpointError,
+        ConfigError,
+        LateStage,
+        ManifestError,
+        MessageError,
+        MiniGPTError,
+        RequestRefused,
+        StageError,
+        UnreachableStage,
+        UntrustedStage,
+        UsageError,
+        WeightsMismatch,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "Model", "Pipeline", "Token", "__version__", "load", "set_threads"]
+__all__ = [
+    "CheckpointError", "ConfigError", "Generation", "LateStage", "ManifestError", "MessageError", "MiniGPTError",
+    "Model", "Pipeline", "RequestRefused", "StageError", "Token", "UnreachableStage", "UntrustedStage", "UsageError",
+    "WeightsMismatch", "__version__", "load", "set_threads",
+]  # fmt: skip
 
 _HOME = {
     "Generation": "minigpt.client.text",
@@ -53,8 +73,12 @@ set_threads()
 
 
 def __getattr__(name: str) -> "Any":
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'minigpt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_HOME.get(name, "minigpt.errors")), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return __all__

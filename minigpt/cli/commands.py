@@ -68,8 +68,8 @@ def generate(options: argparse.Namespace) -> int:
     if prompt is None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
-        if options.json:
-            raise UsageError("--json needs a PROMPT: a prompt loop prints text")
+        if options.json or options.json_lines:
+            raise UsageError("--json and --json-lines need a PROMPT: a prompt loop prints text")
         return _prompt_loop(options, chosen)
     if prompt == "-":
         prompt = _text(sys.stdin.buffer.read(), "standard input")
@@ -80,6 +80,11 @@ def generate(options: argparse.Namespace) -> int:
             ]
             told = answers[0] if options.n == 1 else {"answers": answers}
             show(json.dumps({**told, "stages": _stage_states(pipeline)}) + "\n")
+        elif options.json_lines:
+            for generation in _generations(pipeline, prompt, chosen, options.n):
+                for token in generation:
+                    show(json.dumps(_listed(token)) + "\n")
+                show(json.dumps(_figures(generation)) + "\n")
         else:
             paces = []
             for generation in _generations(pipeline, prompt, chosen, options.n):
@@ -107,7 +112,7 @@ def _warn_of_idle(options: argparse.Namespace) -> None:
             "nothing is drafted at a temperature above 0, or with a bias or penalties: leave one of them out",
             draft=0,
         )
-    if not options.json:
+    if not (options.json or options.json_lines):
         _idle(options, "only --json shows it: add --json", logprobs=False, top_logprobs=0)
 
 
@@ -183,7 +188,7 @@ def score(options: argparse.Namespace) -> int:
         number = f"{'-':>9}" if token.logprob is None else f"{token.logprob:9.4f}"
         name = str(token.id) if pipeline.tokenizer is None else pipeline.tokenizer.name(token.id)
         surprise = 0.0 if token.logprob is None else 1 - math.exp(token.logprob)
-        show(f"{number}  {shaded(json.dumps(name, ensure_ascii=False), surprise)}\n")
+        show(f"{number}  {shaded(visible(json.dumps(name, ensure_ascii=False)), surprise)}\n")
     _say_stages(stages)
     say("1 token, which has none before it" if found is None else f"{len(tokens)} tokens, perplexity {found:.4f}")
     return 0
@@ -258,7 +263,9 @@ def _pipeline(options: argparse.Namespace, told: Callable[[str], None] = say, **
     _idle(options, "it is for --manifest, and local stages have no platform to wait for", handshake_timeout=None)
     split, model = _split(options), options.model or "tiny"
     shape: dict[str, Any] = more | ({"split": split} if isinstance(split, str) else {"stages": split})
-    shape |= {name: getattr(options, name) for name in ("revision", "threads", "timeout", "retry_for")}
+    shape |= {
+        name: getattr(options, name) for name in ("revision", "threads", "timeout", "connect_timeout", "retry_for")
+    }
     with progress(told) as tell:
         return Pipeline.local(model, **shape, progress=tell)
 
@@ -267,7 +274,14 @@ def _connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) ->
     key = None if options.client_key is None else _read_key(options.client_key)
     same = {
         name: getattr(options, name)
-        for name in ("manifest_sha256", "allow_mock", "allow_test_root", "timeout", "handshake_timeout")
+        for name in (
+            "manifest_sha256",
+            "allow_mock",
+            "allow_test_root",
+            "timeout",
+            "connect_timeout",
+            "handshake_timeout",
+        )
     }
     return Pipeline.connect(manifest, client_key=key, **same, **more)
 

@@ -69,10 +69,12 @@ def parser() -> argparse.ArgumentParser:
     option(generate, "--draft", None, "N", integer, "guess up to N tokens ahead where the text repeats itself: the "
             "same text, sooner; 0 for none; greedy decoding only (default: 8 if stage 0 has AVX-512)")  # fmt: skip
     _retry(generate)
-    _switch(generate, "--logprobs", "each token's log-probability, in --json")
+    _switch(generate, "--logprobs", "each token's log-probability, in --json and --json-lines")
     option(generate, "--top-logprobs", "0", "N", integer, "log-probabilities of the N most likely tokens at each place,"
            " 0 to 20, in --json")  # fmt: skip
-    _switch(generate, "--json", "one object instead of text")
+    form = generate.add_mutually_exclusive_group()
+    _switch(form, "--json", "one object instead of text")
+    _switch(form, "--json-lines", "an object on a line for each token as it comes, and one at the end of each answer")
 
     score = _command(commands, "score", "tell how likely the model finds each token of a text")
     score.add_argument("file", metavar="FILE|-", help="the text, in UTF-8 (- reads it from standard input); for a "
@@ -180,7 +182,7 @@ def _image(flag: str, path: str) -> tuple[str, str]:
     return flag, path
 
 
-def _switch(to: argparse.ArgumentParser, flag: str, text: str) -> None:
+def _switch(to: Any, flag: str, text: str) -> None:
     to.add_argument(flag, action="store_true", help=text)
 
 
@@ -207,6 +209,7 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--manifest-sha256", None, "HEX", str, "refuse a manifest with any other digest")
     option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
+    option(to, "--connect-timeout", "10", "S", seconds, "seconds that a connection may take")
     option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "
             "the manifest pins a platform)")  # fmt: skip
     _switch(to, "--allow-mock", "accept mock evidence, which proves nothing about hardware")

@@ -66,6 +66,23 @@ def test_json_is_one_object_and_tells_all() -> None:
     assert again["text"] == told["text"]
 
 
+def test_json_lines_are_an_object_for_each_token_as_it_comes(tiny: Stages) -> None:
+    running = ("--manifest", str(tiny.path), "--allow-mock", "--max-tokens", "4", "--connect-timeout", "60")
+    command = [sys.executable, "-m", "minigpt", "generate", PROMPT, "--json-lines", "--logprobs", "--n", "2", *running]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    whole = json.loads(run("generate", PROMPT, "--json", "--logprobs", *running).stdout)
+    assert len(lines) == 10
+    for answer in (lines[:5], lines[5:]):
+        assert [line["id"] for line in answer[:4]] == [token["id"] for token in whole["tokens"]]
+        assert "".join(line["text"] for line in answer[:4]) == whole["text"]
+        assert all(line["logprob"] < 0 for line in answer[:4])
+        assert (answer[4]["reason"], len(answer[4]["latencies_ms"])) == ("length", 4)
+    assert "not allowed with" in run("generate", PROMPT, "--json", "--json-lines", code=2).stderr
+    assert "connect_timeout" in run("generate", PROMPT, "--connect-timeout", "0", code=2).stderr.replace("-", "_")
+
+
 def test_several_answers_have_seeds_of_their_own_and_their_alternatives() -> None:
     flags = ("--max-tokens", "4", "--temperature", "1.5", "--json")
     told = json.loads(run("generate", PROMPT, "--n", "3", "--seed", "7", "--top-logprobs", "2", *flags).stdout)

@@ -11,6 +11,8 @@ import pytest
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages
 
+import minigpt
+import minigpt.errors
 from minigpt.client.pipeline import Pipeline
 from transport import aead
 
@@ -18,6 +20,20 @@ from transport import aead
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, minigpt; print([name for name in ('numpy', 'Crypto', 'msgpack') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+def test_the_package_shows_what_it_has_and_all_of_its_errors() -> None:
+    assert set(dir(minigpt)) == set(minigpt.__all__) >= {"load", "Pipeline"}
+    errors = {
+        name
+        for name, value in vars(minigpt.errors).items()
+        if isinstance(value, type) and value.__module__ == "minigpt.errors"
+    }
+    assert errors <= set(minigpt.__all__)
+    readme = (ROOT / "README.md").read_text()
+    for name in errors:
+        assert getattr(minigpt, name) is getattr(minigpt.errors, name)
+        assert f"{name}`" in readme
 
 
 def test_a_stage_has_not_imported_numpy_when_its_options_are_read() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -242,3 +243,17 @@ def test_several_answers_come_one_after_the_other(tmp_path: Path, stages: Stages
         assert said.count(answer(stages, 4, 5, 6)) == said.count("5 tokens, ended by") == 2
         terminal.type(CTRL_D)
         assert terminal.end()[0] == 0
+
+
+def test_no_control_character_of_a_text_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    tokenizer = minigpt.load("tiny").tokenizer
+    assert tokenizer is not None
+    (escape,) = tokenizer.encode("\x1b")
+    generate = ("generate", "The", "--logit-bias", f"{escape}=100", "--max-tokens", "3")
+    (tmp_path / "text").write_text("a\x7f\x1b[31m")
+    for command, wanted in ((generate, r"\x1b\x1b\x1b"), (("score", str(tmp_path / "text")), r"\x7f")):
+        with Terminal("-m", "minigpt", *command, home=tmp_path) as terminal:
+            code, said = terminal.end()
+        assert (code, wanted in said) == (0, True)
+        shown = re.sub(r"\r\x1b\[K|\x1b\[[0-9;]*m", "", said)  # our own: of progress, and of shades
+        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", shown)
