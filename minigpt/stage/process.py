@@ -18,6 +18,7 @@ from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, St
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
+from minigpt.stage.newcomers import WAITING
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
+    streams.make_room(options.max_channels + WAITING, f"--max-channels {options.max_channels}", ", or lower it")
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
