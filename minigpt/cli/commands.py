@@ -489,12 +489,13 @@ def serve(options: argparse.Namespace) -> int:
     """`minigpt serve`: OpenAI's HTTP interface, until SIGTERM or Ctrl-C."""
     try:
         from minigpt.serve.guard import lines
-        from minigpt.serve.server import read_key, run
+        from minigpt.serve.server import CONNECTIONS, read_key, run
     except ImportError as error:
         raise UsageError(
             f"the extra serve is missing ({error}): pip install '.[serve]' in the project's folder"
         ) from None
     api_key = read_key(options)
+    streams.make_room(CONNECTIONS + options.connections, "minigpt serve")
     client_key = None if options.client_key is None else _read_key(options.client_key)
     log = lines(options.log_format, say)
     with (
@@ -530,6 +531,7 @@ def keygen(options: argparse.Namespace) -> int:
 def relay(options: argparse.Namespace) -> int:
     """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C, and logs peers and bytes."""
     streams.set_up("relay")
+    streams.make_room(2 * options.connections, f"--connections {options.connections}", ", or lower it")
     target = Address.parse(options.target)
     passing = Relay(Address.parse(options.listen), target, options.connections)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: passing.close())

@@ -22,6 +22,7 @@ from minigpt.protocol.manifest import MAX_MANIFEST, SLOW_HANDSHAKE, Manifest, St
 from minigpt.stage import endorsements, streams
 from minigpt.stage.ending import Ending
 from minigpt.stage.evidence import SHARE, EvidenceQueue
+from minigpt.stage.newcomers import WAITING
 from minigpt.stage.readiness import Readiness
 from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
+    streams.make_room(options.max_channels + WAITING, f"--max-channels {options.max_channels}", ", or lower it")
     readiness = Readiness(options.ready)
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)

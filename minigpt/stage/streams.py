@@ -11,14 +11,18 @@ import io
 import logging
 import os
 import queue
+import resource
 import sys
 import threading
 import time
 from typing import TextIO, cast
 
+from minigpt.errors import UsageError
+
 HELD = 2**20  # bytes that may wait for a reader
 BURST = 2000  # lines at once; a start and a hundred connections are some hundred
 RATE = 100.0  # lines a second after that: 1 GB a day at most, whoever connects
+SPARE = 64  # descriptors for all else: files, locks, the links to the next stage
 _PATIENCE = 1.0  # seconds that what still waits may take to leave at the end
 _LINE = 2**13  # bytes; what is longer is passed on in parts
 
@@ -150,3 +154,20 @@ def moved_up(fd: int) -> int:
     with contextlib.closing(open(os.devnull, "r+b", buffering=0)) as nothing:
         os.dup2(nothing.fileno(), fd)
     return moved
+
+
+def make_room(sockets: int, what: str, advice: str = "") -> None:
+    """Lets this process have so many sockets at once, and a few other files.
+
+    Raises UsageError if the system forbids it: connections that say nothing would keep clients out, and nobody would
+    be told.
+    """
+    wanted = sockets + SPARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        text = f"{what} may need {wanted} open files, and this process may have {max(soft, hard)}"
+        raise UsageError(f"{text}: raise that limit (ulimit -n {wanted}){advice}") from None

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -283,3 +284,25 @@ def test_lines_come_at_a_bounded_rate(pipe: tuple[int, streams.Stream], monkeypa
     stream.drain()
     found = os.read(reading, 4096).decode()
     assert found == "0\n1\n2\n3\n4\n15 lines were dropped here: too many, or nobody read them\nlater\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("minigpt.stage", "--manifest", "x", "--index", "0", "--max-channels", "300"),
+     ("minigpt", "relay", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1", "--connections", "300")],
+)  # fmt: skip
+def test_what_serves_has_room_for_all_of_its_connections_or_says_so_at_once(command: tuple[str, ...]) -> None:
+    limited = ["sh", "-c", 'ulimit -n 100 && exec "$0" -m "$@"', sys.executable, *command]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == UsageError.exit_code
+    assert re.search(r"300 may need \d+ open files, and this process may have 100: raise .* or lower it", done.stderr)
+
+
+def test_a_limit_that_may_be_raised_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (256, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, limits: made.append(limits))
+    streams.make_room(300, "this")
+    assert made == [(300 + streams.SPARE, 4096)]
+    streams.make_room(100, "this")
+    assert len(made) == 1

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "attest.document": set(),
     "attest.__init__": {"attest.document"},
     "transport": {"transport", "=attest"},
-    "minigpt.__init__": {"minigpt.client", "minigpt.engine.blas"},
+    "minigpt.__init__": {"minigpt.client", "minigpt.engine.blas", "minigpt.errors"},
     "minigpt.__main__": {"minigpt.cli", "minigpt.errors", "=attest", "attest.document", "transport.errors"},
     "minigpt.errors": set(),
     "minigpt.engine": {"minigpt.engine", "minigpt.errors"},
