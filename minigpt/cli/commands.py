@@ -37,6 +37,7 @@ from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, ids_in, perplexity
 from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
 from minigpt.launch import plan as planning
+from minigpt.launch.launcher import Launcher
 from minigpt.protocol import addresses, manifest
 from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.messages import StageReport
@@ -394,8 +395,6 @@ def plan(options: argparse.Namespace) -> int:
 
 def up(options: argparse.Namespace) -> int:
     """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C."""
-    from minigpt.launch.local import LocalStages
-
     ended = threading.Event()
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
     with progress(lambda _: None) as tell:
@@ -404,7 +403,7 @@ def up(options: argparse.Namespace) -> int:
             tell("")  # so that what is printed begins a line
             say(line)
 
-        stages = LocalStages(checkpoint, split, threads=options.threads, progress=tell, news=news)
+        stages = _launch(options, checkpoint, split, progress=tell, news=news)
     try:
         signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
         write_file(addresses.beside(options.output), stages.places)
@@ -413,12 +412,34 @@ def up(options: argparse.Namespace) -> int:
         flags = f"--manifest {shlex.quote(options.output)}{model} --allow-mock"
         show(f"minigpt generate {shlex.quote('The capital of France is')} {flags}\nminigpt serve {flags}\n")
         say(f"{MOCK_NOTICE}. Ctrl-C ends the stages")
+        places = stages.places
         while not ended.wait(LOOK):
+            if stages.places != places:  # a stage has moved
+                places = stages.places
+                write_file(addresses.beside(options.output), places)
             if (failure := stages.failure) is not None:
                 raise failure
     finally:
         stages.stop()
     return 0
+
+
+def _launch(options: argparse.Namespace, checkpoint: sources.Checkpoint, split: str | int, **told: Any) -> Launcher:
+    """Starts the stages where --on says."""
+    if options.on == "local":
+        from minigpt.launch.local import LocalStages
+
+        if options.address is not None or options.insecure_ray:
+            raise UsageError("--address and --insecure-ray are for --on ray")
+        return LocalStages(checkpoint, split, threads=options.threads, **told)
+    try:
+        from minigpt.launch.on_ray import RayStages
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UsageError("--on ray needs Ray: pip install 'minigpt-stages[ray]'") from None
+    insecure, address = options.insecure_ray, options.address or "auto"
+    return RayStages(checkpoint, split, address=address, insecure=insecure, threads=options.threads, **told)
 
 
 def status(options: argparse.Namespace) -> int:

@@ -117,7 +117,11 @@ def parser() -> argparse.ArgumentParser:
                       "manifest, a new file; the stages' addresses are written to FILE.places.json")  # fmt: skip
 
     up = _command(commands, "up", "start a pipeline's stages, write its manifest and places, and stay until Ctrl-C")
-    option(up, "--on", "local", "local", one_of("local"), "where the stages run: processes of this machine")
+    option(up, "--on", "local", "local|ray", one_of("local", "ray"), "where the stages run: processes of this machine; "
+           "or the nodes of a Ray cluster (the extra `ray`)")  # fmt: skip
+    option(up, "--address", None, "auto|HOST:PORT", str, "of the Ray cluster's head (default: auto, the cluster that "
+           "this machine belongs to)")  # fmt: skip
+    _switch(up, "--insecure-ray", "take a cluster that asks nobody for a token")
     _model(up)
     _stages(up)
     option(up, "--threads", None, "N", few, "BLAS threads of each stage, pinned")

@@ -1,4 +1,4 @@
-"""What starts stages: the protocol that every launcher follows. `local` is the first."""
+"""What starts stages: the protocol that every launcher follows, `local` and `on_ray`."""
 
 from typing import Protocol
 
@@ -10,16 +10,23 @@ from minigpt.protocol.manifest import Manifest
 class Launcher(Protocol):
     """The stages of one pipeline, wherever they run.
 
-    `start` is part of making it. Once all of them serve, a stage that ends is started again with a new key, unless it
-    cannot live.
+    They serve once it is made. A stage that ends is started again with a new key, unless it cannot live.
 
     Attributes:
         manifest: of the pipeline that it runs.
-        addresses: where the stages serve.
+        document: the manifest's bytes.
     """
 
     manifest: Manifest
-    addresses: Addresses
+    document: bytes
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where the stages serve now."""
+
+    @property
+    def places(self) -> bytes:
+        """The same, as the bytes of a places file."""
 
     @property
     def pids(self) -> list[int]:
@@ -36,12 +43,6 @@ class Launcher(Protocol):
 
     def log_end(self, index: int) -> str:
         """The last lines of the log of stage `index`, where nobody else can read it; else ""."""
-
-    def start(self, index: int) -> None:
-        """Starts stage `index`, and does not wait. Raises StageError."""
-
-    def wait(self) -> None:
-        """Waits until all stages serve. Raises the error that one ended with: StageError, CheckpointError, …"""
 
     def stop(self) -> None:
         """Ends the stages, and waits for them. May be called twice."""

@@ -115,7 +115,7 @@ class LocalStages:
         self._finish = weakref.finalize(self, _finish, identity(), self._children, self._supervisor, self._open)
         own(self)
         try:
-            self._ports = [self._open.enter_context(_bound()) for _ in range(count)]
+            self._ports = [self._open.enter_context(bound()) for _ in range(count)]
             served = [f"tcp://127.0.0.1:{port.getsockname()[1]}" for port in self._ports]
             self.places = addresses.write(served, count)
             self.addresses = Addresses(count, None, dict(enumerate(served)))
@@ -176,7 +176,7 @@ class LocalStages:
     def _start(self, index: int) -> None:
         log = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `_end`
         with contextlib.ExitStack() as handed:
-            listener = handed.enter_context(_bound(self._ports[index].getsockname()[1]))
+            listener = handed.enter_context(bound(self._ports[index].getsockname()[1]))
             listener.listen()
             manifest, places = (handed.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             for file, data in ((manifest, self.document), (places, self.places)):
@@ -410,12 +410,12 @@ def _log_end(log: IO[bytes], count: int) -> list[str]:
     return [printable(line) for line in words[-count:]]
 
 
-def _bound(port: int = 0) -> socket.socket:
-    """A socket bound on loopback. As long as it does not listen, it keeps the port ours and refuses connections."""
+def bound(port: int = 0, host: str = "127.0.0.1") -> socket.socket:
+    """A bound socket. As long as it does not listen, it keeps the port ours and refuses connections."""
     made = socket.socket()
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # for the listening one beside it
-        made.bind(("127.0.0.1", port))
+        made.bind((host, port))
     except BaseException:
         made.close()
         raise

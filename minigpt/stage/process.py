@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import IO, TypeVar
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
     entry = _entry(manifest, options)
     where = _addresses(manifest, entry, options)
-    attester = _attester(manifest, entry, options)
+    attester = _attester(manifest, entry, options, readiness)
     listener = _listener(options.listen, where, entry.index)
     model = _model(manifest, entry, options.model)
     handshake = options.handshake_timeout or (SLOW_HANDSHAKE if manifest.slow else HANDSHAKE)
@@ -122,7 +121,7 @@ def _addresses(manifest: Manifest, entry: StageEntry, options: argparse.Namespac
     return where
 
 
-def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace) -> Attester:
+def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace, readiness: Readiness) -> Attester:
     """Makes this stage's evidence: the mock's with a key, a platform's with its device."""
     name = entry.platform.name
     if options.evidence not in ("auto", name):
@@ -130,23 +129,19 @@ def _attester(manifest: Manifest, entry: StageEntry, options: argparse.Namespace
     if not entry.platform.simulated:
         return manifest.attester(entry.index, b"", endorsements.source(options.endorsements))
     if options.endorsement is not None:
-        return manifest.attester(entry.index, _own_key(entry.index, options).to_json().encode())
+        return manifest.attester(entry.index, _own_key(entry.index, options, readiness).to_json().encode())
     if options.mock_key is None:
         raise UsageError("the manifest wants mock evidence: give --mock-key, made by `python -m attest keygen`")
     key = options.mock_key
     return _receive("mock key", key, MAX_KEY, lambda data: manifest.attester(entry.index, data), read_private)
 
 
-def _own_key(index: int, options: argparse.Namespace) -> MockKey:
+def _own_key(index: int, options: argparse.Namespace, readiness: Readiness) -> MockKey:
     """A key made here, of which only the public half leaves this process, once the root has endorsed it."""
     if options.mock_key is not None:
         raise UsageError("--endorsement is for a key that this stage makes itself: leave out --mock-key")
     key = NewKey.generate()
-    line = f"stage {index} key {key.public.hex()}"
-    if options.ready is None:
-        print(line, flush=True)
-    else:
-        os.write(options.ready, f"{line}\n".encode())
+    readiness.key(f"stage {index} key {key.public.hex()}")
 
     def load(source: str | int, size: int) -> bytes:
         return read_file(source, size - 1)  # so many bytes, and not until a pipe ends

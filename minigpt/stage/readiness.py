@@ -31,6 +31,13 @@ class Readiness:
         except OSError as error:
             raise UsageError(f"--ready {place}: {error.strerror}; wanted the name of a file to make") from None
 
+    def key(self, line: str) -> None:
+        """Says what must be endorsed before it can serve: by the descriptor, else on standard output."""
+        if isinstance(self._place, int):
+            os.write(self._place, f"{line}\n".encode())
+        else:
+            print(line, flush=True)
+
     def serves(self, line: str) -> None:
         """Raises UsageError if the file cannot be written, OSError if nobody holds the descriptor's other end."""
         match self._place:
