@@ -66,7 +66,8 @@ def generate(options: argparse.Namespace) -> int:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
         if options.json or options.json_lines:
-            raise UsageError("--json and --json-lines need a PROMPT: a prompt loop prints text")
+            flag = "--json" if options.json else "--json-lines"
+            raise UsageError(f"{flag} needs a PROMPT: a prompt loop prints text")
         return _prompt_loop(options, chosen)
     if prompt == "-":
         prompt = _text(sys.stdin.buffer.read(), "standard input")
