@@ -520,7 +520,7 @@ def test_a_container_by_the_dockerfile_serves(alone: Alone, tmp_path: Path) -> N
     build_image.write_container(alone.plan(0), packages.cache_folder(), folder)
     told = (folder / "Dockerfile").read_text()
     words = json.loads(told.partition("CMD ")[2])
-    ports = {"5001": alone.ports[0], "5002": run_image.free_port(), "5003": run_image.free_port()}
+    ports = {"5001": alone.ports[0]} | {port: run_image.free_port() for port in ("5002", "5003", "5004")}
     for port, free in ports.items():  # it shares the host's network here, where the image's own ports may be taken
         words = [word.replace(f"0.0.0.0:{port}", f"127.0.0.1:{free}") for word in words]
     environment = os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
