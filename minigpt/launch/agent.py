@@ -37,11 +37,13 @@ class Agent:
         self._checkpoint = (model, revision)
         self._threads = threads
         self._folder = tempfile.mkdtemp(prefix="minigpt-stage-")
-        # However this process ends, the pipe to this one does too.
-        self._broom = subprocess.Popen(
-            ["sh", "-c", 'cat; rm -rf "$1"', "sh", self._folder],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+        # However this process ends, its end of the pipe is closed then. The broom is not its child: Ray kills those.
+        broom, self._broom = os.pipe()
+        subprocess.run(
+            ["sh", "-c", 'exec 3<&0; { cat <&3; rm -rf "$1"; } &', "sh", self._folder],
+            stdin=broom, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, check=True,
         )  # fmt: skip
+        os.close(broom)
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None  # bound, so that nobody else takes it while the stage starts again
         self._ready = self._endorse = -1  # descriptors
