@@ -10,9 +10,10 @@ NumPy reads when NumPy is first imported: so import minigpt before numpy.
 The errors of `minigpt.errors` are here too.
 """
 
-import importlib.util
+import importlib
 import os
 import sys
+from importlib.machinery import PathFinder
 
 from minigpt.engine.blas import set_threads
 
@@ -57,7 +58,7 @@ _HOME = {
 def _check_own() -> None:
     """Refuses files of the user's that have the names of our other packages, and come before them in sys.path."""
     for name, part in (("attest", "measure.py"), ("transport", "noise.py")):
-        found = importlib.util.find_spec(name)
+        found = PathFinder.find_spec(name)
         place = "" if found is None else found.origin or next(iter(found.submodule_search_locations or ()), "")
         folder, file = os.path.split(place)
         if not place or (file == "__init__.py" and os.path.exists(os.path.join(folder, part))):

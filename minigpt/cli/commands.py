@@ -361,13 +361,10 @@ def plan(options: argparse.Namespace) -> int:
     for address in options.address:
         Address.parse(address)
     pinned = pins.read(options)
-    beside = addresses.beside(options.output)
-    for path in (options.output, beside):
-        if os.path.isfile(path):  # before the weights are read
-            raise UsageError(
-                f"--output {options.output}: {path} exists, and a pipeline may run by it: choose another name, or "
-                "remove it first"
-            )
+    if Path(options.output).is_file():  # before the weights are read
+        raise UsageError(
+            f"--output {options.output}: exists, and a pipeline may run by it: choose another name, or remove it first"
+        )
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
     layers = planning.split_layers(sources.read_config(checkpoint.folder).n_layer, split)
     served = options.address or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
@@ -383,7 +380,7 @@ def plan(options: argparse.Namespace) -> int:
             progress=tell,
         )
     if not os.path.exists(options.output) or os.path.isfile(options.output):  # there is no beside /dev/stdout
-        write_file(beside, places)
+        write_file(addresses.beside(options.output), places)
     write_file(options.output, data)  # last: whoever waits for it can use both
     show(hashlib.sha256(data).hexdigest() + "\n")
     for warning in manifest.Manifest.parse(data).warnings(time.time()):

@@ -397,8 +397,9 @@ def test_plan_names_a_test_root_of_images_and_warns_of_it(tmp_path: Path) -> Non
         options = ("--stages", "1", "-o", str(tmp_path / "no.json"), "--test-root", root)
         assert told in run("plan", *options, *words, code=code).stderr
     assert not (tmp_path / "no.json").exists()
-    run("plan", "--stages", "1", "-o", plan, *image, MINIGPT_TEST_ROOT=digest)
-    assert Manifest.parse(Path(plan).read_bytes()).stages[0].test_root is None  # never by the environment
+    other = tmp_path / "other.json"
+    run("plan", "--stages", "1", "-o", str(other), *image, MINIGPT_TEST_ROOT=digest)
+    assert Manifest.parse(other.read_bytes()).stages[0].test_root is None  # never by the environment
 
 
 def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stages) -> None:
