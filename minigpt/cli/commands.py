@@ -358,8 +358,7 @@ def _say_interruptions(generation: Generation) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
-    for address in options.address:
-        Address.parse(address)
+    _check_addresses([Address.parse(text) for text in options.address])
     pinned = pins.read(options)
     if Path(options.output).is_file():  # before the weights are read
         raise UsageError(
@@ -389,6 +388,20 @@ def plan(options: argparse.Namespace) -> int:
         say(f"stage {index}  layers {part.start}-{part.stop - 1}  {address}")
     say(f"wrote {options.output}; its sha256 is what a client can pin with --manifest-sha256")
     return 0
+
+
+def _check_addresses(given: Sequence[Address]) -> None:
+    """Refuses what nobody can connect to, and one address for two stages. Raises UsageError."""
+    for index, address in enumerate(given):
+        if address.scheme == "tcp" and not address.host.strip("0.:"):
+            raise UsageError(
+                f"--address {address}: wanted the address at which stage {index} is reached; where it listens is its "
+                "own --listen"
+            )
+        if address.scheme == "tcp" and address in given[:index]:  # two enclaves behind two hosts may have the same
+            raise UsageError(
+                f"--address {address}: given for stages {given.index(address)} and {index}, wanted one for each"
+            )
 
 
 def up(options: argparse.Namespace) -> int:

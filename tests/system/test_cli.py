@@ -378,6 +378,30 @@ def test_plan_pins_trust_domains_in_order_and_warns_of_weak_ones(tmp_path: Path)
     assert not (tmp_path / "no.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        (
+            "tcp://0.0.0.0:5001",
+            "tcp://a:5002",
+            "wanted the address at which stage 0 is reached; where it listens is its",
+        ),
+        ("tcp://a:5001", "tcp://[::]:5001", "wanted the address at which stage 1 is reached"),
+        ("tcp://a:0", "tcp://a:1", "got port 0, wanted the one where the stage serves"),
+        ("tcp://a:5001", "tcp://a:5001", "given for stages 0 and 1, wanted one for each"),
+    ],
+)
+def test_plan_refuses_addresses_at_which_stages_cannot_be(tmp_path: Path, one: str, other: str, told: str) -> None:
+    options = ("--stages", "2", "--root-key", MockRoot.generate().public.hex(), "-o", str(tmp_path / "pipeline.json"))
+    assert told in run("plan", *options, "--address", one, "--address", other, code=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_takes_one_address_behind_two_hosts(tmp_path: Path) -> None:
+    options = ("--stages", "2", "--root-key", MockRoot.generate().public.hex(), "-o", str(tmp_path / "pipeline.json"))
+    run("plan", *options, "--address", "vsock://3:5102", "--address", "vsock://3:5102")
+
+
 def test_plan_names_a_test_root_of_images_and_warns_of_it(tmp_path: Path) -> None:
     file, plan, digest = tmp_path / "image.json", str(tmp_path / "plan.json"), "7a" * 32
     file.write_text(json.dumps({"Measurements": {f"PCR{i}": f"0{i + 1}" * 48 for i in range(3)}}))
