@@ -204,12 +204,12 @@ def test_a_stage_that_other_code_runs_in_is_refused_and_named(tmp_path: Path) ->
         stages.start_all()
         with Serving("--manifest", str(stages.path), "--model", "tiny", "--allow-mock") as server:
             assert server.get("/ready").status_code == 200
-            other = Stages(TINY, "6+6", tmp_path)  # its keys are endorsed by another root
+            (tmp_path / "other").mkdir()
+            other = Stages(TINY, "6+6", tmp_path / "other")  # its keys are endorsed by another root
             try:
                 key = other.key(1)
             finally:
                 other.close()
-            stages.path.write_bytes(stages.bytes)
             stages.kill(1)
             stages.start(1, key=key)
             answer = server.get("/ready")
