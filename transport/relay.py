@@ -89,7 +89,7 @@ class Relay:
         """Stops accepting. A signal handler may call this. Connections continue until `stop`."""
         self._listener.close()
 
-    def stop(self, patience: float = 2.0) -> None:
+    def stop(self, patience: float = 5.0) -> None:
         """Ends every connection, and waits at most `patience` seconds until they have ended."""
         self.close()
         with self._lock:
