@@ -103,6 +103,15 @@ def load(folder: Path, config: Config, layers: range, progress: Callable[[str], 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or of another shape or type than the config says.
     """
+    return _read_all(folder, config, layers, progress, keep=True)
+
+
+def digest(folder: Path, config: Config, layers: range, progress: Callable[[str], None] = lambda line: None) -> bytes:
+    """The digest that `load` finds, in a fraction of its time, and in no memory. Raises CheckpointError as `load`."""
+    return _read_all(folder, config, layers, progress, keep=False).digest
+
+
+def _read_all(folder: Path, config: Config, layers: range, progress: Callable[[str], None], *, keep: bool) -> Weights:
     shapes = tensor_shapes(config, layers)
     places = _places(folder, shapes, tied=config.tie_word_embeddings)
     for name, shape in shapes.items():
@@ -112,23 +121,23 @@ def load(folder: Path, config: Config, layers: range, progress: Callable[[str], 
             raise CheckpointError(f"tensor {name}: got dtype {places[name].dtype}, wanted F32, F16, BF16 or F64")
     tied = places["wte.weight"] if config.tie_word_embeddings and layers.stop == config.n_layer else None
     head = _stored_head(folder, tied) if tied else None
-    tensors = _room(shapes, config.head if layers.stop == config.n_layer else "")
+    tensors = _room(shapes, config.head if layers.stop == config.n_layer else "") if keep else {}
     # The largest first, so that the readers finish together.
     names = sorted(shapes, key=lambda name: places[name].nbytes, reverse=True)
     with ThreadPoolExecutor(READERS, "weights") as readers:
-        read = readers.map(lambda name: _read(name, places[name], tensors[name]), names)
+        read = readers.map(lambda name: _read(name, places[name], tensors.get(name)), names)
         digests, done, size = {}, 0, sum(place.nbytes for place in places.values())
         for name, digests[name] in zip(names, read, strict=True):
             done += places[name].nbytes
             progress(f"reading weights: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
     if head:
         _check_tied(head, digests["wte.weight"])
-    digest = hashlib.sha256(_DOMAIN)
+    whole = hashlib.sha256(_DOMAIN)
     for name in sorted(shapes, key=str.encode):
         label, dtype, shape = name.encode(), places[name].dtype.encode(), shapes[name]
-        digest.update(len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype)
-        digest.update(bytes([len(shape)]) + b"".join(size.to_bytes(8, "big") for size in shape) + digests[name])
-    return Weights(tensors, digest.digest(), sum(tensor.nbytes for tensor in tensors.values()))
+        whole.update(len(label).to_bytes(2, "big") + label + bytes([len(dtype)]) + dtype)
+        whole.update(bytes([len(shape)]) + b"".join(size.to_bytes(8, "big") for size in shape) + digests[name])
+    return Weights(tensors, whole.digest(), sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
@@ -150,9 +159,14 @@ def _room(shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, Array]:
     return tensors
 
 
-def _read(name: str, place: _Stored, tensor: Array) -> bytes:
-    """Fills a tensor, block by block of its rows, and returns the SHA-256 of its stored bytes."""
-    rows, digest = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1), hashlib.sha256()
+def _read(name: str, place: _Stored, tensor: Array | None) -> bytes:
+    """Fills a tensor, block by block of its rows, and returns the SHA-256 of its stored bytes; of None, only this."""
+    digest = hashlib.sha256()
+    if tensor is None:
+        for block in _blocks(name, place, BLOCK):
+            digest.update(block.data)
+        return digest.digest()
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, 1)
     row = rows.shape[1] * _BITS[place.dtype] // 8  # bytes
     per_block = max(1, BLOCK // row)
     for start, block in zip(range(0, len(rows), per_block), _blocks(name, place, per_block * row), strict=True):
@@ -200,10 +214,7 @@ def _stored_head(folder: Path, embedding: _Stored) -> _Stored | None:
 
 def _check_tied(head: _Stored, embedding: bytes) -> None:
     """Refuses a stored head that differs from the embedding of this digest."""
-    digest = hashlib.sha256()
-    for block in _blocks(_HEAD, head, BLOCK):
-        digest.update(block.data)
-    if digest.digest() != embedding:
+    if _read(_HEAD, head, None) != embedding:
         raise _untied(head.path.parent)
 
 

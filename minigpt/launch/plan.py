@@ -48,7 +48,7 @@ def plan(
         revision=checkpoint.revision,
         tokenizer_sha256=found.digest if found else None,
         layers=layers,
-        weights_sha256=[weights.load(checkpoint.folder, config, part, progress).digest for part in layers],
+        weights_sha256=[weights.digest(checkpoint.folder, config, part, progress) for part in layers],
         pins=pins,
         suites=suites,
         clients=clients,

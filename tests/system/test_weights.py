@@ -59,6 +59,7 @@ def test_files_and_prefix_change_neither_tensors_nor_digest(
     assert set(loaded.tensors) == names == set(tensor_shapes(SMALL, layers))
     assert all(np.array_equal(loaded.tensors[name], TENSORS[name]) for name in names)
     assert loaded.digest == expected_digest(b"F32", {name: TENSORS[name] for name in names})
+    assert weights.digest(tmp_path, SMALL, layers) == loaded.digest
     assert loaded.nbytes == sum(TENSORS[name].nbytes for name in names)
     GPT2(SMALL, layers, loaded.tensors)
 
@@ -68,7 +69,7 @@ def test_float16_is_widened_exactly(tmp_path: Path) -> None:
     loaded = weights.load(tmp_path, SMALL, ALL)
     halves = {name: tensor.astype(np.float16) for name, tensor in TENSORS.items()}
     assert all(np.array_equal(loaded.tensors[name], half.astype(np.float32)) for name, half in halves.items())
-    assert loaded.digest == expected_digest(b"F16", halves)
+    assert loaded.digest == weights.digest(tmp_path, SMALL, ALL) == expected_digest(b"F16", halves)
 
 
 @pytest.mark.parametrize("block", [2, 64, 1000, 2**20])
@@ -82,7 +83,7 @@ def test_bfloat16_is_widened_exactly_in_blocks_of_any_size(
     loaded = weights.load(tmp_path, config, range(1))
     wide = {name: (tensor.astype(np.uint32) << 16).view(np.float32) for name, tensor in stored.items()}
     assert all(np.array_equal(loaded.tensors[name], tensor) for name, tensor in wide.items())
-    assert loaded.digest == expected_digest(b"BF16", stored)
+    assert loaded.digest == weights.digest(tmp_path, config, range(1)) == expected_digest(b"BF16", stored)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
