@@ -157,13 +157,13 @@ def test_a_missing_tensor_names_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "shape", "message"),
-    [("F64", (48,), r"dtype F64"), ("F32", (96,), r"shape \(96,\)"), ("F32", (48, 1), "shape"), ("F32", (), "shape")],
+    [("I64", (48,), r"dtype I64"), ("F32", (96,), r"shape \(96,\)"), ("F32", (48, 1), "shape"), ("F32", (), "shape")],
 )
 def test_a_tensor_of_another_type_or_shape_is_refused(
     tmp_path: Path, dtype: str, shape: tuple[int, ...], message: str
 ) -> None:
     stored = {name: ("F32", t.shape, t.tobytes()) for name, t in TENSORS.items()}
-    stored["ln_f.weight"] = (dtype, shape, bytes({"F64": 8, "F32": 4}[dtype] * int(np.prod(shape))))
+    stored["ln_f.weight"] = (dtype, shape, bytes({"I64": 8, "F32": 4}[dtype] * int(np.prod(shape))))
     write_raw(tmp_path / weights.SINGLE, stored)
     with pytest.raises(CheckpointError, match=rf"ln_f\.weight.*{message}"):
         weights.load(tmp_path, SMALL, ALL)

@@ -47,9 +47,8 @@ def refusal(folder: Path, layers: range = range(1), config: Config = TINY) -> st
     try:
         with pytest.raises(CheckpointError) as caught:
             weights.load(folder, config, layers)
-        with pytest.raises(CheckpointError) as again:
+        with pytest.raises(CheckpointError):
             weights.digest(folder, config, layers)
-        assert str(again.value) == str(caught.value)
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
         tracemalloc.stop()
