@@ -39,6 +39,7 @@ LIFETIME = 36_500.0  # days: stages that end with this process must not expire b
 LOOK = 0.5  # seconds between two looks at whether this is to end
 AGAIN = 1.0  # seconds until an actor is asked again that Ray is about to start on another node
 PATIENCE = 10.0  # seconds that stages may take to end
+CLOSED = "this pipeline was closed"
 PROBE = 60.0  # seconds that it may take to find out whether a cluster asks for a token
 
 
@@ -228,7 +229,9 @@ class RayStages:
             moved = self._places.get(index, address) != address
             self._places[index], self._nodes[index] = address, node
             self._changed.notify_all()
-            while len(self._places) < count and not self._halted.is_set():
+            while len(self._places) < count:
+                if self._halted.is_set():
+                    raise ray.exceptions.RayError(CLOSED)
                 self._changed.wait(LOOK)
             places = self.places
         if moved:
@@ -240,7 +243,7 @@ class RayStages:
         """What an actor answers. Raises RayError, also when this is to end."""
         while not ray.wait([reference], timeout=LOOK)[0]:
             if self._halted.is_set():
-                raise ray.exceptions.RayError("this pipeline was closed")
+                raise ray.exceptions.RayError(CLOSED)
         return ray.get(reference)
 
 
