@@ -61,16 +61,17 @@ def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 def test_plan_writes_the_places_beside_the_manifest_whose_bytes_do_not_name_them(tmp_path: Path) -> None:
     path = tmp_path / "pipeline.json"
     root = MockRoot.generate().public.hex()
-    plan = ("minigpt", "plan", "--root-key", root, "--stages", "2", "-o", path)
-    run(*plan)
+    plan = ("minigpt", "plan", "--root-key", root, "--stages", "2", "-o")
+    run(*plan, path)
     assert json.loads((tmp_path / "pipeline.places.json").read_bytes()) == {
         "0": "tcp://127.0.0.1:5001",
         "1": "tcp://127.0.0.1:5002",
     }
     assert b"tcp" not in path.read_bytes()
-    run(*plan, "--address", "tcp://a:1", "--address", "vsock://3:2")
-    assert json.loads((tmp_path / "pipeline.places.json").read_bytes()) == {"0": "tcp://a:1", "1": "vsock://3:2"}
-    assert "give --address once for each" in run(*plan, "--address", "tcp://a:1", code=2).stderr
+    run(*plan, tmp_path / "other.json", "--address", "tcp://a:1", "--address", "vsock://3:2")
+    assert json.loads((tmp_path / "other.places.json").read_bytes()) == {"0": "tcp://a:1", "1": "vsock://3:2"}
+    third = (tmp_path / "third.json", "--address", "tcp://a:1")
+    assert "give --address once for each" in run(*plan, *third, code=2).stderr
 
 
 def test_a_stage_that_moves_is_found_by_clients_and_by_the_stage_before_it(folder: Path, tmp_path: Path) -> None:
