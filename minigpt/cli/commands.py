@@ -360,10 +360,7 @@ def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
     _check_addresses([Address.parse(text) for text in options.address])
     pinned = pins.read(options)
-    if Path(options.output).is_file():  # before the weights are read
-        raise UsageError(
-            f"--output {options.output}: exists, and a pipeline may run by it: choose another name, or remove it first"
-        )
+    _refuse_existing(options.output)  # before the weights are read
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
     layers = planning.split_layers(sources.read_config(checkpoint.folder).n_layer, split)
     served = options.address or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
@@ -390,6 +387,14 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_existing(output: str) -> None:
+    """Refuses to write a manifest over a file. Raises UsageError."""
+    if Path(output).is_file():
+        raise UsageError(
+            f"--output {output}: exists, and a pipeline may run by it: choose another name, or remove it first"
+        )
+
+
 def _check_addresses(given: Sequence[Address]) -> None:
     """Refuses what nobody can connect to, and one address for two stages. Raises UsageError."""
     for index, address in enumerate(given):
@@ -405,7 +410,12 @@ def _check_addresses(given: Sequence[Address]) -> None:
 
 
 def up(options: argparse.Namespace) -> int:
-    """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C."""
+    """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C. Both files go
+    with the stages."""
+    beside = addresses.beside(options.output)
+    _refuse_existing(options.output)
+    if not os.path.isdir(os.path.dirname(options.output) or "."):
+        raise UsageError(f"--output {options.output}: there is no such folder: make it first")
     ended = threading.Event()
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
     with progress(lambda _: None) as tell:
@@ -417,7 +427,8 @@ def up(options: argparse.Namespace) -> int:
         stages = _launch(options, checkpoint, split, progress=tell, news=news)
     try:
         signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
-        write_file(addresses.beside(options.output), stages.places)
+        _refuse_existing(options.output)  # of another one, which was sooner
+        write_file(beside, stages.places)
         write_file(options.output, stages.document)  # last: whoever waits for it can connect
         model = f" --model {shlex.quote(options.model)}" if options.model else ""
         flags = f"--manifest {shlex.quote(options.output)}{model} --allow-mock"
@@ -427,11 +438,15 @@ def up(options: argparse.Namespace) -> int:
         while not ended.wait(LOOK):
             if stages.places != places:  # a stage has moved
                 places = stages.places
-                write_file(addresses.beside(options.output), places)
+                write_file(beside, places)
             if (failure := stages.failure) is not None:
                 raise failure
     finally:
         stages.stop()
+        with suppress(OSError):
+            if Path(options.output).read_bytes() == stages.document:
+                os.unlink(options.output)
+                os.unlink(beside)
     return 0
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -119,7 +120,13 @@ def seconds(text: str) -> float:
 
 def patience(text: str) -> float:
     """A number of seconds; 0 for none."""
-    return 0.0 if text == "0" else seconds(text)
+    with suppress(ValueError):
+        if float(text) == 0:
+            return 0.0
+    try:
+        return seconds(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or 0 for none") from None
 
 
 def days(text: str) -> float:

@@ -159,6 +159,27 @@ def test_nothing_is_written_if_a_stage_cannot_start(folder: Path, where: Path) -
             assert told in up.log()
 
 
+def test_it_writes_over_no_file_and_takes_its_own_along(folder: Path, where: Path) -> None:
+    taken = where / "pipeline.json"
+    taken.write_text("of somebody")
+    with Up(where, "--model", str(folder), "--stages", "2") as up:
+        assert up.process.wait(60) == 2
+        assert "pipeline.json: exists, and a pipeline may run by it: choose another name" in up.log()
+        assert "loads" not in up.log()
+    assert taken.read_text() == "of somebody"
+    taken.unlink()
+    with Up(where, "--model", str(folder), "--stages", "2", "-o", "none/pipeline.json") as up:
+        assert up.process.wait(60) == 2
+        assert "there is no such folder" in up.log()
+
+
+def test_once_it_has_ended_its_files_are_gone(up: Up) -> None:
+    assert up.manifest.exists()
+    assert up.end(signal.SIGTERM) == 0
+    assert not up.manifest.exists()
+    assert not up.places.exists()
+
+
 # A stage that makes its own mock key.
 
 
