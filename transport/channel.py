@@ -183,7 +183,7 @@ class Channel:
         body = codec.encode(message)
         with self._sending:
             if self._ended:
-                raise self._why or self._closed()
+                raise self._reason()
             start = time.perf_counter()
             records = self._session.seal(body, least)
             self.seal_seconds += time.perf_counter() - start
@@ -214,7 +214,7 @@ class Channel:
         except BaseException as error:
             self._session.stop_sending()  # half a record may have been sent: nothing can follow it
             if self._ended and isinstance(error, TransportError):
-                raise (self._why or self._closed()) from None
+                raise self._reason() from None
             if isinstance(error, TimedOut):
                 raise Silent(f"did not take what was sent to it in {seconds:g} s: {_DEAD}") from None
             raise
@@ -249,7 +249,7 @@ class Channel:
             if self._ended and isinstance(error, TransportError):
                 raise self._closed() from None
             if isinstance(error, TransportError):
-                self._why = error
+                self._why = _bare(error)
             if isinstance(error, ProtocolError | LimitError):
                 alert = error.alert
                 self._part(lambda: self._session.alert(alert))
@@ -371,5 +371,17 @@ class Channel:
             finish()
             self._session.discard()
 
+    def _reason(self) -> TransportError:
+        """Why nothing can be sent any more."""
+        return self._closed() if self._why is None else _bare(self._why)
+
     def _closed(self) -> Closed:
         return self._session.foreign or Closed("this end of the link is closed")
+
+
+def _bare(error: TransportError) -> TransportError:
+    """The same error without where it was raised: those frames hold the message that was refused, and the channel."""
+    kind = type(error)
+    bare = kind.__new__(kind, *error.args)
+    vars(bare).update(vars(error))
+    return bare

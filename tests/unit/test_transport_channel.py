@@ -40,6 +40,24 @@ def pair(request):
     b.abort()
 
 
+@pytest.mark.parametrize("alerted", [False, True])
+def test_why_a_channel_ended_is_told_to_whoever_sends_and_holds_no_message(pair, alerted):
+    a, b = pair
+    if alerted:
+        b._part(lambda: b._session.alert(Alert.LIMIT))
+    else:
+        b.abort()
+    with pytest.raises(PeerAlert if alerted else Truncated) as ended:
+        a.receive(60.0)
+    for _ in range(2):
+        with pytest.raises(type(ended.value)) as told:
+            a.send({})
+        assert (str(told.value), vars(told.value)) == (str(ended.value), vars(ended.value))
+    assert a._why is not ended.value  # whose frames have the message that was refused
+    assert a._why is not told.value
+    assert a._why.__traceback__ is a._why.__context__ is None
+
+
 def test_messages_pass_both_ways_and_are_counted(pair):
     a, b = pair
     for size in (0, 3072, 70_000, 1 << 20):
