@@ -229,7 +229,7 @@ def test_a_folder_with_a_key_in_it_is_delivered_to_nobody(tmp_path: Path) -> Non
     assert says("attest", "keygen", "-o", tmp_path / "root.json").returncode == 0
     refused = says("minigpt", "endorsements", "tcp://127.0.0.1:0", tmp_path)
     assert (refused.returncode, refused.stdout) == (3, "")
-    assert "root.json: got other JSON than Intel's answers" in refused.stderr
+    assert "root.json: tcbInfo is missing: wanted an answer of Intel's service" in refused.stderr
 
 
 def test_a_guest_of_another_platform_is_refused_at_start(folder: Path, tmp_path: Path) -> None:
