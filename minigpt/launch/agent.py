@@ -16,11 +16,10 @@ from selectors import EVENT_READ, DefaultSelector
 from attest.document import write_file
 from minigpt.checkpoint import sources
 from minigpt.launch import isolated
-from minigpt.launch.local import bound
+from minigpt.launch.local import bound, how_it_ended, last_line
 
 READY = 600.0  # seconds that a stage may take to load, a download of its checkpoint included
 PATIENCE = 5.0  # seconds that it may take to end
-LAST = 4096  # bytes: the end of a log, where its last line is looked for
 
 
 class Agent:
@@ -118,8 +117,8 @@ class Agent:
         if process is None:
             return "it does not run"
         code = process.wait()
-        how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
-        return f"{how}: {self._last_line()}"
+        with self._path("log").open("rb") as log:
+            return f"{how_it_ended(code)}: {last_line(log)}"
 
     def end(self) -> None:
         """Ends the process, if there is one, and waits for it."""
@@ -154,9 +153,3 @@ class Agent:
 
     def _path(self, name: str) -> Path:
         return Path(self._folder, name)
-
-    def _last_line(self) -> str:
-        with self._path("log").open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST))
-            words = log.read().decode(errors="replace").strip().splitlines()
-        return words[-1] if words else "it said nothing"

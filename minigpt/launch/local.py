@@ -257,7 +257,9 @@ class LocalStages:
             code = child.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             return StageError(f"stage {index} runs, but will never say that it serves", stage=index)
-        return _KINDS.get(code, StageError)(f"stage {index} {_how(code)} before it was ready: {_last_line(child.log)}")
+        return _KINDS.get(code, StageError)(
+            f"stage {index} {how_it_ended(code)} before it was ready: {last_line(child.log)}"
+        )
 
     def _look(self, heard: list[int]) -> float | None:
         """What the supervisor does when these stages have said something, or ended. Returns in how many seconds there
@@ -292,9 +294,9 @@ class LocalStages:
             child.process.kill()
             code = child.process.wait()
         if not self._supervisor.halt.closed:  # else it was told to
-            words = _last_line(child.log)
+            words = last_line(child.log)
             child.close()
-            self._decide(index, f"stage {index} {_how(code)}: {words}")
+            self._decide(index, f"stage {index} {how_it_ended(code)}: {words}")
 
     def _start_again(self, index: int) -> None:
         try:
@@ -393,12 +395,12 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _how(code: int) -> str:
+def how_it_ended(code: int) -> str:
     """How a process ended, by its exit code."""
     return f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
 
 
-def _last_line(log: IO[bytes]) -> str:
+def last_line(log: IO[bytes]) -> str:
     words = _log_end(log, 1)
     return words[0] if words else "it said nothing"
 
