@@ -1,6 +1,6 @@
 """Where tests listen: on loopback, over tcp, and over vsock if this kernel has one for it.
 
-Most have not (it is the module vsock_loopback); `tests/system/test_uml.py` runs the tests of vsock in a kernel that has.
+Most have not (it is the module vsock_loopback); `tests/system/test_uml.py` runs the tests of vsock in a kernel with it.
 """
 
 import socket
