@@ -50,13 +50,7 @@ class Supervised:
         self._where = where
         self._stopping = threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        root = run("attest", "keygen", "-o", str(where / "root.json")).strip()
-        for index in range(stages):
-            key = str(where / f"stage{index}.json")
-            run("attest", "keygen", "--root", str(where / "root.json"), "--stage", str(index), "-o", key)
-        addresses = [word for port in free_ports(stages) for word in ("--address", f"tcp://127.0.0.1:{port}")]
-        words = ["--model", model, "--split", even(model, stages), "--root-key", root, "-o", str(self.manifest)]
-        run("minigpt", "plan", *words, *addresses)
+        plan(model, stages, where)
         self._threads = [threading.Thread(target=self._supervise, args=(index,)) for index in range(stages)]
         for thread in self._threads:
             thread.start()
@@ -87,6 +81,17 @@ class Supervised:
         self._stopping.set()
         for thread in self._threads:
             thread.join()
+
+
+def plan(model: str, stages: int, where: Path) -> None:
+    """Makes the manifest of a pipeline, its places and its keys, by the commands of the documentation."""
+    root = run("attest", "keygen", "-o", str(where / "root.json")).strip()
+    for index in range(stages):
+        key = str(where / f"stage{index}.json")
+        run("attest", "keygen", "--root", str(where / "root.json"), "--stage", str(index), "-o", key)
+    addresses = [word for port in free_ports(stages) for word in ("--address", f"tcp://127.0.0.1:{port}")]
+    words = ["--model", model, "--split", even(model, stages), "--root-key", root, "-o", str(where / "pipeline.json")]
+    run("minigpt", "plan", *words, *addresses)
 
 
 def run(module: str, *words: str) -> str:
