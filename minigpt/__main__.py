@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit:  # argparse has printed a help, a version or a usage error
             show("")
             raise
-        from minigpt.cli import commands
+        from minigpt.cli.commands import COMMANDS
 
-        code: int = getattr(commands, options.command)(options)
+        code = COMMANDS[options.command](options)
     except KeyboardInterrupt:  # first, because it may come before the names below are imported
         return 130
     except (MemoryError, ImportError, RuntimeError, SystemError) as error:

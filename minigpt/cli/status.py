@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from minigpt.cli.terminal import say
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import RequestRefused, StageError, UntrustedStage
 from minigpt.protocol.manifest import Manifest, StageEntry
 from minigpt.protocol.messages import StageReport
 
+MOCK_NOTICE = "mock evidence: the signatures are valid, but they prove nothing about hardware"
 CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
 _FIGURES = {"uptime_s": "uptime"} | {
     name: name
@@ -78,6 +80,11 @@ def place(state: dict[str, Any]) -> str:
     where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address'] or '-'}"
     root = " under a test's root" if state.get("test_root") else ""
     return f"{where}  {state['provider']} evidence {state['evidence']}{root}"
+
+
+def say_if_mock(stages: Sequence[dict[str, Any]]) -> None:
+    if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
+        say(MOCK_NOTICE)
 
 
 def shown(states: Sequence[dict[str, Any]]) -> str:
