@@ -23,7 +23,7 @@ from minigpt.cli.terminal import progress, say
 from minigpt.cli.up import up
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import UsageError
-from minigpt.protocol import addresses, manifest
+from minigpt.protocol import addresses, links, manifest
 from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.messages import StageReport
 from minigpt.stage import endorsements as deliveries
@@ -39,14 +39,17 @@ WATCH = 5.0  # seconds that the stages may take to report to `minigpt serve`
 def status(options: argparse.Namespace) -> int:
     """`minigpt status`: the state that every stage reports, and whether its evidence was accepted; with --watch again
     and again, until Ctrl-C."""
-    data = manifest.read(options.manifest)
-    parsed = manifest.Manifest.parse(data)
+    if options.save_evidence is not None:
+        _make_folder(Path(options.save_evidence))
+    data, parsed = manifest.load(options.manifest)
+    pipelines.warn_of_idle(options, parsed)
     entries = parsed.stages
     places = options.places or addresses.beside(options.manifest)
     where = Addresses(len(entries), places, pipelines.located(options))
     connect = partial(pipelines.connect, options, data, places=places, text=False, connections=1)
     redraw = options.watch is not None and sys.stdout.isatty()
-    with reporting.Looker(connect, entries) as looker:
+    listens = partial(links.listens, where, timeout=options.connect_timeout)
+    with reporting.Looker(connect, entries, listens) as looker:
         for number in itertools.count():
             reports = looker.look()
             if options.save_evidence is not None:
@@ -68,8 +71,17 @@ def status(options: argparse.Namespace) -> int:
     return reporting.exit_code(reports)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise UsageError(
+            f"--save-evidence {folder}: {reason}, wanted a folder, which is made if it is missing"
+        ) from None
+
+
 def _save_evidence(folder: Path, reports: Sequence[StageReport]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for report in reports:
         if report.evidence:
             write_file(folder / f"stage-{report.stage}.json", report.evidence)

@@ -16,12 +16,23 @@ from minigpt.cli import pipelines
 from minigpt.cli import status as reporting
 from minigpt.cli.status import say_if_mock
 from minigpt.cli.terminal import say, shaded, visible
+from minigpt.cli.values import told
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, ids_in, perplexity
 from minigpt.errors import RequestRefused, StageError, UntrustedStage, UsageError
+from minigpt.protocol.messages import Reason
 from minigpt.protocol.request import Options, check_top, seed_of
 
 OPTIONS = {field.name for field in fields(Options)}  # of a generation; the command line has the same names
+
+
+_ENDS = {
+    Reason.LENGTH: "--max-tokens",
+    Reason.END: "the model's end of text",
+    Reason.STOP: "--stop",
+    Reason.CONTEXT: "the model's last position",
+    Reason.CANCELLED: "Ctrl-C",
+}  # what ended an answer, for people
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -30,16 +41,19 @@ def generate(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in OPTIONS}
     chosen["logit_bias"] = _biases(options.logit_bias)
     chosen["logprobs"] |= chosen["top_logprobs"] > 0  # the token itself may not be among the most likely
+    Options(**chosen).check()  # before anything is started, or warned of
     _warn_of_idle(options)
     if prompt is None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise UsageError("PROMPT is missing, and asked for only on a terminal: give it, or - for standard input")
+            raise UsageError("PROMPT is missing: give it in quotes, or - to read it from standard input")
         if options.json or options.json_lines:
             flag = "--json" if options.json else "--json-lines"
             raise UsageError(f"{flag} needs a PROMPT: a prompt loop prints text")
         return _prompt_loop(options, chosen)
     if prompt == "-":
         prompt = _text(sys.stdin.buffer.read(), "standard input")
+    if not prompt:
+        raise UsageError(f"{'standard input' if options.prompt == '-' else 'PROMPT'} is empty, wanted text to continue")
     with pipelines.opened(options) as pipeline:
         if options.json:
             answers = [
@@ -80,7 +94,8 @@ def _warn_of_idle(options: argparse.Namespace) -> None:
             draft=0,
         )
     if not (options.json or options.json_lines):
-        pipelines.warn_idle(options, "only --json shows it: add --json", logprobs=False, top_logprobs=0)
+        why = "only --json and --json-lines show it: add one of them"
+        pipelines.warn_idle(options, why, logprobs=False, top_logprobs=0)
 
 
 def _biases(pairs: Sequence[tuple[int, float]]) -> dict[int, float]:
@@ -129,7 +144,11 @@ def score(options: argparse.Namespace) -> int:
         try:
             text = _text(Path(options.file).read_bytes(), options.file)
         except OSError as error:
-            raise UsageError(f"{options.file}: {error.strerror}") from None
+            raise UsageError(
+                f"{options.file}: {error.strerror}; wanted a file of text, or - for standard input"
+            ) from None
+    if not text:
+        raise UsageError(f"{'standard input' if options.file == '-' else options.file} is empty, wanted text to score")
     check_top("top_logprobs", options.top_logprobs)
     with pipelines.opened(options) as pipeline:
         tokens = pipeline.score(text if pipeline.tokenizer is not None else ids_in(text), options.top_logprobs)
@@ -182,7 +201,7 @@ def _prompt_loop(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
             except UntrustedStage:  # the others may not happen to the next prompt
                 raise
             except (UsageError, RequestRefused, StageError) as error:
-                say(f"minigpt: {error}")
+                say(f"minigpt: {told(error, options)}")
     return 0
 
 
@@ -225,9 +244,9 @@ def _say_stages(stages: list[dict[str, Any]]) -> None:
 def _say_pace(summary: dict[str, Any], pipeline: Pipeline) -> None:
     pace, count, steps = summary["ms_per_token"], len(summary["latencies_ms"]), summary["steps"]
     say(
-        f"{count} tokens"
+        f"{count} token{'s' if count > 1 else ''}"
         + (f" in {steps} steps" if steps < count else "")
-        + f", ended by {summary['reason']}; first after {summary['ttft_ms']:.1f} ms"
+        + f", ended by {_ENDS[summary['reason']]}; first after {summary['ttft_ms']:.1f} ms"
         + (f", then {pace:.2f} ms/token" if pace else "")
         + f"; {summary['bytes_per_token']:.0f} bytes/token on {len(pipeline.manifest.stages)} encrypted links"
         + (f"; seed {summary['seed']}" if summary["seed"] is not None else "")

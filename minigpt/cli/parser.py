@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import minigpt
+from attest.arguments import Parser
 from minigpt.cli.values import (
     answers,
     bias,
@@ -30,9 +31,9 @@ from minigpt.cli.values import (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="minigpt",
         description="GPT-2 in NumPy, cut into stages that talk over encrypted, attested links.",
         allow_abbrev=False,
@@ -165,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     option(serve, "--model-name", None, "NAME", str, "the model's name for clients (default: the manifest's)")
     option(serve, "--chat-template", None, "plain", one_of("plain"), "make prompts of chats from lines of role: text, "
            "for a model that has no template of its own")  # fmt: skip
-    option(serve, "--connections", "32", "N", positive, "answers at a time (default: as many as a stage has sequences)")
+    option(serve, "--connections", "32", "N", positive, "answers at a time: no more than stage 0 has sequences")
     option(serve, "--queue", "64", "N", natural, "requests that may wait for their turn; others are refused")
     _retry(serve)
     option(serve, "--log-format", "text", "text|json", one_of("text", "json"), "of the log, on standard error")

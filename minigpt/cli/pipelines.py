@@ -11,6 +11,7 @@ from minigpt.cli.terminal import progress, say
 from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import UsageError
+from minigpt.protocol.manifest import Manifest
 from transport.noise import KeyPair
 
 
@@ -23,9 +24,11 @@ def opened(options: argparse.Namespace, told: Callable[[str], None] = say, **mor
             raise UsageError(f"--{local[0]} is for local stages: the manifest says what its pipeline is")
         warn_idle(options, "the stages of --manifest run already: leave it out", threads=None)
         warn_idle(options, "the manifest pins a commit: leave it out", revision=None)
-        return connect(
+        pipeline = connect(
             options, options.manifest, places=options.places, model=options.model, retry_for=options.retry_for, **more
         )
+        warn_of_idle(options, pipeline.manifest)
+        return pipeline
     for flag in ("manifest_sha256", "places", "place", "client_key"):
         if not isinstance(getattr(options, flag) or None, Variable | None):
             raise UsageError(f"--{flag.replace('_', '-')} needs --manifest")
@@ -55,6 +58,15 @@ def connect(options: argparse.Namespace, manifest: str | bytes, **more: Any) -> 
     return Pipeline.connect(manifest, place=located(options), client_key=key, **same, **more)
 
 
+def warn_of_idle(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Warns of what the manifest makes pointless."""
+    if manifest.clients is None:
+        warn_idle(options, "the manifest lists no clients, and admits anyone", client_key=None)
+    for index, _ in options.place:
+        if index > 0:
+            say(f"warning: --place {index}=… has no effect: stage {index - 1} goes there, by its own places file")
+
+
 def located(options: argparse.Namespace) -> dict[int, str]:
     places = dict(options.place)
     if len(places) < len(options.place):
@@ -77,15 +89,20 @@ def split_of(options: argparse.Namespace) -> str | int:
 
 
 def read_key(path: str) -> bytes:
+    """A client's private key. Raises UsageError, which quotes no name that may be a key itself."""
     try:
-        file = open_file(read_private(path, MAX_FILE), CLIENT_KEY, ("private", "public"))
+        data = read_private(path, MAX_FILE)
+    except OSError as error:
+        raise UsageError(f"--client-key {path}: {error.strerror}; wanted the file `minigpt keygen` wrote") from None
+    except DocumentError as error:
+        raise UsageError(f"--client-key: {error}") from None
+    try:
+        file = open_file(data, CLIENT_KEY, ("private", "public"))
         pair = KeyPair.from_private(file.get("private").bytes(32))
         if pair.public != file.get("public").bytes(32):
             raise DocumentError("its public key does not belong to its private key; it is damaged")
-    except OSError as error:
-        raise UsageError(f"--client-key {path}: {error.strerror}") from None
     except DocumentError as error:
-        raise UsageError(f"--client-key: {error}") from None
+        raise UsageError(f"--client-key {path}: {str(error).removeprefix('file: ')}") from None
     return pair.private
 
 

@@ -1,6 +1,7 @@
 """What `minigpt status` asks for and shows: the stages' places and evidence, then a table of their load."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,9 +24,13 @@ _TITLES = ("stage", "up", "weights", "channels", "sequences", "queue", "tokens/s
 class Looker:
     """Asks for the stages' state, each time over the same link; one that broke is dialled again for the next look."""
 
-    def __init__(self, connect: Callable[[], Pipeline], entries: Sequence[StageEntry]) -> None:
+    def __init__(
+        self, connect: Callable[[], Pipeline], entries: Sequence[StageEntry], listens: Callable[[int], str]
+    ) -> None:
+        """`listens` says of a stage, which nobody could be asked about, whether anything is there."""
         self._connect = connect
         self._entries = entries
+        self._listens = listens
         self._pipeline: Pipeline | None = None
 
     def look(self) -> tuple[StageReport, ...]:
@@ -37,8 +42,13 @@ class Looker:
         except (StageError, RequestRefused) as error:
             reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
             reports = (StageReport(0, error=str(error), reason=reason),)
-        missing = [StageReport(one.index, "not asked: a stage before it failed", "failed") for one in self._entries]
-        return (*reports, *missing[len(reports) :])
+        rest = [entry.index for entry in self._entries[len(reports) :]]
+        if not rest:
+            return reports
+        why = f"not asked, because stage {rest[0] - 1} before it failed"
+        with ThreadPoolExecutor(len(rest)) as pool:  # each may take seconds
+            found = list(pool.map(self._listens, rest))
+        return (*reports, *(StageReport(i, f"{why}; {words}", "failed") for i, words in zip(rest, found, strict=True)))
 
     def __enter__(self) -> Self:
         return self
