@@ -42,10 +42,10 @@ def status(options: argparse.Namespace) -> int:
     if options.save_evidence is not None:
         _make_folder(Path(options.save_evidence))
     data, parsed = manifest.load(options.manifest)
-    pipelines.warn_of_idle(options, parsed)
     entries = parsed.stages
     places = options.places or addresses.beside(options.manifest)
     where = Addresses(len(entries), places, pipelines.located(options))
+    pipelines.warn_of_idle(options, parsed)
     connect = partial(pipelines.connect, options, data, places=places, text=False, connections=1)
     redraw = options.watch is not None and sys.stdout.isatty()
     listens = partial(links.listens, where, timeout=options.connect_timeout)
@@ -150,6 +150,8 @@ def keygen(options: argparse.Namespace) -> int:
         write_private(options.output, dump_file(CLIENT_KEY, private=pair.private, public=pair.public))
     except FileExistsError:
         raise UsageError(f"{options.output} exists, and a key file is never overwritten: choose another name") from None
+    except FileNotFoundError:
+        raise UsageError(f"--output {options.output}: there is no such folder: make it first") from None
     show(pair.public.hex() + "\n")
     say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
     return 0

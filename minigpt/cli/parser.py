@@ -49,9 +49,9 @@ def parser() -> Parser:
     _stages(generate)
     _manifest(generate, required=False)
     option(generate, "--max-tokens", "20", "N", integer, "how many tokens at most")
-    option(generate, "--temperature", "0", "F", float, "0 takes the most likely token, 1 draws as the model would")
+    option(generate, "--temperature", "0", "F", number, "0 takes the most likely token, 1 draws as the model would")
     option(generate, "--top-k", "0", "K", integer, "draw among the K most likely tokens; 0 for all")
-    option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
+    option(generate, "--top-p", "1", "P", number, "draw among the most likely tokens of total probability P; 1 for all")
     option(generate, "--min-p", "0", "P", number, "draw among tokens at least P times as likely as the most likely; 0 "
            "for all, 0.02 to 0.1 is usual")  # fmt: skip
     option(generate, "--repetition-penalty", "1", "X", number, "of tokens in the prompt or generated, a number above 0:"
@@ -110,7 +110,7 @@ def parser() -> Parser:
     plan.add_argument("--test-root", metavar="HEX", help="for tests: a root that is believed in place of the images' "
                       "vendor's, by its certificate's SHA-256; both ends then need --allow-test-root")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
-    plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
+    plan.add_argument("--suite", action="append", default=[], type=integer, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
     option(plan, "--days", "30", "N", days, "how long it is valid")

@@ -5,7 +5,6 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from attest.document import (
     show,
@@ -24,7 +23,7 @@ def plan(options: argparse.Namespace) -> int:
     """`minigpt plan`: writes a manifest and its places, and prints the manifest's digest."""
     _check_addresses([Address.parse(text) for text in options.address])
     pinned = pins.read(options)
-    refuse_existing(options.output)  # before the weights are read
+    check_output(options.output)  # before the weights are read
     checkpoint, split = sources.find(options.model or "tiny", options.revision), pipelines.split_of(options)
     layers = planning.split_layers(sources.read_config(checkpoint.folder).n_layer, split)
     served = options.address or [f"tcp://127.0.0.1:{5001 + index}" for index in range(len(layers))]
@@ -65,9 +64,13 @@ def _check_addresses(given: Sequence[Address]) -> None:
             )
 
 
-def refuse_existing(output: str) -> None:
-    """Refuses to write a manifest over a file. Raises UsageError."""
-    if Path(output).is_file():
+def check_output(output: str) -> None:
+    """Refuses to write a manifest over a file, and where none can be. Raises UsageError."""
+    if os.path.isdir(output):
+        raise UsageError(f"--output {output}: is a folder, wanted a new file, as in {os.path.join(output, 'x.json')}")
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        raise UsageError(f"--output {output}: there is no such folder: make it first")
+    if os.path.isfile(output):
         raise UsageError(
             f"--output {output}: exists, and a pipeline may run by it: choose another name, or remove it first"
         )

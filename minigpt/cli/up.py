@@ -15,7 +15,7 @@ from attest.document import (
 )
 from minigpt.checkpoint import sources
 from minigpt.cli import pipelines
-from minigpt.cli.plan import refuse_existing
+from minigpt.cli.plan import check_output
 from minigpt.cli.status import MOCK_NOTICE
 from minigpt.cli.terminal import progress, say
 from minigpt.errors import UsageError
@@ -29,9 +29,7 @@ def up(options: argparse.Namespace) -> int:
     """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C. Both files go
     with the stages."""
     beside = addresses.beside(options.output)
-    refuse_existing(options.output)
-    if not os.path.isdir(os.path.dirname(options.output) or "."):
-        raise UsageError(f"--output {options.output}: there is no such folder: make it first")
+    check_output(options.output)
     ended = threading.Event()
     checkpoint, split = sources.find(options.model or "tiny", options.revision), pipelines.split_of(options)
     with progress(lambda _: None) as tell:
@@ -43,7 +41,7 @@ def up(options: argparse.Namespace) -> int:
         stages = _launch(options, checkpoint, split, progress=tell, news=news)
     try:
         signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
-        refuse_existing(options.output)  # of another one, which was sooner
+        check_output(options.output)  # of another one, which was sooner
         write_file(beside, stages.places)
         write_file(options.output, stages.document)  # last: whoever waits for it can connect
         model = f" --model {shlex.quote(options.model)}" if options.model else ""

@@ -69,6 +69,9 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         (("generate", "x", "--seed", "-1"), "--seed is -1, wanted"),
         (("generate", "x", "--top-p", "2"), "--top-p is 2.0, wanted"),  # and no warning that it has no effect
         (("generate", "x", "--draft", "65"), "--draft is 65, wanted"),
+        (("generate", "x", "--split", "6x6"), "--split is '6x6', wanted numbers of layers joined by +, such as 6+6"),
+        (("generate", "x", "--split", "6+7"), "--split is 6+7, 13 layers in all, but the model has 12"),
+        (("generate", "x", "--temperature", "hot"), "--temperature: got 'hot', wanted a number"),
         (("generate", "x", "--top-logprobs", "21"), "--top-logprobs is 21, wanted"),
     ],
 )  # fmt: skip
@@ -97,6 +100,15 @@ def test_a_value_that_looks_like_an_option_is_one_only_where_argparse_has_it_so(
         ("x", "--presence-penalty=-1e1"),
     ):
         assert "--stages is for local stages" in said("generate", "--manifest", "m", "--stages", "1", *words)
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_started(said: Tell, tmp_path: Path) -> None:
+    root = ("--root-key", MockRoot.generate().public.hex())
+    for command in (("plan", *root), ("up",)):
+        assert f"--output {tmp_path}: is a folder, wanted a new file" in said(*command, "-o", tmp_path)
+        nowhere = tmp_path / "none/p.json"
+        assert said(*command, "-o", nowhere).endswith(f"--output {nowhere}: there is no such folder: make it first")
+    assert said("keygen", "-o", tmp_path / "none/key").endswith("there is no such folder: make it first")
 
 
 def test_what_may_be_a_prompt_or_a_key_is_not_quoted(said: Tell) -> None:
