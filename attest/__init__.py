@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from attest.document import PRIVATE, DocumentError, Place, is_key, load
+from attest.document import EVIDENCE, PRIVATE, DocumentError, Place, check_kind, load
 
 MAX_CLAIMS = 4096  # bytes; a stage's claims are about 120
 MAX_EVIDENCE = 64 * 1024  # bytes; a Nitro document is about 5 KB, a TDX quote about 8 KB
@@ -248,13 +248,10 @@ def open_file(text: str | bytes, kind: str, names: tuple[str, ...]) -> Place:
     It may hold a private key, so no error quotes its content. Raises DocumentError.
     """
     data = text.encode(errors="replace") if isinstance(text, str) else text
-    wanted = PRIVATE.get(kind, f"a {kind} file")
-    if is_key(data[:100].decode("ascii", "replace")):
-        raise DocumentError(f"got 64 hex digits, as a public key is written, wanted {wanted}: the file keygen wrote")
+    origin = "the file that keygen wrote" if kind in PRIVATE else "as `minigpt status --save-evidence` writes it"
+    check_kind("file", data, PRIVATE.get(kind, EVIDENCE), origin)
     file = load(f"{kind} file", data, MAX_FILE, quiet=True)
     label = file.get("format").value
-    if isinstance(label, str) and label != kind and label in PRIVATE:
-        raise DocumentError(f"got {PRIVATE[label]}, wanted {wanted}")
     if label != kind:
         file.get("format").refuse(f'"{kind}"')
     if file.get("version").value != 1 or type(file.get("version").value) is not int:

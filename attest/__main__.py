@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code. Only usage errors leave by SystemExit (argparse)."""
+    """Runs one command; returns its exit code. Only a help and a version leave by SystemExit (argparse)."""
     try:
         from attest import commands
 

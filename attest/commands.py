@@ -31,8 +31,11 @@ from attest import (
     load_evidence,
     provider_name,
 )
+from attest.arguments import Parser
 from attest.document import (
+    MANIFEST,
     DocumentError,
+    check_kind,
     load,
     public_key,
     read_file,
@@ -56,14 +59,14 @@ DAYS = 90  # of a stage key's endorsement, by default; what certificate authorit
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code. Only usage errors leave by SystemExit (argparse)."""
+    """Runs one command; returns its exit code. Only a help and a version leave by SystemExit (argparse)."""
     parser = _parser()
     try:
         try:
             refuse_private(sys.argv[1:] if arguments is None else arguments)
             options = parser.parse_args(arguments)
             code, text = options.run(options, parser)
-        except SystemExit:  # argparse has printed a help, a version or a usage error
+        except SystemExit:  # argparse has printed a help or a version
             _print("")
             raise
         _print(text)
@@ -85,8 +88,8 @@ def _print(text: str) -> None:
         show(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m attest",
         allow_abbrev=False,
         description="Make mock keys, measure the code, read evidence.",
@@ -155,9 +158,11 @@ def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tup
             f"next, for each stage: python -m attest keygen --root {options.output} --stage 0 -o stage0.json"
         )
     else:
-        root = MockRoot.from_json(
-            sys.stdin.buffer.read(MAX_FILE + 1) if options.root == "-" else read_private(options.root, MAX_FILE)
-        )
+        data = sys.stdin.buffer.read(MAX_FILE + 1) if options.root == "-" else read_private(options.root, MAX_FILE)
+        try:
+            root = MockRoot.from_json(data)
+        except EvidenceError as error:
+            raise EvidenceError(f"--root {options.root}: {str(error).removeprefix('file: ')}") from None
         not_after_ms = int(time.time() * 1000) + (options.days or DAYS) * 86_400_000
         key = MockKey.generate(root, options.stage, not_after_ms)
         advice = (
@@ -181,7 +186,10 @@ def _measure(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[i
 
 def _show(options: argparse.Namespace, _: argparse.ArgumentParser) -> tuple[int, str]:
     data = _read(options.file)
-    evidence, binding = _load(data, options.endorsements)
+    try:
+        evidence, binding = _load(data, options.endorsements)
+    except EvidenceError as error:
+        raise EvidenceError(f"{options.file}: {error}") from None
     if options.pins:
         return 0, _pins(evidence, options.at)
     fields, warnings = _said(evidence, binding)
@@ -286,6 +294,7 @@ def _pinned(path: str, index: int) -> tuple[Platform, Any, bytes, bytes | None]:
     """The platform, pins, claims and test root of a manifest's stage. Raises DocumentError; the rest of it is not
     looked at."""
     data = read_file(path, MAX_MANIFEST)
+    check_kind(path, data, MANIFEST, "the file that `minigpt plan` or `up` wrote")
     stages = load("manifest", data, MAX_MANIFEST).get("stages").items(1, 256)
     if index >= len(stages):
         raise DocumentError(f"--stage {index}: the manifest has {len(stages)} stages, from 0 on")
@@ -313,7 +322,10 @@ def _load(data: bytes, folder: str | None) -> tuple[Evidence, Binding | None]:
     if data.startswith(tdx.BEGINS):
         found = tdx.endorsements(tdx.parse(data), certificates.files(folder)) if folder else ()
         return Evidence(Provider.TDX, NO_CLAIMS, data, found), None
-    return load_evidence(data)
+    try:
+        return load_evidence(data)
+    except EvidenceError as error:
+        raise EvidenceError(str(error).removeprefix("file: ")) from None
 
 
 def _own_time(evidence: Evidence) -> int:

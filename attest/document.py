@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 log = logging.getLogger("attest")
 
+EVIDENCE, MANIFEST, PLACES = "an evidence file", "a manifest", "a places file"
 CLIENT_KEY, MOCK_ROOT, MOCK_KEY = "minigpt-client-key", "minigpt-mock-root", "minigpt-mock-key"
 PRIVATE = {  # what a private file says that it is, and what that is
     CLIENT_KEY: "a client's private key",
@@ -29,7 +30,13 @@ PRIVATE = {  # what a private file says that it is, and what that is
 _MAX_PRIVATE = 2**16  # bytes of a private file; they have 500
 _HEX = set("0123456789abcdef")
 _KEY = re.compile(r"\s*[0-9a-fA-F]{64}\s*", re.ASCII)
-_LABEL = re.compile(r'"format":\s*"(minigpt-[a-z-]+)"')
+_LABEL = re.compile(r'"format":\s*"(minigpt-[a-z-]+)[0-9]*"')
+_PLACES = re.compile(r'\s*\{\s*"[0-9]+":\s*"[a-z]+://')
+_BEGINNINGS = {
+    "<": "a page of HTML or XML, as a download that failed leaves",
+    "-----BEGIN ": "PEM, as certificates and keys of other programs are",
+    "ssh-": "a public key of SSH",
+}  # by the first characters of a file
 
 
 class DocumentError(ValueError):
@@ -46,6 +53,27 @@ def private_in(text: str) -> str | None:
     """Which private file a text is, or holds the words of; None if none."""
     kinds = [PRIVATE[kind] for kind in _LABEL.findall(text) if kind in PRIVATE]
     return kinds[0] if kinds else None
+
+
+def really(data: bytes) -> str | None:
+    """What a file is that is not what was wanted, if that is easily told. Quotes nothing of it."""
+    text = data.decode(errors="replace")
+    if not text.strip():
+        return "empty"
+    if is_key(text[:100]):
+        return "a key in 64 hex digits, as keygen prints the public one"
+    labels = {**PRIVATE, "minigpt-evidence": EVIDENCE, "minigpt-pipeline-": MANIFEST}
+    found = next((labels[label] for label in _LABEL.findall(text) if label in labels), None)
+    if found is None and _PLACES.match(text):
+        found = PLACES
+    return found or next((what for start, what in _BEGINNINGS.items() if text.lstrip().startswith(start)), None)
+
+
+def check_kind(name: str, data: bytes, wanted: str, origin: str) -> None:
+    """Raises DocumentError if a file is plainly of another kind than it was given for."""
+    found = really(data)
+    if found is not None and found != wanted:
+        raise DocumentError(f"{name}: it is {found}, wanted {wanted}, {origin}")
 
 
 def refuse_private(arguments: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from attest import AttestationError
         from attest.document import DocumentError, refuse_private, show
         from minigpt.cli.parser import parser
-        from minigpt.cli.values import blame
+        from minigpt.cli.values import told
         from transport.errors import TransportError
 
         try:
@@ -34,21 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parser().parse_args(argv)
         except DocumentError as error:
             raise UsageError(str(error)) from None
-        except SystemExit:  # argparse has printed a help, a version or a usage error
+        except SystemExit:  # argparse has printed a help or a version
             show("")
             raise
-        from minigpt.cli import commands
+        from minigpt.cli.commands import COMMANDS
 
-        code: int = getattr(commands, options.command)(options)
+        code = COMMANDS[options.command](options)
     except KeyboardInterrupt:  # first, because it may come before the names below are imported
         return 130
     except (MemoryError, ImportError, RuntimeError, SystemError) as error:
         print(f"minigpt: {shortage(error)}", file=sys.stderr)
         return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        message = str(error)
-        if options is not None and error.exit_code <= 2:
-            message = blame(message, options.from_environment)
+        message = str(error) if options is None else told(error, options)
         print("\n  ".join([f"minigpt: {message}", *getattr(error, "checks", ())]), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:

@@ -434,7 +434,8 @@ def _bind(address: Address, backlog: int) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        raise Unreachable(f"cannot listen on {address}: {_reason(error)}") from None
+        hint = ": end what listens there, or choose another port" if error.errno == errno.EADDRINUSE else ""
+        raise Unreachable(f"cannot listen on {address}: {_reason(error)}{hint}") from None
     return sock
 
 

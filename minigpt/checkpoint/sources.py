@@ -126,6 +126,13 @@ def disguise(data: bytes) -> str | None:
     return next(words, None)
 
 
+def unreadable(error: Exception) -> str | None:
+    """What to say of a file of a checkpoint that this user may not read; None if that is not what happened."""
+    if not isinstance(error, PermissionError):
+        return None
+    return "this user may not read it: let them (chmod a+rX, for its folders too), or run as another"
+
+
 def dangling(path: Path) -> str | None:
     """What to say of a link to nothing, as is left where the hub's cache was pruned; None if it is none."""
     if not path.is_symlink() or path.exists():
@@ -167,8 +174,10 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
             raise ConfigError(f"got {type(data).__name__}, wanted a JSON object")
         return parse(data)
     except OSError as error:
-        hint = f": a checkpoint's folder has a {CONFIG}" if path.name == CONFIG else ""
-        reason = dangling(path) or f"{error.strerror}{hint}"
+        hint = ""
+        if isinstance(error, FileNotFoundError) and path.name == CONFIG:
+            hint = f": a checkpoint's folder has a {CONFIG}"
+        reason = dangling(path) or unreadable(error) or f"{error.strerror}{hint}"
     except DocumentError as error:
         reason = disguise(text) or f"not JSON: {error}"
     except ConfigError as error:

@@ -29,16 +29,17 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from attest.document import parse_json, read_file
-from minigpt.checkpoint.sources import dangling, disguise
+from minigpt.checkpoint.sources import dangling, disguise, unreadable
 from minigpt.engine.config import Config, tensor_shapes
 from minigpt.engine.linalg import Array, by_columns
 from minigpt.errors import CheckpointError
@@ -196,7 +197,8 @@ def _blocks(name: str, place: _Stored, size: int) -> Iterator[NDArray[np.uint8]]
                     left, offset = left[count:], offset + count
                 yield block
     except (OSError, EOFError) as error:
-        raise CheckpointError(f"tensor {name}: cannot be read from {place.path}: {error}") from None
+        reason = unreadable(error) or error
+        raise CheckpointError(f"tensor {name}: cannot be read from {place.path}: {reason}") from None
 
 
 def _stored_head(folder: Path, embedding: _Stored) -> _Stored | None:
@@ -250,14 +252,19 @@ def _places(folder: Path, wanted: Mapping[str, Any], *, tied: bool) -> dict[str,
 
 def _stored_names(folder: Path) -> dict[str, str]:
     """Each tensor's name as stored, and the file in `folder` that holds it. transformers looks in the same order."""
-    if (folder / SINGLE).is_file():
-        return dict.fromkeys(_header(folder / SINGLE), SINGLE)
-    if (folder / INDEX).is_file():
-        return _index(folder / INDEX)
-    for name in (SINGLE, INDEX):
-        if (gone := dangling(folder / name)) is not None:
-            raise CheckpointError(f"{folder / name}: {gone}")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    try:
+        if (folder / SINGLE).is_file():
+            return dict.fromkeys(_header(folder / SINGLE), SINGLE)
+        if (folder / INDEX).is_file():
+            return _index(folder / INDEX)
+        for name in (SINGLE, INDEX):
+            if (gone := dangling(folder / name)) is not None:
+                raise CheckpointError(f"{folder / name}: {gone}")
+            if (folder / name).is_dir():
+                raise CheckpointError(f"{folder / name} is a folder, wanted a file: fetch the checkpoint again")
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {unreadable(error) or error.strerror}") from None
     hint = (
         f", only {', '.join(others)[:200]}, which is not read (pickles can run code): convert it with transformers' "
         "save_pretrained"
@@ -275,7 +282,8 @@ def _index(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{path}: {wrong}")
         entries = dict(parse_json(data)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index with a weight_map ({type(error).__name__}: {error})") from None
+        reason = unreadable(error) or f"not an index with a weight_map ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{path}: {reason}") from None
     for name, file_name in entries.items():
         if not isinstance(file_name, str) or not _PLAIN.fullmatch(file_name):
             got = f"tensor {name!r:.80} is in {file_name!r:.80}"
@@ -285,8 +293,12 @@ def _index(path: Path) -> dict[str, str]:
 
 def _header(path: Path) -> dict[str, _Stored]:
     """Every tensor of a safetensors file, whose header the package has checked: no holes, no overlaps."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is {dangling(path) or 'missing, or not a file'}")
+    try:
+        if not path.is_file():
+            folder = "a folder, wanted a file" if path.is_dir() else "missing, or not a file"
+            raise CheckpointError(f"{path} is {dangling(path) or folder}: fetch the checkpoint again")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {unreadable(error) or error.strerror}") from None
     wrong = None
     places: dict[str, _Stored] = {}
     try:
@@ -296,6 +308,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             wrong = disguise(begin) if begin[8:9] != b"{" else None
             if length > MAX_HEADER:
                 raise CheckpointError(f"{path}: {wrong or f'a header of {length} bytes, wanted at most {MAX_HEADER}'}")
+            wrong = wrong or _truncated(file, length)
             file.seek(8)
             parse_json(file.read(length))  # of equal names the package takes the last
         with safe_open(path, framework="numpy") as opened:
@@ -308,6 +321,18 @@ def _header(path: Path) -> dict[str, _Stored]:
                 places[name] = _Stored(path, offset, dtype, shape)
                 offset += places[name].nbytes
     except (SafetensorError, OSError, ValueError) as error:
-        reason = wrong or f"not a valid safetensors file: {str(error)!r:.200}"
+        reason = unreadable(error) or wrong or f"not a valid safetensors file: {str(error)!r:.200}"
         raise CheckpointError(f"{path}: {reason}") from None
     return places
+
+
+def _truncated(file: IO[bytes], length: int) -> str | None:
+    """What to say of a file that ends before its header of this length, or its tensors, do; None if it does not."""
+    size = os.fstat(file.fileno()).st_size
+    wanted = 8 + length
+    if size >= wanted:
+        file.seek(8)
+        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):  # not a header: others say so
+            header = parse_json(file.read(length))
+            wanted += max(int(piece["data_offsets"][1]) for name, piece in header.items() if name != "__metadata__")
+    return f"it has {size} bytes, and its header announces {wanted}: cut off; fetch it again" if size < wanted else None

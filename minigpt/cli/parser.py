@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import minigpt
+from attest.arguments import Parser
 from minigpt.cli.values import (
     answers,
     bias,
@@ -30,9 +31,9 @@ from minigpt.cli.values import (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="minigpt",
         description="GPT-2 in NumPy, cut into stages that talk over encrypted, attested links.",
         allow_abbrev=False,
@@ -48,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
     _stages(generate)
     _manifest(generate, required=False)
     option(generate, "--max-tokens", "20", "N", integer, "how many tokens at most")
-    option(generate, "--temperature", "0", "F", float, "0 takes the most likely token, 1 draws as the model would")
+    option(generate, "--temperature", "0", "F", number, "0 takes the most likely token, 1 draws as the model would")
     option(generate, "--top-k", "0", "K", integer, "draw among the K most likely tokens; 0 for all")
-    option(generate, "--top-p", "1", "P", float, "draw among the most likely tokens of total probability P; 1 for all")
+    option(generate, "--top-p", "1", "P", number, "draw among the most likely tokens of total probability P; 1 for all")
     option(generate, "--min-p", "0", "P", number, "draw among tokens at least P times as likely as the most likely; 0 "
            "for all, 0.02 to 0.1 is usual")  # fmt: skip
     option(generate, "--repetition-penalty", "1", "X", number, "of tokens in the prompt or generated, a number above 0:"
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--test-root", metavar="HEX", help="for tests: a root that is believed in place of the images' "
                       "vendor's, by its certificate's SHA-256; both ends then need --allow-test-root")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
-    plan.add_argument("--suite", action="append", default=[], type=int, choices=(1, 2), metavar="N",
+    plan.add_argument("--suite", action="append", default=[], type=integer, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
     option(plan, "--days", "30", "N", days, "how long it is valid")
@@ -165,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     option(serve, "--model-name", None, "NAME", str, "the model's name for clients (default: the manifest's)")
     option(serve, "--chat-template", None, "plain", one_of("plain"), "make prompts of chats from lines of role: text, "
            "for a model that has no template of its own")  # fmt: skip
-    option(serve, "--connections", "32", "N", positive, "answers at a time (default: as many as a stage has sequences)")
+    option(serve, "--connections", "32", "N", positive, "answers at a time: no more than stage 0 has sequences")
     option(serve, "--queue", "64", "N", natural, "requests that may wait for their turn; others are refused")
     _retry(serve)
     option(serve, "--log-format", "text", "text|json", one_of("text", "json"), "of the log, on standard error")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from attest.document import DocumentError, load, parse_json, public_key, read_file
+from attest.document import DocumentError, check_kind, load, public_key, read_file
 from attest.measure import measure
 from attest.providers import Pins, Rooted
 from attest.providers.mock import MockPins
@@ -26,7 +26,10 @@ def read(options: argparse.Namespace) -> list[Pins]:
             raise UsageError(f"{_FLAGS} pins images, not the mock: leave out --root-key and --measurement")
         return [_image(options, flag, path) for flag, path in images]
     if options.root_key is None:
-        raise UsageError(f"give --root-key, the mock's public key; or, for images, {_FLAGS} once for each stage")
+        raise UsageError(
+            "--root-key is missing: give the public key that `python -m attest keygen -o root.key` prints; or, for "
+            f"images, {_FLAGS} once for each stage"
+        )
     measurements = [_hex("--measurement", text, 48) for text in options.measurement] or [measure()]
     mock = MockPins(public("--root-key", options.root_key), frozenset(measurements))
     return [mock if path == "mock" else _image(options, flag, path) for flag, path in images or [("", "mock")]]
@@ -40,7 +43,9 @@ def _image(options: argparse.Namespace, flag: str, path: str) -> Pins:
 
 def _guest(flag: str, path: str) -> Pins:
     try:
-        place = load(path, read_file(path, MAX_DESCRIPTION), MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
+        data = read_file(path, MAX_DESCRIPTION)
+        check_kind(path, data, "pins", "as `python -m attest show --pins` prints them")
+        place = load(path, data, MAX_DESCRIPTION)  # a manifest's `evidence`, by itself
         if flag == "--snp":
             return SnpPins.read(place)
         pins = TdxPins.read(place)
@@ -56,11 +61,17 @@ def _guest(flag: str, path: str) -> Pins:
 def _nitro(path: str) -> NitroPins:
     """All registers that an image's description has: PCR0, PCR1 and PCR2, and if it is signed, PCR8."""
     try:
-        found = parse_json(read_file(path, MAX_DESCRIPTION))["Measurements"]
+        data = read_file(path, MAX_DESCRIPTION)
+        check_kind(path, data, "an image's description", "as scripts/image/build.py or nitro-cli prints it")
+        found = load(path, data, MAX_DESCRIPTION).value["Measurements"]
         texts = {index: found[f"PCR{index}"] for index in range(REGISTERS) if index in CODE or f"PCR{index}" in found}
         if not all(isinstance(text, str) for text in texts.values()):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise UsageError(f"--pcrs {path}: {error.strerror}") from None
+    except DocumentError as error:
+        raise UsageError(f"--pcrs {error}") from None
+    except (KeyError, TypeError):
         raise UsageError(f"--pcrs {path}: wanted JSON with Measurements and PCR0, PCR1, PCR2 in it") from None
     return NitroPins({index: _hex(f"--pcrs {path}", text, 48) for index, text in texts.items()})
 

@@ -1,14 +1,17 @@
 """What `minigpt status` asks for and shows: the stages' places and evidence, then a table of their load."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from minigpt.cli.terminal import say
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import RequestRefused, StageError, UntrustedStage
 from minigpt.protocol.manifest import Manifest, StageEntry
 from minigpt.protocol.messages import StageReport
 
+MOCK_NOTICE = "mock evidence: the signatures are valid, but they prove nothing about hardware"
 CLEAR = "\033[H\033[J"  # the terminal, from its upper left corner on
 _FIGURES = {"uptime_s": "uptime"} | {
     name: name
@@ -21,9 +24,13 @@ _TITLES = ("stage", "up", "weights", "channels", "sequences", "queue", "tokens/s
 class Looker:
     """Asks for the stages' state, each time over the same link; one that broke is dialled again for the next look."""
 
-    def __init__(self, connect: Callable[[], Pipeline], entries: Sequence[StageEntry]) -> None:
+    def __init__(
+        self, connect: Callable[[], Pipeline], entries: Sequence[StageEntry], listens: Callable[[int], str]
+    ) -> None:
+        """`listens` says of a stage, which nobody could be asked about, whether anything is there."""
         self._connect = connect
         self._entries = entries
+        self._listens = listens
         self._pipeline: Pipeline | None = None
 
     def look(self) -> tuple[StageReport, ...]:
@@ -35,8 +42,13 @@ class Looker:
         except (StageError, RequestRefused) as error:
             reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
             reports = (StageReport(0, error=str(error), reason=reason),)
-        missing = [StageReport(one.index, "not asked: a stage before it failed", "failed") for one in self._entries]
-        return (*reports, *missing[len(reports) :])
+        rest = [entry.index for entry in self._entries[len(reports) :]]
+        if not rest:
+            return reports
+        why = f"not asked, because stage {rest[0] - 1} before it failed"
+        with ThreadPoolExecutor(len(rest)) as pool:  # each may take seconds
+            found = list(pool.map(self._listens, rest))
+        return (*reports, *(StageReport(i, f"{why}; {words}", "failed") for i, words in zip(rest, found, strict=True)))
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +90,11 @@ def place(state: dict[str, Any]) -> str:
     where = f"stage {state['stage']}  layers {first}-{end - 1}  {state['address'] or '-'}"
     root = " under a test's root" if state.get("test_root") else ""
     return f"{where}  {state['provider']} evidence {state['evidence']}{root}"
+
+
+def say_if_mock(stages: Sequence[dict[str, Any]]) -> None:
+    if any(stage["provider"] == "mock" and stage["evidence"] == "accepted" for stage in stages):
+        say(MOCK_NOTICE)
 
 
 def shown(states: Sequence[dict[str, Any]]) -> str:

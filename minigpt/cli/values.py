@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+_PYTHONS = re.compile(r" \(\w+=(True)?\)")  # what a message says beside an option, to whoever has no options
+
 
 class Variable(str):
     """Text from the environment, in place of an option's default."""
@@ -50,6 +52,16 @@ def option(
     found = variable(flag)
     needed = required and found is None
     to.add_argument(flag, type=read, default=found or default, metavar=metavar, help=text + shown, required=needed)
+
+
+def told(error: Exception, options: argparse.Namespace) -> str:
+    """An error's message for the terminal, where a keyword of Python is an option, and any may come from the
+    environment."""
+    message = _PYTHONS.sub("", str(error))
+    name, space, rest = message.partition(" ")
+    if name in vars(options) and rest.startswith(("is ", "has ")):
+        message = f"--{name.replace('_', '-')}{space}{rest}"
+    return blame(message, options.from_environment) if getattr(error, "exit_code", 1) <= 2 else message
 
 
 def blame(message: str, variables: list[Variable]) -> str:
@@ -136,7 +148,11 @@ def days(text: str) -> float:
 
 def counts(text: str) -> list[int]:
     """Different integers of at least 1, separated by commas."""
-    values = [positive(part) for part in text.split(",")]
+    try:
+        values = [positive(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        wanted = "whole numbers of at least 1 with commas between them, as in 1,2"
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}") from None
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted different numbers")
     return values

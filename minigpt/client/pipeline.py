@@ -157,8 +157,7 @@ class Pipeline(TextModel):
         if handshake_timeout is not None:
             _check_seconds(handshake_timeout=handshake_timeout)
         _check_retry_for(retry_for)
-        data = manifest if isinstance(manifest, bytes) else manifests.read(manifest)
-        parsed = Manifest.parse(data)
+        parsed = Manifest.parse(manifest) if isinstance(manifest, bytes) else manifests.load(manifest)[1]
         if manifest_sha256 is not None and _digest(manifest_sha256) != parsed.digest.hex():
             raise ManifestError(f"the manifest's sha256 is {parsed.digest.hex()}, wanted {_digest(manifest_sha256)}")
         if places is None and not isinstance(manifest, bytes):

@@ -196,30 +196,33 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, config: Config) -> tuple[int, ...]:
-    """The prompt's token ids. Raises UsageError if it is none, empty, too long, or has an id outside the vocabulary."""
+def encode_prompt(
+    prompt: Prompt, tokenizer: Tokenizer | None, config: Config, name: str = "the prompt"
+) -> tuple[int, ...]:
+    """The prompt's token ids; errors call it by its name. Raises UsageError if it is none, empty, too long, or has an
+    id outside the vocabulary."""
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise UsageError("no tokenizer for this model was found: give the prompt as token ids")
+            raise UsageError(f"no tokenizer for this model was found: give {name} as token ids")
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise UsageError("the prompt is not UTF-8 text") from None
+            raise UsageError(f"{name} is not UTF-8 text") from None
         ids = tuple(tokenizer.encode(prompt))
         beyond = next((token for token in ids if token >= config.vocab_size), None)
         if beyond is not None:
             raise UsageError(
-                f"the prompt has the token {tokenizer.name(beyond)!r:.80}, id {beyond}, and this model's ids end at "
+                f"{name} has the token {tokenizer.name(beyond)!r:.80}, id {beyond}, and this model's ids end at "
                 f"{config.vocab_size - 1}: its tokenizer is larger than the model; leave that token out"
             )
     else:
         ids = _given_ids(prompt)
         if any(not 0 <= token < config.vocab_size for token in ids):
-            raise UsageError(f"a token id of the prompt is outside the vocabulary, 0 to {config.vocab_size - 1}")
+            raise UsageError(f"a token id of {name} is outside the vocabulary, 0 to {config.vocab_size - 1}")
     if not ids:
-        raise UsageError("the prompt is empty: give at least one token")
+        raise UsageError(f"{name} is empty: give at least one token")
     if len(ids) > config.n_positions:
-        raise UsageError(f"the prompt has {len(ids)} tokens, and the model {config.n_positions} positions: shorten it")
+        raise UsageError(f"{name} has {len(ids)} tokens, and the model {config.n_positions} positions: shorten it")
     return ids
 
 
@@ -243,7 +246,7 @@ def ids_in(text: str) -> list[int]:
     words = text.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         raise UsageError(
-            'no tokenizer for this model was found, so the prompt must be token ids, such as "464 3139"; '
+            'no tokenizer for this model was found, so the text must be token ids, such as "464 3139"; '
             "or name a folder or hub id that has one, with --model"
         )
     return [int(word) for word in words]
@@ -338,7 +341,7 @@ class TextModel(ABC):
         Raises as `generate`.
         """
         check_top("top", top)
-        ids = encode_prompt(prompt, self.tokenizer, self.config)
+        ids = encode_prompt(prompt, self.tokenizer, self.config, "the text")
         found: list[tuple[float | None, Likely]] = [(None, ())]
         if len(ids) > 1:
             request = Generate(start=0, ids=ids, max_tokens=1, wanted=Wanted.SCORES, top=top)

@@ -16,7 +16,7 @@ from selectors import EVENT_READ, DefaultSelector
 from attest.document import write_file
 from minigpt.checkpoint import sources
 from minigpt.launch import isolated
-from minigpt.launch.local import bound, how_it_ended, last_line
+from minigpt.launch.local import bound, last_words
 
 READY = 600.0  # seconds that a stage may take to load, a download of its checkpoint included
 PATIENCE = 5.0  # seconds that it may take to end
@@ -118,7 +118,7 @@ class Agent:
             return "it does not run"
         code = process.wait()
         with self._path("log").open("rb") as log:
-            return f"{how_it_ended(code)}: {last_line(log)}"
+            return last_words(code, log)
 
     def end(self) -> None:
         """Ends the process, if there is one, and waits for it."""

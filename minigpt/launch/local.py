@@ -16,6 +16,7 @@ import fcntl
 import io
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import tempfile
@@ -271,6 +272,7 @@ class LocalStages:
             if said is _Said.SERVES:
                 self._restarts[index].ready(time.monotonic())
                 self._due.pop(index, None)
+                self._tell(f"stage {index} serves again")
             elif said is _Said.NOTHING:
                 self._buried(index)
         for index, when in list(self._due.items()):
@@ -294,9 +296,9 @@ class LocalStages:
             child.process.kill()
             code = child.process.wait()
         if not self._supervisor.halt.closed:  # else it was told to
-            words = last_line(child.log)
+            words = last_words(code, child.log)
             child.close()
-            self._decide(index, f"stage {index} {how_it_ended(code)}: {words}")
+            self._decide(index, f"stage {index} {words}")
 
     def _start_again(self, index: int) -> None:
         try:
@@ -318,6 +320,9 @@ class LocalStages:
         else:
             words = f"{what}; it is started again" + (f" in {wait:g} s" if wait else "")
             self._due[index] = now + wait
+        self._tell(words)
+
+    def _tell(self, words: str) -> None:
         with contextlib.suppress(Exception):  # whoever cannot be told does not keep the stage from being started
             self._news(words)
 
@@ -397,7 +402,15 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def how_it_ended(code: int) -> str:
     """How a process ended, by its exit code."""
-    return f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
+    if code >= 0:
+        return f"ended with code {code}"
+    return f"was killed by signal {-code}" + (", perhaps for lack of memory" if code == -signal.SIGKILL else "")
+
+
+def last_words(code: int, log: IO[bytes]) -> str:
+    """How a stage that served ended. What it logged last has to do with that, unless somebody ended it."""
+    how = how_it_ended(code)
+    return how if code in (-signal.SIGKILL, -signal.SIGTERM) else f"{how}: {last_line(log)}"
 
 
 def last_line(log: IO[bytes]) -> str:

@@ -124,9 +124,9 @@ def split_layers(n_layer: int, split: str | int) -> list[range]:
     else:
         parts = split.split("+")
         if not all(part.isascii() and part.isdecimal() and len(part) < 7 and int(part) for part in parts):
-            raise UsageError(f"split {split!r}: wanted numbers of layers joined by +, such as 6+6")
+            raise UsageError(f"split is {split!r}, wanted numbers of layers joined by +, such as 6+6")
         sizes = [int(part) for part in parts]
         if sum(sizes) != n_layer:
-            raise UsageError(f"split {split}: {sum(sizes)} layers in all, but the model has {n_layer}")
+            raise UsageError(f"split is {split}, {sum(sizes)} layers in all, but the model has {n_layer}")
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -42,7 +42,7 @@ class Addresses:
         if index in self._over:
             return self._over[index]
         if self._source is None:
-            raise UsageError(f"the place of stage {index} is not known: give the places file (--places, places=)")
+            raise UsageError(f"the place of stage {index} is not known: give the places file with --places (places=)")
         try:
             data = document.read_file(self._source, MAX_PLACES)
         except OSError as error:
@@ -79,7 +79,10 @@ def read(data: bytes, count: int) -> list[str]:
 def write(addresses: Sequence[str], count: int) -> bytes:
     """The bytes of a places file. Raises UsageError if an address is none, or there is not one for each stage."""
     if len(addresses) != count:
-        raise UsageError(f"got {len(addresses)} addresses for {count} stages: give --address once for each")
+        raise UsageError(
+            f"got {len(addresses)} address{'es' if len(addresses) > 1 else ''} for {count} "
+            f"stage{'s' if count > 1 else ''}: give --address once for each"
+        )
     data = (json.dumps({str(index): address for index, address in enumerate(addresses)}, indent=2) + "\n").encode()
     read(data, count)
     return data
@@ -87,6 +90,7 @@ def write(addresses: Sequence[str], count: int) -> bytes:
 
 def _read(name: str, data: bytes, count: int) -> list[Address]:
     try:
+        document.check_kind(name, data, document.PLACES, "the file that `minigpt plan` wrote beside the manifest")
         top = document.load(name, data, MAX_PLACES)
         if type(top.value) is not dict:
             top.refuse("an object with the address of each stage by its number")

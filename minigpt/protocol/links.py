@@ -35,6 +35,7 @@ from transport.errors import (
     Abandoned,
     Alert,
     Closed,
+    HandshakeError,
     PeerAlert,
     Silent,
     TimedOut,
@@ -46,6 +47,7 @@ from transport.errors import (
 from transport.link import CLIENT, End
 from transport.records import MAX_MESSAGE
 from transport.session import SILENCE
+from transport.sockets import connect
 
 PROBE_AFTER = 5.0  # seconds of idleness after which a link is tried before anything begins on it
 PROBE = 2.0  # seconds that it may take to answer
@@ -124,9 +126,24 @@ def dial(
             f"Or no stage answers at {address}, or it was just ending: then try again"
         )
         raise UnreachableStage(text, stage=index) from error
+    except HandshakeError as error:
+        text = (
+            f"what listens at {address} is most likely no stage of this version of minigpt ({error}): "
+            f"correct the place of stage {index}, or see what runs there"
+        )
+        raise UnreachableStage(text, stage=index) from error
     except TransportError as error:
         found = broken(error, index)
-        raise (found if isinstance(found, UntrustedStage) else UnreachableStage(str(found), stage=index)) from error
+        hint = ""
+        if isinstance(error, Unreachable):
+            hint = ": start it, or correct its place"
+        elif isinstance(error, TimedOut):
+            option = "--handshake-timeout (handshake_timeout=)"
+            late = f": allow it more with {option}, or see what listens at {address}"
+            hint = late if "handshake" in str(error) else ": see whether its machine runs, or correct its place"
+        if not isinstance(found, UntrustedStage):
+            found = UnreachableStage(f"{found}{hint}", stage=index)
+        raise found from error
 
 
 def _untrusted(error: AttestationError, manifest: Manifest, index: int) -> UntrustedStage:
@@ -138,6 +155,16 @@ def _untrusted(error: AttestationError, manifest: Manifest, index: int) -> Untru
     return UntrustedStage(
         text, stage=index, failures=failures, checks=[str(check) for check in manifest.checks(index, failures)]
     )
+
+
+def listens(addresses: Addresses, index: int, timeout: float) -> str:
+    """For people: whether anything listens where stage `index` is, which is not asked for more."""
+    try:
+        address = addresses.of(index)
+        connect(address, timeout).close()
+    except (UsageError, TransportError) as error:
+        return f"it cannot be reached from here either: {error}"
+    return f"something listens at {address}"
 
 
 def broken(error: TransportError, index: int) -> StageError:
@@ -256,6 +283,13 @@ class StageLink:
         except Abandoned:
             raise
         except TransportError as error:
+            if isinstance(error, TimedOut) and not isinstance(error, Silent):
+                option = "--answer-timeout" if self.stage else "--timeout (timeout=)"
+                text = (
+                    f"stage {self.stage} did not answer in time, {limit:g} s: allow it more with {option}, or see what "
+                    "it is doing"
+                )
+                raise LateStage(text, stage=self.stage) from error
             raise broken(error, self.stage) from error
 
     def _unasked(self) -> Message | None:

@@ -91,6 +91,7 @@ class Manifest:
                 "manifest: got lines that end in CR LF, wanted LF, as `minigpt plan` writes them: something changed "
                 "them on the way, and the digest with them; copy the file again, as it is"
             )
+        document.check_kind("manifest", data, document.MANIFEST, "the file that `minigpt plan` or `up` wrote")
         top = document.load("manifest", data, MAX_MANIFEST)
         if top.get("format").value == WITH_ADDRESSES:
             raise ManifestError(f"manifest: {_MOVED}")
@@ -266,14 +267,19 @@ def endorsement_warnings(index: int, end: datetime.datetime | None) -> list[str]
     return [f"endorsements of stage {index} end in {days:.1f} days: renew those in the folder of its --endorsements"]
 
 
-def read(path: str | Path) -> bytes:
-    """The bytes of a manifest file. Raises UsageError if it cannot be read."""
+def load(path: str | Path) -> tuple[bytes, Manifest]:
+    """The bytes of a manifest file, and what they say. Raises UsageError if it cannot be read, and ManifestError."""
     try:
-        return document.read_file(path, MAX_MANIFEST)
+        data = document.read_file(path, MAX_MANIFEST)
     except OSError as error:
-        raise UsageError(f"manifest {path}: {error.strerror}") from None
+        wanted = "wanted the file that `minigpt plan` or `minigpt up` wrote"
+        raise UsageError(f"manifest {path}: {error.strerror}; {wanted}") from None
     except ValueError:  # of a name with a zero in it
         raise UsageError(f"manifest {str(path)!r:.120}: not a file's name") from None
+    try:
+        return data, Manifest.parse(data)
+    except ManifestError as error:
+        raise ManifestError(f"{path}: {str(error).removeprefix('manifest: ')}") from None
 
 
 def _config(place: Place) -> Config:

@@ -126,8 +126,9 @@ class Options:
     logit_bias: Mapping[int, float] | None = None
     top_logprobs: int = 0
 
-    def request(self, ids: tuple[int, ...], config: Config) -> Generate:
-        """The message for a prompt of these ids. Raises UsageError for an option of a wrong type or range."""
+    def check(self) -> Sampling:
+        """How tokens are drawn, but for `logit_bias`, which depends on the model. Raises UsageError for an option of a
+        wrong type or range."""
         if isinstance(self.stop, str):
             raise UsageError("stop is a string, wanted a list of strings: write [stop]")
         check_type("stop", self.stop, list, tuple)
@@ -146,12 +147,18 @@ class Options:
         if seed is None:
             seed = secrets.randbits(32) if self.temperature > 0 else 0
         try:
-            sampling = Sampling(
+            return Sampling(
                 float(self.temperature), self.top_k, float(self.top_p), seed, float(self.min_p),
                 float(self.repetition_penalty), float(self.presence_penalty), float(self.frequency_penalty),
-                _bias(self.logit_bias or {}, config),
             )  # fmt: skip
         except (ValueError, OverflowError) as error:  # the latter for an integer beyond all floats
+            raise UsageError(str(error)) from None
+
+    def request(self, ids: tuple[int, ...], config: Config) -> Generate:
+        """The message for a prompt of these ids. Raises UsageError as `check`, and for an id of `logit_bias`."""
+        try:
+            sampling = replace(self.check(), logit_bias=_bias(self.logit_bias or {}, config))
+        except (ValueError, OverflowError) as error:
             raise UsageError(str(error)) from None
         return Generate(
             start=0,

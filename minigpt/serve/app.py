@@ -168,10 +168,11 @@ def _errors(app: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        text = str(error.detail)
         if error.status_code in (404, 405):
             text = "there is nothing here, or not for this method: text is at POST /v1/completions"
-        return tell(Problem(error.status_code, text, code="not_found"), error.headers)
+            return tell(Problem(error.status_code, text, code="not_found"), error.headers)
+        text = "the body is not JSON in UTF-8" if error.status_code == 400 else str(error.detail)  # FastAPI's own
+        return tell(Problem(error.status_code, text), error.headers)
 
     async def refused(_: Request, error: Exception) -> Response:
         return tell(problem(error))

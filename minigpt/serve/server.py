@@ -28,6 +28,7 @@ UNREAD = 60.0  # seconds for which a client may leave what was sent to it unread
 MAX_HEADERS = 16 * 1024  # bytes
 PIECE = 1024  # bytes given to h11 at a time
 MAX_KEY = 256  # characters
+_MAKE_KEY = "make one: (umask 077; head -c 24 /dev/urandom | base64 > FILE)"
 DRAIN = 30.0  # seconds that answers may still take after SIGTERM
 
 
@@ -109,7 +110,8 @@ class Server(uvicorn.Server):
         # Nothing of uvicorn's is logged but what stops it: of a request, only our own line is.
         logger = logging.getLogger("uvicorn.error")
         logger.setLevel(logging.ERROR)
-        logger.addFilter(_is_news)
+        logger.addFilter(self._is_news)
+        self._refused: OSError | None = None  # why it cannot listen
         super().__init__(
             uvicorn.Config(
                 app, host, port, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
@@ -122,10 +124,20 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         try:
             await super().startup(sockets)
-        except SystemExit:  # uvicorn has logged why
-            raise UsageError(f"cannot listen on {self.config.host} port {self.config.port}") from None
+        except SystemExit:
+            raise UsageError(
+                f"cannot listen on {self.config.host} port {self.config.port}: {self._refused}; choose another with "
+                "--port, 0 for any that is free, or end what listens there"
+            ) from None
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Answers that are cut off at the end are no failure, and worth no traceback; why it cannot listen, we say."""
+        if isinstance(record.msg, OSError):
+            self._refused = record.msg
+            return False
+        return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit = self.should_exit  # uvicorn's own takes only Ctrl-C for an end at once
@@ -135,11 +147,6 @@ class Server(uvicorn.Server):
         """uvicorn raises the signal that ended it again: SIGTERM is then the usual end, and no death."""
         signal.signal(signal.SIGTERM, lambda _number, _frame: None)
         self.run()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Answers that are cut off at the end are no failure, and worth no traceback."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def read_key(options: argparse.Namespace) -> str | None:
@@ -189,13 +196,14 @@ def _read_key(path: str) -> str:
         with open(path, "rb") as file:
             open_to_others = os.fstat(file.fileno()).st_mode & 0o077
             key = file.read(MAX_KEY + 1).decode("ascii").strip()
-    except (OSError, ValueError):
-        raise UsageError(f"--api-key-file {path}: cannot be read, or is not text") from None
+    except OSError as error:
+        raise UsageError(f"--api-key-file {path}: {error.strerror}; {_MAKE_KEY}") from None
+    except ValueError:
+        raise UsageError(f"--api-key-file {path}: not text in ASCII; {_MAKE_KEY}") from None
     if open_to_others:
         raise UsageError(f"--api-key-file {path}: others may read it, wanted mode 0600: chmod 600 {path}")
     if not 16 <= len(key) <= MAX_KEY or not key.isprintable() or " " in key:
         raise UsageError(
-            f"--api-key-file {path}: wanted one line of 16 to {MAX_KEY} characters without spaces; for example: "
-            "head -c 24 /dev/urandom | base64"
+            f"--api-key-file {path}: wanted one line of 16 to {MAX_KEY} characters without spaces; {_MAKE_KEY}"
         )
     return key

@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 import minigpt
-from minigpt.cli.values import blame, few, natural, option, place, positive, seconds
+from minigpt.cli.values import few, natural, option, place, positive, seconds, told
 from minigpt.errors import MiniGPTError, shortage
 from minigpt.stage import streams
 from minigpt.stage.ending import Ending, leave
@@ -29,10 +29,10 @@ log = logging.getLogger("minigpt.stage")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of a stage."""
-    options = argparse.ArgumentParser(
-        prog="python -m minigpt.stage", description="Serves one stage of a pipeline.", allow_abbrev=False
-    )
+    """The command line of a stage. Parsing raises DocumentError."""
+    from attest.arguments import Parser  # where Ctrl-C is caught
+
+    options = Parser(prog="python -m minigpt.stage", description="Serves one stage of a pipeline.", allow_abbrev=False)
 
     options.set_defaults(from_environment=[])
 
@@ -107,14 +107,18 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         from attest.document import DocumentError, refuse_private
 
-        refuse_private(sys.argv[1:] if argv is None else argv)
+        try:
+            refuse_private(sys.argv[1:] if argv is None else argv)
+            options = parser().parse_args(argv)
+            if options.until_eof and 0 in closed:
+                parser().error(
+                    "--until-eof: standard input is closed, wanted a pipe that whoever starts this stage keeps open"
+                )
+        except DocumentError as error:
+            print(f"minigpt.stage: {error}", file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         return 130
-    except DocumentError as error:
-        parser().error(str(error))
-    options = parser().parse_args(argv)
-    if options.until_eof and 0 in closed:
-        parser().error("--until-eof: standard input is closed, wanted a pipe that whoever starts this stage keeps open")
     exposed = lock_down()
     streams.set_up(f"stage {options.index}")
     if exposed:
@@ -142,7 +146,7 @@ def _main(argv: Sequence[str] | None) -> int:
         log.error("%s", shortage(error))
         return 1
     except (MiniGPTError, AttestationError, TransportError) as error:
-        log.error("%s", blame(str(error), options.from_environment) if error.exit_code <= 2 else error)
+        log.error("%s", told(error, options))
         return error.exit_code
     return 0
 

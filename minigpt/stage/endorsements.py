@@ -66,6 +66,8 @@ def checked(folder: str) -> bytes:
     """The delivery of a folder's files. Raises AttestationError, also if one is anything but endorsements: whoever
     connects gets them, and a key may lie among them by mistake."""
     files = certificates.files(folder)
+    if not files:
+        raise AttestationError(f"{folder}: it is empty, wanted a folder with certificates and revocation lists in it")
     for place, data in files.items():
         if tdx_collateral.in_answer(place, data) is not None:
             continue

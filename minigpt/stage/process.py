@@ -215,10 +215,14 @@ def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T
         try:
             data = load(source, limit)
         except OSError as error:
-            raise UsageError(f"{source}: {error.strerror}") from None
+            raise UsageError(f"--{what.replace(' ', '-')} {source}: {error.strerror}") from None
         except DocumentError as error:
             raise UsageError(f"--mock-key: {error}") from None
-        return read(data)
+        try:
+            return read(data)
+        except (ManifestError, AttestationError) as error:
+            where = f"{source}: " if isinstance(source, str) else ""
+            raise type(error)(where + str(error).removeprefix("file: ").removeprefix("manifest: ")) from None
     with Listener(Address.parse(source)) as listener:
         log.info("waiting for the %s at %s", what, listener.address)
         until = time.monotonic() + PROVISION

@@ -258,7 +258,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("give --manifest and --output, or --update-lock")
     if (options.layout == "nitro") != (options.blobs is not None):
         raise UsageError("--layout nitro and --blobs belong together: the kernel and init come with nitro-cli")
-    manifest = Manifest.parse(manifests.read(options.manifest))
+    _, manifest = manifests.load(options.manifest)
     if not 0 <= options.index < len(manifest.stages):
         raise UsageError(f"--index {options.index}, but the manifest has {len(manifest.stages)} stages, from 0 on")
     checkpoint = sources.find(options.model or manifest.model, None if options.model else manifest.revision)

@@ -183,7 +183,7 @@ def test_a_flag_that_has_no_effect_is_warned_of(tiny: Stages) -> None:
     for words in (
         "--threads has no effect: the stages of --manifest run already",
         "--revision has no effect: the manifest pins",
-        "--logprobs has no effect: only --json shows it: add --json",
+        "--logprobs has no effect: only --json and --json-lines show it: add one of them",
     ):
         assert sum(words in line for line in told) == 1
     off = ("--draft", "0", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--top-logprobs", "0", "--temperature", "0")
@@ -273,7 +273,7 @@ def test_a_checkpoint_without_a_tokenizer_works_with_ids(tmp_path: Path) -> None
         (("generate", PROMPT, "--threads", "0"), 2, "at least 1"),
         (("generate", PROMPT, "--timeout", "nan"), 2, "seconds"),
         (("generate", PROMPT, "--temperature", "1e7"), 2, "temperature"),
-        (("generate", PROMPT, "--top-p", "nan"), 2, "top_p"),
+        (("generate", PROMPT, "--top-p", "nan"), 2, "--top-p is nan"),
         (("generate", PROMPT, "--seed", "-1"), 2, "seed"),
         (
             ("generate", PROMPT, "--repetition-penalty", "0"),

@@ -116,3 +116,9 @@ def test_a_documented_command_runs(name: str, text: str, tmp_path: Path, ports: 
     done = subprocess.run(run, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_lines_of_text_fit_a_terminal_but_for_tables() -> None:
+    for page in ("README.md", "docs/deployment.md"):
+        lines = (ROOT / page).read_text().splitlines()
+        assert [line for line in lines if len(line) > 140 and not line.startswith("|")] == []

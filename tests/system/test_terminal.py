@@ -116,7 +116,7 @@ def test_prompts_are_asked_for_until_ctrl_d_and_remembered_in_memory_only(tmp_pa
         assert "nothing about hardware" in opening
         first = terminal.ask(PROMPT)
         assert first.startswith(" Paris")
-        assert "20 tokens, ended by length" in first
+        assert "20 tokens, ended by --max-tokens" in first
         terminal.type(UP + len("France is") * BACKSPACE)
         assert terminal.ask("Japan is").startswith(" Tokyo")
         terminal.type(b"never mind")

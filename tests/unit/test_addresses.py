@@ -32,7 +32,7 @@ def test_the_longest_places_fit() -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"", "places: not JSON"),
+        (b"", "places: it is empty, wanted a places file"),
         (b"[]", "places: got list, wanted an object with the address of each stage"),
         (b'{"0": "tcp://a:1"}', "places: 1 is missing"),
         (b'{"0": "tcp://a:1", "1": "tcp://a:2", "2": "tcp://a:3"}', "got stage '2', wanted the manifest's stages, 0"),
@@ -58,7 +58,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 
 
 def test_addresses_and_stages_must_be_as_many() -> None:
-    with pytest.raises(UsageError, match="got 1 addresses for 2 stages: give --address once for each"):
+    with pytest.raises(UsageError, match="got 1 address for 2 stages: give --address once for each"):
         addresses.write(TWO[:1], 2)
 
 
@@ -79,7 +79,7 @@ def test_one_place_can_be_overridden_and_needs_no_file(tmp_path: Path) -> None:
     where = Addresses(2, tmp_path / "missing", {0: "tcp://127.0.0.1:9000"})
     assert str(where.of(0)) == "tcp://127.0.0.1:9000"
     assert (where.shown(0), where.shown(1)) == ("tcp://127.0.0.1:9000", None)
-    with pytest.raises(UsageError, match=r"stage 1 is not known: give the places file \(--places, places="):
+    with pytest.raises(UsageError, match=r"stage 1 is not known: give the places file with --places \(places="):
         Addresses(2, None, {0: "tcp://127.0.0.1:9000"}).of(1)
 
 
