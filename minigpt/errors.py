@@ -10,8 +10,8 @@
     └── StageError          4    a stage cannot be reached, timed out, or died: look at that stage
         ├── MessageError    4    what it sent is not a message of this protocol
         ├── LateStage       4    its answer did not come within the caller's timeout: allow more, or look at that stage
-        ├── UnreachableStage 4   it is not there, or was told to end: ask again, the request is not to blame
-        └── UntrustedStage  3    its evidence was refused, or it has another manifest: compare what runs there with ours
+        ├── UnreachableStage 4   it is not there, was told to end, or has another manifest: the request is not to blame
+        └── UntrustedStage  3    its evidence was refused: compare what runs there with the manifest
 
 Errors of the link are `transport.TransportError` (exit code 4) and of evidence `attest.AttestationError` (3).
 """
@@ -91,11 +91,14 @@ class LateStage(StageError):
 
 
 class UnreachableStage(StageError):
-    """A stage is not there, for us or for the stage before it, or was told to end: the request is not to blame."""
+    """A stage is not there, for us or for the stage before it, or was told to end, or has another manifest.
+
+    The request is not to blame.
+    """
 
 
 class UntrustedStage(StageError):
-    """A stage's evidence was refused, by us or by the stage before it; or it has another manifest.
+    """A stage's evidence was refused, by us or by the stage before it.
 
     Attributes:
         failures: the checks that failed here, each its name and a sentence: what was got and wanted, and what to do;

@@ -9,6 +9,7 @@ link's own code and against another implementation.
 
 import dataclasses
 import hashlib
+import hmac
 import json
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ from minigpt.protocol.messages import (
     Wanted,
 )
 from transport import codec
-from transport.link import CLIENT, SUITES, dump_attest
+from transport.link import CLIENT, SUITES, VERSION, dump_attest
 from transport.noise import CipherState, KeyPair, SymmetricState
 from transport.records import Sealer, Type, padded_size
 
@@ -126,8 +127,8 @@ class Script:
     """A handshake between a client and stage 0, one operation after the other; `steps` has the state after each."""
 
     def __init__(self, suite: int, digest: bytes) -> None:
-        self.preamble = b"mGPT" + bytes([1, suite, 0, 0])
-        self.prologue = b"MGPT-LINK-v1" + self.preamble + digest + CLIENT.to_bytes(2, "big") + bytes(2)
+        self.preamble = b"mGPT" + bytes([VERSION, suite, 0, 0])
+        self.prologue = b"MGPT-LINK-v2" + self.preamble + digest + CLIENT.to_bytes(2, "big") + bytes(2)
         self.state = SymmetricState(SUITES[suite].protocol_name)
         self.steps: list[dict[str, Any]] = []
         self.message: list[bytes] = []
@@ -183,7 +184,9 @@ def handshake(suite: int, digest: bytes) -> Script:
     return script
 
 
-def told(script: Script) -> dict[str, Any]:
+def told(script: Script, mac_key: bytes) -> dict[str, Any]:
+    message = script.messages[0]
+    mac = hmac.digest(mac_key, script.prologue + len(message).to_bytes(2, "big") + message, "sha256")[:16]
     first, second = script.state.split()
     assert first.k is not None
     assert second.k is not None
@@ -193,6 +196,7 @@ def told(script: Script) -> dict[str, Any]:
         "prologue": script.prologue.hex(),
         "steps": script.steps,
         "messages": [message.hex() for message in script.messages],
+        "mac": mac.hex(),
         "h": script.state.h.hex(),
         "k_i2r": first.k.hex(),
         "k_r2i": second.k.hex(),
@@ -340,7 +344,7 @@ def answers() -> dict[str, Any]:
     """The whole of docs/known_answers.json."""
     text = manifest()
     parsed = Manifest.parse(text.encode())
-    one, two = told(handshake(1, parsed.digest)), told(handshake(2, parsed.digest))
+    one, two = (told(handshake(suite, parsed.digest), parsed.mac_key) for suite in (1, 2))
     sealed = evidence(bytes.fromhex(one["h"]), parsed.claims(0))
     keys = [bytes.fromhex(one[name]) for name in ("k_i2r", "k_r2i")]
     ends = [bytes.fromhex(sealed[name]) for name in ("attest_i", "attest_r")]
@@ -355,6 +359,7 @@ def answers() -> dict[str, Any]:
         "note": "Known answers of docs/protocol.md. Made by scripts/known_answers.py. The keys are public: use none.",
         "manifest": text,
         "manifest_sha256": parsed.digest.hex(),
+        "mac_key": parsed.mac_key.hex(),
         "now_ms": MADE_MS,
         "claims_of_stage_1": parsed.claims(1).hex(),
         "x25519": {name: {"private": pair.private.hex(), "public": pair.public.hex()} for name, pair in pairs.items()},

@@ -18,12 +18,14 @@ from transport.channel import Channel
 from transport.link import CLIENT, End, initiate, respond
 
 LENGTHS = {1: (32, 96, 64), 2: (1216, 1200, 64)}  # bytes of the handshake's messages, by suite
+OPENING = {suite: 8 + 2 + first + 16 for suite, (first, _, _) in LENGTHS.items()}  # preamble, message 1, mac
 
 MANIFEST = hashlib.sha256(b"manifest").digest()
+MAC_KEY = hashlib.sha256(b"MGPT-LINK-v2 mac1" + b"manifest").digest()
 
 # For channels, whose tests are not about evidence.
-CLIENT_END = End(Unattested(), AcceptUnattested(), bytes(32), CLIENT, 0)
-STAGE_END = End(Unattested(), AcceptUnattested(), bytes(32), 0, CLIENT)
+CLIENT_END = End(Unattested(), AcceptUnattested(), bytes(32), MAC_KEY, CLIENT, 0)
+STAGE_END = End(Unattested(), AcceptUnattested(), bytes(32), MAC_KEY, 0, CLIENT)
 
 
 class Sealed:
@@ -56,12 +58,12 @@ class Refuses:
 
 def client(**changes):
     usual: dict[str, Any] = {"attester": Unattested(), "verifier": Bound(), "own_id": CLIENT, "peer_id": 0}
-    return End(**{"manifest_sha256": MANIFEST} | usual | changes)
+    return End(**{"manifest_sha256": MANIFEST, "mac_key": MAC_KEY} | usual | changes)
 
 
 def stage(**changes):
     usual: dict[str, Any] = {"attester": Sealed(), "verifier": AcceptUnattested(), "own_id": 0, "peer_id": CLIENT}
-    return End(**{"manifest_sha256": MANIFEST} | usual | changes)
+    return End(**{"manifest_sha256": MANIFEST, "mac_key": MAC_KEY} | usual | changes)
 
 
 class Side:

@@ -58,6 +58,10 @@ class Silent(TimedOut):
     """The peer owed an answer and gave no sign of life: it counts as dead."""
 
 
+class Unanswered(TransportError):
+    """The first message of a handshake got no answer: most likely the peer has another manifest, or is ending."""
+
+
 class Abandoned(TransportError):
     """The peer that asked for the awaited message has left: stop, nobody wants the answer."""
 
@@ -81,7 +85,7 @@ class HandshakeError(ProtocolError):
 
 
 class Unauthentic(HandshakeError):
-    """A handshake message failed authentication: the ends differ in what they must agree on, or it was altered."""
+    """A handshake message failed authentication: it was altered, or made by somebody who does not have our manifest."""
 
 
 class RecordError(ProtocolError):

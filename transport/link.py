@@ -1,6 +1,6 @@
 """One end of a link, without I/O: handshake, evidence both ways, then a session.
 
-    I → R   preamble, msg1                 clear: version and suite; the prologue binds them, the manifest and both ids
+    I → R   preamble, msg1, mac            clear: version and suite; the prologue binds them, the manifest and both ids
     R → I   msg2
     I → R   msg3                           then both have keys, and h
     R → I   ATTEST, sealed to h            or one ALERT
@@ -10,8 +10,13 @@
 `initiate` and `respond` are this page in code. They yield bytes to send, or the number of bytes they need next, and
 return the `Session`: there is none before evidence was accepted. Before there are keys, an end that refuses says
 nothing; afterwards it sends at most one ALERT, whose length does not depend on the reason.
+
+The mac is keyed by the manifest's bytes, and checked before anything that costs more than microseconds: it turns away
+scanners and other strangers. It authenticates nobody: whoever has the manifest can make it, and the host has it.
 """
 
+import hashlib
+import hmac
 import struct
 from collections.abc import Generator
 from contextlib import suppress
@@ -30,16 +35,30 @@ from attest import (
     Verifier,
 )
 from transport import noise
-from transport.errors import Alert, DecodeError, HandshakeError, LimitError, PeerAlert, RecordError, TransportError
+from transport.errors import (
+    Alert,
+    DecodeError,
+    HandshakeError,
+    LimitError,
+    PeerAlert,
+    RecordError,
+    TimedOut,
+    TransportError,
+    Truncated,
+    Unanswered,
+)
 from transport.noise import KeyPair, Split
 from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Opener, Sealer, Type
 from transport.session import Session
 
-__all__ = ["CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "respond"]
+__all__ = [
+    "CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "mac_key", "respond",
+]  # fmt: skip
 
-VERSION = 1
+VERSION = 2
 ATTEST_VERSION = 1
 CLIENT = 0xFFFF  # the id of a client, which is no stage
+MACLEN = 16  # bytes
 
 _MAGIC = b"mGPT"
 _PREAMBLE = struct.Struct(">4sBBxx")
@@ -79,6 +98,7 @@ class End:
     attester: Attester  # makes this end's evidence
     verifier: Verifier  # judges the peer's
     manifest_sha256: bytes  # 32 bytes; a peer with another manifest cannot complete the handshake
+    mac_key: bytes = field(repr=False)  # `mac_key` of the same manifest, 32 bytes
     own_id: int  # index of the stage at this end, or CLIENT
     peer_id: int  # and at the other
     # 32 bytes, if the peer knows this end by its static key; None for a fresh one
@@ -91,6 +111,8 @@ class End:
     def __post_init__(self) -> None:
         if len(self.manifest_sha256) != 32:
             raise ValueError(f"manifest_sha256: got {len(self.manifest_sha256)} bytes, wanted 32")
+        if len(self.mac_key) != 32:
+            raise ValueError(f"mac_key: got {len(self.mac_key)} bytes, wanted 32")
         for name, number in (("own_id", self.own_id), ("peer_id", self.peer_id)):
             if not 0 <= number <= CLIENT:
                 raise ValueError(f"{name}: got {number}, wanted 0..{CLIENT}")
@@ -98,6 +120,25 @@ class End:
             raise ValueError(f"static_private: got {len(self.static_private)} bytes, wanted {noise.DHLEN}")
         if not self.suites or not set(self.suites) <= set(SUITES):
             raise ValueError(f"suites: got {self.suites}, wanted some of {tuple(SUITES)}")
+
+    def prologue(self, preamble: bytes, role: str) -> bytes:
+        """What this end, the `role` "I" or "R" of a handshake, takes as agreed on: 56 bytes."""
+        ids = (self.own_id, self.peer_id) if role == "I" else (self.peer_id, self.own_id)
+        return _PROLOGUE.pack(b"MGPT-LINK-v2", preamble, self.manifest_sha256, *ids)
+
+
+def mac_key(manifest: bytes) -> bytes:
+    """The key of the mac after message 1, 32 bytes, from a manifest's bytes."""
+    return hashlib.sha256(b"MGPT-LINK-v2 mac1" + manifest).digest()
+
+
+def _mac(end: End, preamble: bytes, role: str, first: bytes) -> bytes:
+    """What follows message 1, `first` with its length. It is no part of the handshake hash."""
+    return hmac.digest(end.mac_key, end.prologue(preamble, role) + first, "sha256")[:MACLEN]
+
+
+def _framed(message: bytes) -> bytes:
+    return _LENGTH.pack(len(message)) + message
 
 
 Steps = Generator[bytes | int, bytes | None, Session]
@@ -111,8 +152,14 @@ def initiate(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCE
         attest.AttestationError: the peer's evidence is refused, or our own attester cannot make any.
     """
     preamble = _PREAMBLE.pack(_MAGIC, VERSION, end.suites[0])
-    yield preamble
-    stranger = yield from _shake(end, preamble, "I", budget)
+    s, steps = _handshake(end, preamble, "I")
+    first = _framed(next(steps) or b"")
+    try:
+        yield preamble + first + _mac(end, preamble, "I", first)
+        split = yield from _shake(steps, preamble, None)
+    except (TimedOut, Truncated) as error:
+        raise Unanswered(f"the first message was not answered: {error}") from error
+    stranger = _Stranger(split, s.public, "I", budget)
     session = yield from stranger.verify(end.verifier, max_message)
     yield from stranger.attest(end.attester)
     return session
@@ -120,18 +167,32 @@ def initiate(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCE
 
 def respond(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCESS_BUDGET) -> Steps:
     """The end that listens. Raises as `initiate` does."""
+    preamble, message = yield from _first(end)
+    s, steps = _handshake(end, preamble, "R")
+    next(steps)
+    split = yield from _shake(steps, preamble, message)
+    stranger = _Stranger(split, s.public, "R", budget)
+    if end.admit is not None and split.rs not in end.admit:
+        why = HandshakeError("the peer's static key is not among those that the manifest admits")
+        yield from stranger.refuse(Alert.ATTESTATION, why)
+    yield from stranger.attest(end.attester)
+    return (yield from stranger.verify(end.verifier, max_message))
+
+
+def _first(end: End) -> Generator[int, bytes | None, tuple[bytes, bytes]]:
+    """The preamble and message 1, once the mac has shown that the peer has the manifest. Nothing here is expensive."""
     preamble = yield from _receive(_PREAMBLE.size)
     suite = preamble[5]
     if preamble != _PREAMBLE.pack(_MAGIC, VERSION, suite):
         raise HandshakeError(f"preamble: got {preamble.hex()}, wanted that of this protocol, version {VERSION}")
     if suite not in end.suites:
         raise HandshakeError(f"preamble: suite {suite}, wanted one of {end.suites}: the peer has another manifest")
-    stranger = yield from _shake(end, preamble, "R", budget)
-    if end.admit is not None and stranger.split.rs not in end.admit:
-        why = HandshakeError("the peer's static key is not among those that the manifest admits")
-        yield from stranger.refuse(Alert.ATTESTATION, why)
-    yield from stranger.attest(end.attester)
-    return (yield from stranger.verify(end.verifier, max_message))
+    length = yield from _length(1, SUITES[suite].lengths[0])
+    received = yield from _receive(length + MACLEN)
+    message, mac = received[:length], received[length:]
+    if not hmac.compare_digest(mac, _mac(end, preamble, "R", _framed(message))):
+        raise HandshakeError("message 1: the mac is wrong: the peer has another manifest, or wants another stage")
+    return preamble, message
 
 
 def _receive(count: int) -> Generator[int, bytes | None, bytes]:
@@ -141,33 +202,38 @@ def _receive(count: int) -> Generator[int, bytes | None, bytes]:
     return data
 
 
-def _shake(end: End, preamble: bytes, role: str, budget: Budget) -> Generator[bytes | int, bytes | None, "_Stranger"]:
-    """The Noise handshake, each message after its length."""
+def _length(number: int, wanted: int) -> Generator[int, bytes | None, int]:
+    """The length before message `number`."""
+    (announced,) = _LENGTH.unpack((yield from _receive(_LENGTH.size)))
+    if announced != wanted:
+        raise HandshakeError(f"handshake message {number}: {announced} bytes, wanted {wanted}")
+    return wanted
+
+
+def _handshake(end: End, preamble: bytes, role: str) -> tuple[KeyPair, noise.Handshake]:
+    """Our static key, and our end of the Noise handshake."""
     suite = SUITES[preamble[5]]
-    ids = (end.own_id, end.peer_id) if role == "I" else (end.peer_id, end.own_id)
     s = KeyPair.generate() if end.static_private is None else KeyPair.from_private(end.static_private)
-    steps = noise.handshake(
-        suite.protocol_name,
-        suite.pattern,
-        initiator=role == "I",
-        prologue=_PROLOGUE.pack(b"MGPT-LINK-v1", preamble, end.manifest_sha256, *ids),
-        s=s,
-    )
-    message: bytes | None = None
+    prologue = end.prologue(preamble, role)
+    return s, noise.handshake(suite.protocol_name, suite.pattern, initiator=role == "I", prologue=prologue, s=s)
+
+
+def _shake(
+    steps: noise.Handshake, preamble: bytes, message: bytes | None
+) -> Generator[bytes | int, bytes | None, Split]:
+    """The handshake from message 2 on, each after its length; `message` is the first, at the end that received it."""
     try:
-        for number, length in enumerate(suite.lengths, 1):
+        for number, length in enumerate(SUITES[preamble[5]].lengths[1:], 2):
             outgoing = steps.send(message)
             if outgoing is not None:
-                yield _LENGTH.pack(len(outgoing)) + outgoing
+                yield _framed(outgoing)
                 message = None
             else:
-                (announced,) = _LENGTH.unpack((yield from _receive(_LENGTH.size)))
-                if announced != length:
-                    raise HandshakeError(f"handshake message {number}: {announced} bytes, wanted {length}")
-                message = yield from _receive(length)
+                message = yield from _receive((yield from _length(number, length)))
         steps.send(message)
     except StopIteration as finished:
-        return _Stranger(finished.value, s.public, role, budget)
+        split: Split = finished.value
+        return split
     raise AssertionError("a suite has one length for each message of its pattern")
 
 

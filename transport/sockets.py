@@ -125,7 +125,7 @@ class Wire:
         """Raises TimedOut, Truncated."""
         data = self.read_at_most(count, deadline, "the peer did not finish the handshake in time")
         if len(data) < count:
-            raise Truncated("the peer hung up inside the handshake: perhaps it has another manifest")
+            raise Truncated("the peer hung up inside the handshake")
         return data
 
     def read_at_most(self, count: int, deadline: float, late: str) -> bytes:

@@ -40,7 +40,7 @@ from transport.errors import (
     Silent,
     TimedOut,
     TransportError,
-    Truncated,
+    Unanswered,
     Unauthentic,
     Unreachable,
 )
@@ -63,6 +63,7 @@ def calling_end(manifest: Manifest, index: int, attester: Attester | None, stati
         attester=attester or Unattested(),
         verifier=manifest.verifier(index),
         manifest_sha256=manifest.digest,
+        mac_key=manifest.mac_key,
         own_id=CLIENT if index == 0 else index - 1,
         peer_id=index,
         static_private=static_private,
@@ -78,6 +79,7 @@ def answering_end(manifest: Manifest, index: int, attester: Attester) -> End:
         attester=attester,
         verifier=AcceptUnattested() if first else manifest.verifier(index - 1),
         manifest_sha256=manifest.digest,
+        mac_key=manifest.mac_key,
         own_id=index,
         peer_id=CLIENT if first else index - 1,
         admit=manifest.clients if first else None,
@@ -114,16 +116,15 @@ def dial(
         raise _untrusted(error, manifest, index) from error
     except Unauthentic as error:
         text = (
-            f"stage {index} has another manifest than this end, whose sha256 is {manifest.digest.hex()}: compare it "
-            f"with the file there; or its place is wrong, and another stage answers at {address}; or something between "
-            "altered the handshake"
+            f"stage {index}: its answer in the handshake is not authentic: something between altered it, or whatever "
+            f"answers at {address} is no stage of this manifest"
         )
         raise UntrustedStage(text, stage=index) from error
-    except Truncated as error:
+    except Unanswered as error:
         text = (
-            f"stage {index} hung up inside the handshake: most likely it has another manifest (with other suites than "
-            f"{list(manifest.suites)}); ours has the sha256 {manifest.digest.hex()}: compare, and see its log. "
-            f"Or no stage answers at {address}, or it was just ending: then try again"
+            f"stage {index} does not answer the handshake: most likely it has another manifest; ours has the sha256 "
+            f"{manifest.digest.hex()}: compare it with the file there, and see its log. Or another stage or none "
+            f"answers at {address}, or it was just ending: then try again ({error.__cause__ or error})"
         )
         raise UnreachableStage(text, stage=index) from error
     except HandshakeError as error:

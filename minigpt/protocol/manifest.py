@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ from minigpt.engine.config import Config
 from minigpt.errors import ConfigError, ManifestError, UsageError
 from minigpt.protocol.messages import SCHEMA
 from transport import codec
+from transport.link import mac_key
 
 FORMAT = "minigpt-pipeline-3"
 WITH_ADDRESSES = "minigpt-pipeline-2"  # the format before
@@ -63,9 +64,15 @@ class StageEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A parsed manifest. `digest` is the SHA-256 of the bytes it was parsed from."""
+    """A parsed manifest.
+
+    Attributes:
+        digest: the SHA-256 of the bytes it was parsed from.
+        mac_key: with it, whoever connects shows that he has these bytes; 32 bytes.
+    """
 
     digest: bytes
+    mac_key: bytes = field(repr=False)
     issued: datetime.datetime
     expires: datetime.datetime
     model: str
@@ -112,6 +119,7 @@ class Manifest:
         clients = top.get("clients")
         manifest = cls(
             digest=hashlib.sha256(data).digest(),
+            mac_key=mac_key(data),
             issued=top.get("issued").time(),
             expires=top.get("expires").time(),
             model=model.get("id").text(256),

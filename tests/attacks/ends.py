@@ -10,6 +10,8 @@ They know the manifest, and have whatever keys the attack says that they have.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import socket
 import struct
 import threading
@@ -36,13 +38,13 @@ HOUR = 3600 * 1000  # milliseconds
 def as_client(pipes: Pipes, *, direct: bool = False, **more: Any) -> Rogue:
     """A malicious client at stage 0: through its proxy, or past it, at the stage's own port."""
     options = {"suite": pipes.manifest.suites[0]} | more
-    return Rogue(connect(pipes, 0, direct=direct), "I", pipes.manifest.digest, CLIENT, 0, **options)
+    return Rogue(connect(pipes, 0, direct=direct), "I", pipes.manifest, CLIENT, 0, **options)
 
 
 def as_stage_before(pipes: Pipes, index: int = 1, *, direct: bool = False, **more: Any) -> Rogue:
     """A malicious stage index - 1 at stage `index`, likewise."""
     options = {"suite": pipes.manifest.suites[0]} | more
-    return Rogue(connect(pipes, index, direct=direct), "I", pipes.manifest.digest, index - 1, index, **options)
+    return Rogue(connect(pipes, index, direct=direct), "I", pipes.manifest, index - 1, index, **options)
 
 
 def admitted_client(pipes: Pipes, **more: Any) -> Rogue:
@@ -199,9 +201,7 @@ class FakeStage:
             except OSError:
                 return
             manifest = self._pipes.manifest
-            rogue = Rogue(
-                sock, "R", manifest.digest, self._index, caller, suite=manifest.suites[0], static=self._static
-            )
+            rogue = Rogue(sock, "R", manifest, self._index, caller, suite=manifest.suites[0], static=self._static)
             with rogue:
                 try:
                     self.results.append(self._play(rogue))
@@ -214,15 +214,18 @@ class Independent:
 
     def __init__(self, pipes: Pipes) -> None:
         self._sock = connect(pipes, 0)
-        preamble = b"mGPT\x01\x01\x00\x00"
+        preamble = b"mGPT\x02\x01\x00\x00"
+        prologue = b"MGPT-LINK-v2" + preamble + hashlib.sha256(pipes.bytes).digest() + b"\xff\xff\x00\x00"
+        key = hashlib.sha256(b"MGPT-LINK-v2 mac1" + pipes.bytes).digest()
         self._noise = NoiseConnection.from_name(SUITES[1].protocol_name)
         self._noise.set_as_initiator()
-        self._noise.set_prologue(b"MGPT-LINK-v1" + preamble + pipes.manifest.digest + b"\xff\xff\x00\x00")
+        self._noise.set_prologue(prologue)
         self._noise.set_keypair_from_private_bytes(Keypair.STATIC, KeyPair.generate().private)
         self._noise.start_handshake()
-        self._plain = Rogue(self._sock, "I", pipes.manifest.digest, CLIENT, 0, suite=1)  # for its bytes only
+        self._plain = Rogue(self._sock, "I", pipes.manifest, CLIENT, 0, suite=1)  # for its bytes only
         self._sent = self._received = 0
-        self._plain.write(preamble + self._framed(self._noise.write_message()))
+        first = self._framed(self._noise.write_message())
+        self._plain.write(preamble + first + hmac.new(key, prologue + first, hashlib.sha256).digest()[:16])
         self._noise.read_message(self._plain.frame())
         self._plain.write(self._framed(self._noise.write_message()))
 

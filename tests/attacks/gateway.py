@@ -145,7 +145,7 @@ def pages(arena: Arena) -> Seen:
 GARBAGE: dict[str, bytes] = {
     "no HTTP": b"\x16\x03\x01\x02\x00" + bytes(200),
     "no request line": b"hello\r\n\r\n",
-    "the link's own preamble": b"mGPT\x01\x02\x00\x00" + bytes(1000),
+    "the link's own preamble": b"mGPT\x02\x02\x00\x00" + bytes(1000),
     "endless headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"x%d: y\r\n" % i for i in range(20_000)),
     "a header of 1 MB": b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * MB + b"\r\n\r\n",
     "two lengths": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",

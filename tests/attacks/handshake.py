@@ -14,10 +14,10 @@ from attacks.ends import Independent, as_client, as_stage_before, generate_map
 from attacks.identity import framed, meet_fake
 from attacks.proxy import Frame, Rule, Tap
 from attacks.rogue import ATTEST, MESSAGE, Rogue
-from transport.link import SUITES, load_attest
+from transport.link import MACLEN, SUITES, load_attest
 
 DEAD = "dead, no record from either end"
-VICTIM = {"message 1": "", "message 2": "I", "message 3": "R"}  # who must notice; after message 1 either may
+VICTIM = {"message 1": "R", "message 2": "I", "message 3": "R"}  # who must notice
 
 
 def flip(kind: str, offset: int, bit: int, index: int = 0) -> Rule:
@@ -41,7 +41,7 @@ def replace(kind: str, *data: bytes) -> Rule:
     return rule
 
 
-@attack(1, "flip every byte of handshake messages 1, 2, 3 and of their lengths", DEAD, slow=True)
+@attack(1, "flip every byte of handshake messages 1, 2, 3, of their lengths and of the mac", DEAD, slow=True)
 def flip_handshake(arena: Arena) -> Seen:
     seen = []
     for link in (0, 1):
@@ -52,8 +52,11 @@ def flip_handshake(arena: Arena) -> Seen:
                 first = VICTIM[kind] if offset > 1 else ""
                 control = not arena.thorough or offset % 16 == 0
                 seen.append(arena.assault(rule, link=link, first=first, silent=True, count=2, control=control))
+        for offset in arena.some(range(MACLEN), 2):
+            rule = flip("mac", offset, offset % 8)
+            seen.append(arena.assault(rule, link=link, first="R", silent=True, count=2, control=False))
         # the bit that X25519 ignores
-        seen.append(arena.assault(flip("message 1", 33, 7), link=link, silent=True))
+        seen.append(arena.assault(flip("message 1", 33, 7), link=link, first="R", silent=True))
     return together(seen)
 
 
@@ -66,7 +69,7 @@ def replay_message_2(arena: Arena) -> Seen:
         rule = replace("message 2", recorded.data)
         seen.append(arena.assault(rule, link=link, first="I", silent=True, control=False))
         sent = arena.stages.proxies[link].taps[0].sent("I")
-        require([frame.kind for frame in sent] == ["preamble", "message 1"], f"the initiator went on: {sent}")
+        require([frame.kind for frame in sent] == ["preamble", "message 1", "mac"], f"the initiator went on: {sent}")
     arena.control()
     return together(seen)
 
@@ -98,11 +101,11 @@ def echo(arena: Arena) -> Seen:
     first, second, _ = SUITES[arena.suite].lengths
 
     def plain(rogue: Rogue) -> bytes:
-        rogue.write(rogue.exactly(8 + 2 + first))
+        rogue.write(rogue.exactly(8 + 2 + first + MACLEN))
         return rogue.wait_end()[0]
 
     def as_message_2(rogue: Rogue) -> bytes:  # of the right length, so that it gets to the keys
-        said = rogue.exactly(8 + 2 + first)
+        said = rogue.exactly(8 + 2 + first + MACLEN)
         rogue.write(framed((3 * said[10:])[:second]))
         return rogue.wait_end()[0]
 
@@ -121,7 +124,7 @@ def preamble(arena: Arena) -> Seen:
             seen.append(arena.assault(flip("preamble", offset, 0), link=link, first="R", silent=True, control=False))
             count = len(arena.stages.proxies[link].taps)
             require(count == 1, f"the initiator tried {count} times")
-        others = [(0, arena.suite), (2, arena.suite), (1, 3 - arena.suite), (1, 0), (1, 3), (1, 255)]
+        others = [(0, arena.suite), (1, arena.suite), (2, 3 - arena.suite), (2, 0), (2, 3), (2, 255)]
         for version, suite in arena.some(others, 3):
             changed = b"mGPT" + bytes([version, suite, 0, 0])
             rule = replace("preamble", changed)
@@ -130,7 +133,7 @@ def preamble(arena: Arena) -> Seen:
     return together(seen)
 
 
-@attack(8, "the client's manifest differs in one byte", "it fails at message 2")
+@attack(8, "the client's manifest differs in one byte", "the stage does not answer it")
 def other_manifest(arena: Arena) -> Seen:
     data = arena.stages.bytes
     seen = []
@@ -142,10 +145,11 @@ def other_manifest(arena: Arena) -> Seen:
         answer = arena.run(manifest=str(path))
         taps = arena.stages.proxies[0].taps
         require(len(taps) == 1, f"the client connected {len(taps)} times, wanted once: {answer['error']}")
-        require([f.kind for f in taps[0].sent("I")] == ["preamble", "message 1"], "the client went on after message 2")
+        require([f.kind for f in taps[0].sent("I")] == ["preamble", "message 1", "mac"], "the client went on")
         require(eventually(lambda taps=taps: taps[0].dead), "not closed")
-        require(taps[0].first == "I", "it was not the client that closed")
-        seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "got no message 3"))
+        require(not taps[0].sent("R") and taps[0].first == "R", "the stage answered, or did not close")
+        require("most likely it has another manifest" in answer["error"][1], f"a cause is named: {answer['error']}")
+        seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "said nothing"))
     arena.control()
     return together(seen)
 
@@ -166,7 +170,7 @@ def sizes(arena: Arena) -> Seen:
         for length in arena.some([0, second - 1, second + 1, 65535], 2):
 
             def lie(rogue: Rogue, length: int = length) -> bytes:
-                rogue.exactly(8 + 2 + first)
+                rogue.exactly(8 + 2 + first + MACLEN)
                 rogue.write(length.to_bytes(2, "big"))
                 return rogue.wait_end(4)[0]
 

@@ -63,7 +63,7 @@ def same_key(arena: Arena) -> Seen:
 
     def mirror(rogue: Rogue) -> bytes:  # all genuine but for the key, which is the client's own
         preamble = rogue.preamble()
-        answer = message_2(rogue, preamble, rogue.frame(), both, KeyPair.generate())
+        answer = message_2(rogue, preamble, rogue.hear_opening(), both, KeyPair.generate())
         rogue.write(answer)
         return rogue.wait_end()[0]
 
@@ -119,7 +119,7 @@ def low_order(arena: Arena) -> Seen:
         for s, e in ((KeyPair.generate(), weak), (weak, KeyPair.generate())):
 
             def respond(rogue: Rogue, s: KeyPair = s, e: KeyPair = e) -> bytes:
-                rogue.write(message_2(rogue, rogue.preamble(), rogue.frame(), s, e))
+                rogue.write(message_2(rogue, rogue.preamble(), rogue.hear_opening(), s, e))
                 return rogue.wait_end()[0]
 
             with FakeStage(arena.stages, 0, respond) as fake:
@@ -131,7 +131,7 @@ def low_order(arena: Arena) -> Seen:
             arena.mark()
             with as_client(arena.stages) if link == 0 else as_stage_before(arena.stages) as rogue:
                 rogue.preamble()
-                rogue.write(framed(point + rogue.first_message()[32:]))
+                rogue.write(rogue.opening(point + rogue.first_message()[32:]))
                 require(not rogue.wait_end()[0], f"stage {link} answered an ephemeral of low order")
                 seen.append(Seen("no answer", arena.verdict(link)))
             arena.mark()
@@ -147,7 +147,7 @@ def low_order(arena: Arena) -> Seen:
     return together(seen)
 
 
-@attack(9, "a link wired to another stage of the same image", "it fails at message 2")
+@attack(9, "a link wired to another stage of the same image", "it fails at message 1")
 def wired_wrong(arena: Arena) -> Seen:
     n = arena.config.n_layer
     pipes: Pipes = arena.start(split=f"1+1+{n - 2}")
@@ -160,8 +160,9 @@ def wired_wrong(arena: Arena) -> Seen:
             answer = arena.run(stages=pipes)
             pipes.proxies[link].upstream = ports[link]
             sent = [frame.kind for frame in pipes.proxies[link].taps[0].sent("I")]
-            require(sent == ["preamble", "message 1"], f"link {link} to stage {target}: it sent {sent}")
-            seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "the stage before refuses at message 2"))
+            require(sent == ["preamble", "message 1", "mac"], f"link {link} to stage {target}: it sent {sent}")
+            require(not pipes.proxies[link].taps[0].sent("R"), f"link {link}: stage {target} answered")
+            seen.append(Seen(arena.grade(answer, [arena.prompt()], TOKENS), "the wrong stage does not answer"))
             arena.control(pipes)
     finally:
         pipes.close()
@@ -238,8 +239,8 @@ def stolen_key(arena: Arena) -> Seen:
         rogue.shake()
         ours, theirs = socket.socketpair()
         attester = genuine(arena.stages, 0)
-        real = Rogue(ours, "R", rogue.digest, 0, CLIENT, suite=rogue.suite, static=stolen)
-        caller = Rogue(theirs, "I", rogue.digest, CLIENT, 0, suite=rogue.suite)
+        real = Rogue(ours, "R", rogue.manifest, 0, CLIENT, suite=rogue.suite, static=stolen)
+        caller = Rogue(theirs, "I", rogue.manifest, CLIENT, 0, suite=rogue.suite)
         with real, caller:
             serving = threading.Thread(target=lambda: real.shake().attest(attester))
             serving.start()

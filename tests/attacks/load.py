@@ -22,7 +22,7 @@ from attacks.arena import FLAGS, Arena, Pipes, eventually
 from attacks.ends import Segment, admitted_client, admitted_stage, as_client, batch, generate_map, results
 from attacks.proxy import Tap
 from attacks.rogue import ALERT, ATTEST, MESSAGE, ROOM
-from transport.link import SUITES
+from transport.link import SUITES, VERSION
 
 MB = 1 << 20
 MOST_MEMORY = 200 * MB  # above the quiet state
@@ -128,10 +128,9 @@ def _read(sock: socket.socket) -> bytes:
 
 
 def greeting(pipes: Pipes) -> bytes:
-    """Preamble and message 1 of a client that will not go on."""
+    """Preamble, message 1 and mac of a client that will not go on."""
     with as_client(pipes, direct=True) as rogue:
-        message = rogue.first_message()
-        return b"mGPT" + bytes([1, rogue.suite, 0, 0]) + len(message).to_bytes(2, "big") + message
+        return b"mGPT" + bytes([VERSION, rogue.suite, 0, 0]) + rogue.opening(rogue.first_message())
 
 
 def sockets_of(pid: int) -> int:

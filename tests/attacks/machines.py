@@ -566,7 +566,7 @@ def slow(arena: Arena) -> Seen:
 def from_elsewhere(pipes: Pipes, index: int, own: int) -> Rogue:
     """A stranger at a stage's own port, from another address than the proxies'."""
     sock = socket.create_connection(("127.0.0.1", pipes.ports[index]), PATIENCE, source_address=("127.0.0.2", 0))
-    return Rogue(sock, "I", pipes.manifest.digest, own, index, suite=pipes.manifest.suites[0])
+    return Rogue(sock, "I", pipes.manifest, own, index, suite=pipes.manifest.suites[0])
 
 
 @attack(84, "manifests that mix platforms: evidence of another stage's platform, under either's name", REFUSED)

@@ -1,12 +1,12 @@
 """The man in the middle of a link: it knows the framing and has no key.
 
-    initiator → responder    preamble (8) | u16 length, message 1 | u16 length, message 3 | records …
+    initiator → responder    preamble (8) | u16 length, message 1 | mac (16) | u16 length, message 3 | records …
     responder → initiator                   u16 length, message 2 | records …
     record                   u16 length, ciphertext
 
 A rule decides what goes on in the place of each frame; `honest` passes everything. What was captured is what the ends
 sent, not what the rule made of it. How long the messages of a handshake are is a matter of the suite, and of no
-interest here: every frame announces its own length.
+interest here: every other frame announces its own length.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-PREAMBLE = 8  # bytes
-KINDS = {"I": ("preamble", "message 1", "message 3"), "R": ("message 2",)}  # the frames before the records
+KINDS = {"I": ("preamble", "message 1", "mac", "message 3"), "R": ("message 2",)}  # the frames before the records
+FIXED = {("I", 0): 8, ("I", 2): 16}  # bytes of preamble and mac
 
 
 class Frame(NamedTuple):
     """What one end sent: `data` with its length, as on the wire. `number` counts the records of that end from 0."""
 
     sender: str  # "I" or "R"
-    kind: str  # "preamble", "message 1", …, "record"
+    kind: str  # "preamble", "message 1", "mac", …, "record"
     number: int
     data: bytes
 
@@ -101,7 +101,7 @@ class Tap:
         while data := _read(source):
             buffer += data
             honestly = self.rule is honest
-            while (size := _frame_size(buffer, first=sender == "I" and number == 0)) is not None:
+            while (size := _frame_size(buffer, FIXED.get((sender, number)))) is not None:
                 frame = _name(sender, number, bytes(buffer[:size]))
                 del buffer[:size]
                 number += 1
@@ -126,13 +126,11 @@ def _read(source: socket.socket) -> bytes:
         return b""
 
 
-def _frame_size(buffer: bytearray, *, first: bool) -> int | None:
+def _frame_size(buffer: bytearray, fixed: int | None) -> int | None:
     """The bytes of the frame that `buffer` begins with, or None if it is not whole."""
-    if first:
-        return PREAMBLE if len(buffer) >= PREAMBLE else None
-    if len(buffer) < 2:
+    if fixed is None and len(buffer) < 2:
         return None
-    size = 2 + int.from_bytes(buffer[:2], "big")
+    size = fixed or 2 + int.from_bytes(buffer[:2], "big")
     return size if len(buffer) >= size else None
 
 

@@ -55,7 +55,7 @@ def every_time(arena: Arena) -> Seen:
 @attack(
     73,
     "kill -9 in the midst of an answer; the stage comes back with other code, other weights, another manifest",
-    "refused, exit 3; nothing is sent to it; with the right ones the answer goes on",
+    "refused, exit 3 (another manifest: 4); nothing is sent to it; with the right ones the answer goes on",
     slow=True,
 )
 def another_comes_back(arena: Arena) -> Seen:
@@ -92,7 +92,10 @@ def another_comes_back(arena: Arena) -> Seen:
                     require(answer["tokens"] == [arena.expected(arena.prompt(), count)], f"control: {answer}")
                     continue
                 verdict = arena.grade(answer, [arena.prompt()], count)
-                require(answer["error"][2] == 3, f"stage {victim}, {name}: wanted exit 3, got {answer['error']}")
+                wanted = 4 if name == "another manifest" else 3  # which does not answer, as one that is not there
+                require(answer["error"][2] == wanted, f"stage {victim}, {name}, wanted {wanted}: {answer['error']}")
+                if wanted == 4:
+                    require("most likely it has another manifest" in answer["error"][1], f"{answer['error']}")
                 said = [tap for tap in pipes.proxies[victim].taps[before:] if tap.sent("I", "record")]
                 allowed = 0 if name == "another manifest" else 1  # evidence is in the first record of the responder
                 for tap in said:

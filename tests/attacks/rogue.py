@@ -5,6 +5,7 @@ it is told to say, be it a record or not.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import socket
 import struct
 import time
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import msgpack
 
 from attest import Attester, Binding, Evidence, Unattested
+from minigpt.protocol.manifest import Manifest
 from transport import noise
-from transport.link import SUITES, dump_attest
+from transport.link import MACLEN, SUITES, VERSION, dump_attest
 from transport.noise import CipherState, KeyPair
 
 ATTEST, MESSAGE, ALERT, CLOSE, PING = range(1, 6)
@@ -44,7 +46,7 @@ class Rogue:
     Args:
         sock: connected.
         role: "I" or "R".
-        digest: of the manifest that it claims to follow.
+        manifest: that it claims to follow.
         own_id, peer_id: what it claims to be, and to talk to.
         suite: that it proposes; as responder, what the initiator proposes is taken.
         static: its key; a fresh one if None.
@@ -54,7 +56,7 @@ class Rogue:
         self,
         sock: socket.socket,
         role: str,
-        digest: bytes,
+        manifest: Manifest,
         own_id: int,
         peer_id: int,
         *,
@@ -66,7 +68,7 @@ class Rogue:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.role = role
-        self.digest = digest
+        self.manifest = manifest
         self.ids = (own_id, peer_id) if role == "I" else (peer_id, own_id)
         self.suite = suite
         self.static = static or KeyPair.generate()
@@ -80,7 +82,7 @@ class Rogue:
     def preamble(self) -> bytes:
         """Sends it, or receives it."""
         if self.role == "I":
-            data = b"mGPT" + bytes([1, self.suite, 0, 0])
+            data = b"mGPT" + bytes([VERSION, self.suite, 0, 0])
             self.write(data)
         else:
             data = self.exactly(8)
@@ -96,7 +98,19 @@ class Rogue:
         return message
 
     def prologue(self, preamble: bytes) -> bytes:
-        return struct.pack(">12s8s32sHH", b"MGPT-LINK-v1", preamble, self.digest, *self.ids)
+        return struct.pack(">12s8s32sHH", b"MGPT-LINK-v2", preamble, self.manifest.digest, *self.ids)
+
+    def opening(self, message: bytes) -> bytes:
+        """A message 1 as it goes on the wire, with the mac that anybody can make who has the manifest."""
+        framed = len(message).to_bytes(2, "big") + message
+        preamble = b"mGPT" + bytes([VERSION, self.suite, 0, 0])
+        return framed + hmac.digest(self.manifest.mac_key, self.prologue(preamble) + framed, "sha256")[:MACLEN]
+
+    def hear_opening(self) -> bytes:
+        """The other end's message 1."""
+        message = self.frame()
+        self.exactly(MACLEN)
+        return message
 
     def shake(self) -> Rogue:
         """The whole handshake. Raises ConnectionError or noise's errors if the other end does not play along."""
@@ -108,13 +122,13 @@ class Rogue:
         )  # fmt: skip
         message: bytes | None = None
         try:
-            for _ in suite.lengths:
+            for number in range(1, 4):
                 outgoing = steps.send(message)
                 message = None
                 if outgoing is None:
-                    message = self.frame()
+                    message = self.hear_opening() if number == 1 else self.frame()
                 else:
-                    self.write(len(outgoing).to_bytes(2, "big") + outgoing)
+                    self.write(self.opening(outgoing) if number == 1 else len(outgoing).to_bytes(2, "big") + outgoing)
             steps.send(message)
         except StopIteration as finished:
             self._sending, self._receiving = finished.value.sending, finished.value.receiving

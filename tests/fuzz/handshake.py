@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import struct
 from collections.abc import Generator, Iterator
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from transport.records import MAX_PLAINTEXT, REKEY_INTERVAL, Budget, Sealer, Typ
 
 NOW = 1_800_000_000  # seconds since 1970: the time in every target
 MANIFEST_SHA256 = hashlib.sha256(b"manifest").digest()
+MAC_KEY = link.mac_key(b"manifest")
 CLAIMS = b"\x81\xa5stage\x00"
 MEASUREMENT = hashlib.sha384(b"code").digest()
 ROOT = mock.MockRoot(hashlib.sha256(b"root").digest())
@@ -41,8 +43,8 @@ Steps = Generator[bytes | int, bytes | None, Session | None]
 
 def _end(role: str, suite: int) -> End:
     if role == "I":
-        return End(Unattested(), VERIFIER, MANIFEST_SHA256, CLIENT, 0, suites=(suite,))
-    return End(ATTESTER, AcceptUnattested(), MANIFEST_SHA256, 0, CLIENT, suites=(suite,))
+        return End(Unattested(), VERIFIER, MANIFEST_SHA256, MAC_KEY, CLIENT, 0, suites=(suite,))
+    return End(ATTESTER, AcceptUnattested(), MANIFEST_SHA256, MAC_KEY, 0, CLIENT, suites=(suite,))
 
 
 def handshake(role: str, suite: int, data: bytes) -> None:
@@ -119,14 +121,15 @@ def _insider(role: str, suite: int, chunks: list[tuple[int, bytes]]) -> Steps:
     """A peer that follows the handshake with chosen values; see `_Insider`. Chunk 3 is a payload, 4 a record."""
     chosen = {("e", "s", "kem")[which]: value for which, value in chunks if which < 3}
     payloads = [value for which, value in chunks if which == 3]
-    preamble = struct.pack(">4sBBxx", b"mGPT", 1, suite)
+    preamble = struct.pack(">4sBBxx", b"mGPT", link.VERSION, suite)
     if role == "I":
         yield preamble
     else:
         yield 8
+    opening = True  # message 1 has a mac behind it
     ids = struct.pack(">HH", CLIENT, 0)
     s = KeyPair.from_private(hashlib.sha256(b"insider").digest())
-    prologue = b"MGPT-LINK-v1" + preamble + MANIFEST_SHA256 + ids
+    prologue = b"MGPT-LINK-v2" + preamble + MANIFEST_SHA256 + ids
     patterns = SUITES[suite]
     steps = noise.handshake(
         patterns.protocol_name, patterns.pattern, initiator=role == "I", prologue=prologue, s=s, payloads=payloads
@@ -140,12 +143,16 @@ def _insider(role: str, suite: int, chunks: list[tuple[int, bytes]]) -> Steps:
                 assert length is not None
                 message = yield int.from_bytes(length, "big")
                 assert message is not None
+                if opening:
+                    yield link.MACLEN
                 if b"" in (chosen.get("e"), chosen.get("s")):  # an echo of what the victim showed
                     chosen.update({name: message[:32] for name in ("e", "s") if chosen.get(name) == b""})
                 outgoing = steps.send(message)
             else:
-                yield len(outgoing).to_bytes(2, "big") + outgoing
+                framed = len(outgoing).to_bytes(2, "big") + outgoing
+                yield framed + mac(prologue, framed) if opening else framed
                 outgoing = steps.send(None)
+            opening = False
     except StopIteration as finished:
         split: Split = finished.value
     for which, plaintext in chunks:
@@ -156,6 +163,10 @@ def _insider(role: str, suite: int, chunks: list[tuple[int, bytes]]) -> Steps:
         binding = Binding(role, attester.provider, split.h, s.public, attester.claims)
         yield Sealer(split.sending).seal(Type.ATTEST, link.dump_attest(attester.attest(binding)))
     return None
+
+
+def mac(prologue: bytes, framed: bytes) -> bytes:
+    return hmac.digest(MAC_KEY, prologue + framed, "sha256")[: link.MACLEN]
 
 
 class _Insider(noise._State):
@@ -228,7 +239,7 @@ def seeds() -> dict[str, list[bytes]]:
 
     found: dict[str, list[bytes]] = {}
     for suite in (1, 2):
-        preamble = struct.pack(">4sBBxx", b"mGPT", 1, suite)
+        preamble = struct.pack(">4sBBxx", b"mGPT", link.VERSION, suite)
         lengths = SUITES[suite].lengths
         point = KeyPair.from_private(bytes(32)).public
         kem = KemKey().public if suite == 2 else b""
@@ -238,7 +249,9 @@ def seeds() -> dict[str, list[bytes]]:
         ordinary += [b"\2" + chunk(2, b"\xff" * 1184), b"\2" + chunk(2, kem or bytes(16))]
         ordinary += [b"\2" + chunk(4, struct.pack(">BBH", 1, 0, 0) + b"part of an ATTEST")]
         ordinary += [b"\2" + chunk(4, struct.pack(">BBH", 3, 1, 0) + b"\2")]
-        first = preamble + struct.pack(">H", lengths[0]) + (point + kem).ljust(lengths[0], b"\0")
+        first = struct.pack(">H", lengths[0]) + (point + kem).ljust(lengths[0], b"\0")
+        prologue = b"MGPT-LINK-v2" + preamble + MANIFEST_SHA256 + struct.pack(">HH", CLIENT, 0)
+        first = preamble + first + mac(prologue, first)
         second = struct.pack(">H", lengths[1]) + point.ljust(lengths[1], b"\0")
         found[f"respond-{suite}"] = [b"\0" + first, b"\0" + first + struct.pack(">H", 64) + bytes(64), *ordinary]
         found[f"initiate-{suite}"] = [b"\0" + second, *ordinary]

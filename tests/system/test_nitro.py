@@ -255,7 +255,7 @@ def test_strangers_who_want_evidence_wait_behind_whoever_has_cost_less(stages: E
             with contextlib.suppress(OSError), socket.create_connection(
                 ("127.0.0.1", stages.ports[0]), timeout=MOST, source_address=("127.0.0.2", 0)
             ) as sock:  # fmt: skip
-                Rogue(sock, "I", stages.manifest.digest, CLIENT, 0, suite=2).shake().hear_attest()
+                Rogue(sock, "I", stages.manifest, CLIENT, 0, suite=2).shake().hear_attest()
 
     crowd = [background(stranger) for _ in range(16)]
     try:

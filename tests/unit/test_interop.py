@@ -6,6 +6,7 @@ The stage, the first of two, makes evidence of its own and asks the real second 
 """
 
 import hashlib
+import hmac
 import json
 import math
 import socket
@@ -27,21 +28,24 @@ import minigpt
 
 
 class Stranger:
-    """Link protocol, version 1, suite 1, from the initiator's end, to the stage `peer`."""
+    """Link protocol, version 2, suite 1, from the initiator's end, to the stage `peer`."""
 
     def __init__(self, port: int, manifest: bytes, own: int = 0xFFFF, peer: int = 0) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        preamble = b"mGPT\x01\x01\0\0"
+        preamble = b"mGPT\x02\x01\0\0"
         self.noise = NoiseConnection.from_name(b"Noise_XX_25519_ChaChaPoly_SHA256")
         self.noise.set_as_initiator()
-        self.noise.set_prologue(
-            b"MGPT-LINK-v1" + preamble + hashlib.sha256(manifest).digest() + struct.pack(">HH", own, peer)
-        )
+        prologue = b"MGPT-LINK-v2" + preamble + hashlib.sha256(manifest).digest() + struct.pack(">HH", own, peer)
+        self.noise.set_prologue(prologue)
         self.noise.set_keypair_from_private_bytes(Keypair.STATIC, hashlib.sha256(b"a stranger").digest())
         self.key = self.noise.noise_protocol.keypairs["s"].public_bytes
         self.noise.start_handshake()
         self.socket.sendall(preamble)
-        self._frame(self.noise.write_message())
+        first = bytes(self.noise.write_message())
+        self._frame(first)
+        key = hashlib.sha256(b"MGPT-LINK-v2 mac1" + manifest).digest()
+        signed = prologue + struct.pack(">H", len(first)) + first
+        self.socket.sendall(hmac.new(key, signed, hashlib.sha256).digest()[:16])
         self.noise.read_message(self._read_frame())
         self.stage_key = self.noise.noise_protocol.handshake_state.rs.public_bytes
         self._frame(self.noise.write_message())

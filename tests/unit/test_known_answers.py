@@ -4,6 +4,7 @@ The page beside it quotes some of them, and has an example that is held against 
 """
 
 import hashlib
+import hmac
 import json
 import re
 import struct
@@ -60,6 +61,11 @@ def test_the_script_writes_this_file() -> None:
 
 def test_the_manifest_is_one_and_its_digest_is_of_its_bytes() -> None:
     assert manifest().digest == of("manifest_sha256") == hashlib.sha256(ANSWERS["manifest"].encode()).digest()
+    key = hashlib.sha256(b"MGPT-LINK-v2 mac1" + ANSWERS["manifest"].encode()).digest()
+    assert manifest().mac_key == of("mac_key") == key
+    for suite in ("suite_1", "suite_2"):
+        signed = of(suite, "prologue") + framed(ANSWERS[suite]["messages"])[0]
+        assert hmac.new(key, signed, hashlib.sha256).digest()[:16] == of(suite, "mac")
     assert manifest().claims(0) == of("suite_1", "claims")
     assert manifest().claims(1) == of("claims_of_stage_1")
 
@@ -76,7 +82,7 @@ class Links:
         root = of("ed25519", "root", "public")
         key = MockKey(of("ed25519", "stage_0", "private"), of("suite_1", "endorsement"))
         attester = MockAttester(key, pinned.claims(0), measurement=known_answers.MEASUREMENT, clock=lambda: at)
-        common: dict[str, Any] = {"manifest_sha256": pinned.digest, "suites": (suite,)}
+        common: dict[str, Any] = {"manifest_sha256": pinned.digest, "mac_key": pinned.mac_key, "suites": (suite,)}
         client = End(Unattested(), MockVerifier(root, policy, clock=lambda: at), own_id=CLIENT, peer_id=0,
                      static_private=of("x25519", "client_static", "private"), **common)  # fmt: skip
         stage = End(attester, AcceptUnattested(), own_id=0, peer_id=CLIENT,
@@ -100,7 +106,7 @@ def test_suite_1_in_our_own_code_from_the_first_byte_to_the_last(monkeypatch: py
     first, second, third = framed(ONE["messages"])
     records = ONE["records"]
     assert links.meet() == [
-        of("suite_1", "preamble") + first,
+        of("suite_1", "preamble") + first + of("suite_1", "mac"),
         second,
         third,
         of("suite_1", "records", "r2i", "0"),
@@ -167,7 +173,7 @@ def test_suite_2_in_our_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     links = Links(monkeypatch, 2)
     first, second, third = framed(ANSWERS["suite_2"]["messages"])
     assert [len(first), len(second), len(third)] == [2 + 1216, 2 + 1200, 2 + 64]
-    assert links.meet()[:3] == [of("suite_2", "preamble") + first, second, third]
+    assert links.meet()[:3] == [of("suite_2", "preamble") + first + of("suite_2", "mac"), second, third]
     assert links.client.session.handshake_hash == of("suite_2", "h")
 
 

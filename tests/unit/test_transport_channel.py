@@ -6,7 +6,7 @@ import socket
 import time
 
 import pytest
-from ends import CLIENT_END, STAGE_END, Refuses, background, make, tcp_pair
+from ends import CLIENT_END, MAC_KEY, STAGE_END, Refuses, background, make, tcp_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from places import SCHEMES
@@ -300,7 +300,7 @@ def test_a_dead_channel_gives_its_part_of_the_budget_back():
 
 def test_a_client_is_told_that_it_is_refused_even_after_it_has_spoken():
     one, two = tcp_pair()
-    other = background(Channel.accept, two, End(Unattested(), Refuses(), bytes(32), 0, CLIENT))
+    other = background(Channel.accept, two, End(Unattested(), Refuses(), bytes(32), MAC_KEY, 0, CLIENT))
     a = Channel.initiate(one, CLIENT_END)
     with contextlib.suppress(TransportError):
         a.send({"n": 1})
@@ -322,7 +322,7 @@ def test_the_reason_survives_a_peer_that_is_gone_already():
 
     other = background(Channel.accept, two, STAGE_END)
     with pytest.raises(EvidenceError):
-        Channel.initiate(one, End(Unattested(), Leaves(), bytes(32), CLIENT, 0))
+        Channel.initiate(one, End(Unattested(), Leaves(), bytes(32), MAC_KEY, CLIENT, 0))
     assert one.fileno() == -1
     with pytest.raises(TransportError):
         other.join()

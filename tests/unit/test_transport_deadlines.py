@@ -63,7 +63,7 @@ def test_bytes_that_come_one_at_a_time_are_let_gather(monkeypatch):
     b.abort()
 
 
-@pytest.mark.parametrize("data", [b"", b"mGPT\x01\x01\0\0\0\x20" + bytes(20), b"mG"])
+@pytest.mark.parametrize("data", [b"", b"mGPT\x02\x02\0\0\4\xc0" + bytes(20), b"mG"])
 def test_a_drip_or_silence_does_not_prolong_the_deadline_of_the_handshake(data):
     one, two = socket.socketpair()
     stop = threading.Event()

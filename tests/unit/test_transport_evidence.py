@@ -1,11 +1,12 @@
 """Evidence at both ends of a link: sealed to the handshake, exchanged in order, refused without a detail."""
 
 import contextlib
+import hmac
 import struct
 import time
 
 import pytest
-from ends import LENGTHS, MANIFEST, Bound, Refuses, Sealed, Side, client, meet, sessions, stage, told
+from ends import LENGTHS, MAC_KEY, MANIFEST, OPENING, Bound, Refuses, Sealed, Side, client, meet, sessions, stage, told
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,11 +49,11 @@ def test_real_mock_evidence_of_both_ends():
         attester = MockAttester(MockKey.generate(root, index, later), claims, measurement=bytes([index + 1]) * 48)
         policy = Policy(Provider.MOCK, frozenset({bytes([index + 1]) * 48}), claims, index)
         ends[index] = attester, MockVerifier(root.public, policy)
-    i = End(ends[0][0], ends[1][1], MANIFEST, 0, 1)
-    r = End(ends[1][0], ends[0][1], MANIFEST, 1, 0)
+    i = End(ends[0][0], ends[1][1], MANIFEST, MAC_KEY, 0, 1)
+    r = End(ends[1][0], ends[0][1], MANIFEST, MAC_KEY, 1, 0)
     a, b = sessions(i, r)
     assert (a.peer.stage, b.peer.stage) == (1, 0)
-    one, two = meet(End(ends[0][0], ends[0][1], MANIFEST, 0, 1), r)
+    one, two = meet(End(ends[0][0], ends[0][1], MANIFEST, MAC_KEY, 0, 1), r)
     assert isinstance(one.error, AttestationError)
     assert isinstance(two.error, PeerAlert)
 
@@ -79,7 +80,7 @@ def test_the_client_refuses_with_one_alert_before_it_says_who_it_is():
     assert isinstance(two.error, PeerAlert)
     assert two.error.code == Alert.ATTESTATION
     assert two.error.exit_code == 3
-    assert len(one.sent) == 8 + 2 + LENGTHS[2][0] + 66 + 278
+    assert len(one.sent) == OPENING[2] + 66 + 278
 
 
 def test_the_stage_refuses_after_its_own_evidence_and_the_client_is_told():
@@ -108,7 +109,7 @@ def test_refusals_have_one_length_whatever_the_reason():
         )
     for r in (stage(attester=Odd()), stage(attester=Sealed())):
         one, _ = meet(client(verifier=Bound() if isinstance(r.attester, Odd) else Refuses()), r)
-        lengths.add(len(one.sent) - 8 - 2 - LENGTHS[2][0] - 66)
+        lengths.add(len(one.sent) - OPENING[2] - 66)
     assert lengths == {278}
 
 
@@ -246,13 +247,14 @@ def test_what_a_stranger_made_us_hold_goes_with_him(how):
     """A part of an ATTEST, and then nothing more: else a thousand such connections would use up the budget."""
     budget, s = Budget(2**20), KeyPair.generate()
     suite = link.SUITES[2]
-    preamble = b"mGPT\1\2\0\0"
-    prologue = b"MGPT-LINK-v1" + preamble + MANIFEST + b"\xff\xff\0\0"
+    preamble = b"mGPT\2\2\0\0"
+    prologue = b"MGPT-LINK-v2" + preamble + MANIFEST + b"\xff\xff\0\0"
     stranger = noise.handshake(suite.protocol_name, suite.pattern, initiator=True, prologue=prologue, s=s)
     victim = Side(respond(stage(), budget=budget))
     first = next(stranger)
     assert first is not None
-    victim.inbox += preamble + len(first).to_bytes(2, "big") + first
+    framed = len(first).to_bytes(2, "big") + first
+    victim.inbox += preamble + framed + hmac.digest(MAC_KEY, prologue + framed, "sha256")[:16]
     second = victim.run()
     stranger.send(None)
     third = stranger.send(second[2:])

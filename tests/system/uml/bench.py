@@ -67,7 +67,8 @@ def round_trip(scheme: str, count: int) -> float:
     def answer() -> None:
         accepted = listener.accept()
         assert accepted is not None
-        with Channel.accept(accepted[0], End(Unattested(), AcceptUnattested(), bytes(32), 0, CLIENT)) as channel:
+        end = End(Unattested(), AcceptUnattested(), bytes(32), bytes(32), 0, CLIENT)
+        with Channel.accept(accepted[0], end) as channel:
             for _ in range(WARM + count):
                 channel.send(channel.receive(10.0))
             channel.receive(10.0)
@@ -75,7 +76,7 @@ def round_trip(scheme: str, count: int) -> float:
     with Listener(anywhere(scheme)) as listener:
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        end = End(Unattested(), AcceptUnattested(), bytes(32), CLIENT, 0)
+        end = End(Unattested(), AcceptUnattested(), bytes(32), bytes(32), CLIENT, 0)
         channel = Channel.connect(listener.address, end)
         times = []
         for _ in range(WARM + count):
