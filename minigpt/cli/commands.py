@@ -372,6 +372,7 @@ def plan(options: argparse.Namespace) -> int:
             pins=pinned,
             suites=options.suite or [2],
             clients=[pins.public("--client", text) for text in options.client] or None,
+            operators=[pins.public("--operator", text) for text in options.operator],
             days=options.days,
             progress=tell,
         )
@@ -492,6 +493,8 @@ def status(options: argparse.Namespace) -> int:
                 show((reporting.CLEAR if redraw else between) + reporting.shown(stages))
                 if number == 0 or redraw:
                     _say_if_mock(stages)
+                    if any(one["error"] is None and one["steps"] is None for one in stages):
+                        say("- is told to operators only: give the --client-key of one that the manifest lists")
                     if parsed.slow:
                         say(f"the manifest expires in {days:.1f} days")
             if options.watch is None:
@@ -571,7 +574,7 @@ def keygen(options: argparse.Namespace) -> int:
     except FileExistsError:
         raise UsageError(f"{options.output} exists, and a key file is never overwritten: choose another name") from None
     show(pair.public.hex() + "\n")
-    say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
+    say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`, or --operator")
     return 0
 
 

@@ -124,6 +124,7 @@ class LocalStages:
                 checkpoint,
                 split,
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
+                operators=None,  # they are one user's own
                 days=LIFETIME,
                 progress=progress,
             )

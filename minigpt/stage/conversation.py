@@ -129,8 +129,11 @@ class Conversation:
         raise AssertionError("the two kinds of conversations say how")
 
     def _report(self, channel: Channel) -> None:
-        """Answers a Status."""
-        self._send(channel, messages.Report((self._host.report(), *self._reports_from_below(channel))))
+        """Answers a Status. A client who is no operator is told nothing that the others cause."""
+        reports = (self._host.report(), *self._reports_from_below(channel))
+        if self._stage.index == 0 and not self._stage.manifest.operates(channel.peer_static_key):
+            reports = tuple(map(messages.for_any_client, reports))
+        self._send(channel, messages.Report(reports))
 
     def _reports_from_below(self, channel: Channel) -> tuple[StageReport, ...]:
         """The reports of the stages after this one; that of the next with its evidence, as this stage verified it."""
