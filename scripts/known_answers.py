@@ -112,12 +112,13 @@ def manifest() -> str:
     ]
     fields = {
         "format": "minigpt-pipeline-3",
-        "messages": 2,
+        "messages": 3,
         "issued": "2026-01-01T00:00:00Z",
         "expires": "2027-01-01T00:00:00Z",
         "model": {"id": "tiny", "revision": None, "tokenizer_sha256": None, "config": config},
         "suites": [1, 2],
         "clients": "any",
+        "operators": [],
         "stages": stages,
     }
     return json.dumps(fields, indent=1) + "\n"

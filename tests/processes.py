@@ -101,6 +101,7 @@ class Stages:
             "layers": layers,
             "weights_sha256": [weights.load(folder, config, part).digest for part in layers],
             "pins": [MockPins(self.root.public, frozenset([measurement or measure(ROOT)]))],
+            "operators": None,
         }
         served = changes.pop("places", [f"tcp://127.0.0.1:{port}" for port in self.ports])
         self.bytes = write(**fields | changes)

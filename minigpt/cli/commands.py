@@ -63,6 +63,8 @@ def status(options: argparse.Namespace) -> int:
                 show((reporting.CLEAR if redraw else between) + reporting.shown(stages))
                 if number == 0 or redraw:
                     say_if_mock(stages)
+                    if any(one["error"] is None and one["steps"] is None for one in stages):
+                        say("- is told to operators only: give the --client-key of one that the manifest lists")
                     if parsed.slow:
                         say(f"the manifest expires in {days:.1f} days")
             if options.watch is None:
@@ -153,7 +155,7 @@ def keygen(options: argparse.Namespace) -> int:
     except FileNotFoundError:
         raise UsageError(f"--output {options.output}: there is no such folder: make it first") from None
     show(pair.public.hex() + "\n")
-    say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`")
+    say(f"wrote the private key to {options.output}; give the line above to `minigpt plan --client`, or --operator")
     return 0
 
 

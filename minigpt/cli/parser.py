@@ -110,6 +110,8 @@ def parser() -> Parser:
     plan.add_argument("--test-root", metavar="HEX", help="for tests: a root that is believed in place of the images' "
                       "vendor's, by its certificate's SHA-256; both ends then need --allow-test-root")  # fmt: skip
     _repeated(plan, "--client", "HEX", "admit only clients with this key, as `minigpt keygen` prints it; repeatable")
+    _repeated(plan, "--operator", "HEX", "admit the client with this key too, and let it see the load of all clients "
+              "in status and metrics; repeatable")  # fmt: skip
     plan.add_argument("--suite", action="append", default=[], type=integer, choices=(1, 2), metavar="N",
                       help="of the link protocol, accepted on every link: 2 (the default) is post-quantum, 1 is plain "
                       "Noise_XX; repeatable, the first is proposed")  # fmt: skip
@@ -232,7 +234,7 @@ def _manifest(to: argparse.ArgumentParser, *, required: bool) -> None:
     option(to, "--places", None, "FILE", str, "where its stages are (default: X.places.json for a manifest X.json)")
     to.add_argument("--place", action="append", default=[], type=located, metavar="I=ADDR", help="where stage I is, "
                     "whatever the places say: a relay before stage 0, for example; repeatable")  # fmt: skip
-    option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists its clients")
+    option(to, "--client-key", None, "FILE", str, "this client's private key, where the manifest lists it")
     option(to, "--timeout", "150", "S", seconds, "seconds to wait for an answer")
     option(to, "--connect-timeout", "10", "S", seconds, "seconds that a connection may take")
     option(to, "--handshake-timeout", None, "S", seconds, "seconds that a handshake may take (default: 10, or 60 where "

@@ -35,6 +35,7 @@ def plan(options: argparse.Namespace) -> int:
             pins=pinned,
             suites=options.suite or [2],
             clients=[pins.public("--client", text) for text in options.client] or None,
+            operators=[pins.public("--operator", text) for text in options.operator],
             days=options.days,
             progress=tell,
         )

@@ -122,12 +122,17 @@ def _row(state: dict[str, Any]) -> tuple[str, ...]:
         str(state["stage"]),
         f"{uptime:.0f} s" if uptime < 10_000 else f"{uptime / 3600:.0f} h",
         _size(state["weights_bytes"]),
-        *(str(state[name]) for name in ("channels", "sequences", "queue")),
-        f"{state['rate']:.1f}",
-        f"{state['batch']:.1f}",
-        _size(state["cache_bytes"]) + (f" / {_size(limit)}" if limit else ""),
-        str(state["steps"]),
+        *(_told(state[name]) for name in ("channels", "sequences", "queue")),
+        _told(state["rate"], "{:.1f}"),
+        _told(state["batch"], "{:.1f}"),
+        "-" if state["cache_bytes"] is None else _size(state["cache_bytes"]) + (f" / {_size(limit)}" if limit else ""),
+        _told(state["steps"]),
     )
+
+
+def _told(figure: float | None, form: str = "{}") -> str:
+    """A figure, if it was told to this client."""
+    return "-" if figure is None else form.format(figure)
 
 
 def _size(count: int) -> str:

@@ -36,6 +36,7 @@ from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import Answer, Done, Generate, Logits, Reason, StageReport
 from minigpt.protocol.request import Replies, check_type, span, with_span
 from transport.channel import Deadlines
+from transport.errors import Silent
 
 log = logging.getLogger("minigpt")
 
@@ -313,6 +314,8 @@ class Pipeline(TextModel):
                     replies = Replies(rest, self.config, len(self.manifest.stages))
                     return (yield from self._ask(link, rest, replies, resumption))
                 except (StageError, RequestRefused) as fault:
+                    if isinstance(fault.__cause__, Silent):
+                        self._pool.flush()
                     error = self._explained(fault)
                     wait = resumption.fault(error, again=self._pool.may_replace(link))
                     if wait is None and resumption.reason is not None:

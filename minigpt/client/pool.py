@@ -68,9 +68,11 @@ class Pool:
             place = _Place()
             self._places.add(place)
         try:
-            if link is not None and not link.usable():
+            if link is not None and ((lost_openly := link.stale) or not link.usable()):
                 link.channel.abort()
                 link = None
+                if not lost_openly:
+                    self.flush()
             if link is None:
                 link = self._make()
                 self.proven = True
@@ -100,6 +102,14 @@ class Pool:
             else:
                 link.channel.abort()
             self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Ends all idle links, after one was found dead that had not said so: what made the network forget that one, or
+        stopped the stage, was true of them as well, and each would cost the same wait."""
+        with self._changed:
+            links, self._idle = self._idle, []
+        for link in links:
+            link.channel.abort()
 
     def may_replace(self, link: StageLink | None) -> bool:
         """Whether another link may take the place of one that was lost: not before there ever was one, not once the

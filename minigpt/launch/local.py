@@ -125,6 +125,7 @@ class LocalStages:
                 checkpoint,
                 split,
                 pins=[MockPins(self._root.public, frozenset([measure()]))],
+                operators=None,  # they are one user's own
                 days=LIFETIME,
                 progress=progress,
             )

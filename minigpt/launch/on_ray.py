@@ -78,7 +78,7 @@ class RayStages:
         self._news = news
         self._root = MockRoot.generate()
         pins = [MockPins(self._root.public, frozenset([measure()]))]
-        self.document = plan(checkpoint, split, pins=pins, days=LIFETIME, progress=progress)
+        self.document = plan(checkpoint, split, pins=pins, operators=None, days=LIFETIME, progress=progress)
         self.manifest = Manifest.parse(self.document)
         count = len(self.manifest.stages)
         self._places: dict[int, str] = {}  # where each stage is

@@ -20,6 +20,7 @@ def plan(
     pins: Sequence[Pins],
     suites: Sequence[int] = (2,),
     clients: Sequence[bytes] | None = None,
+    operators: Sequence[bytes] | None = (),
     days: float = 30.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> bytes:
@@ -30,6 +31,7 @@ def plan(
         pins: which evidence is acceptable, of each stage; or one for all.
         suites: of the link protocol, accepted on every link; the first is proposed.
         clients: static keys of the clients admitted; None admits anyone.
+        operators: static keys of the clients, admitted too, who are told the load of all; None for every client.
         progress: is told how far the reading has come, in a line for people.
 
     Raises:
@@ -52,6 +54,7 @@ def plan(
         pins=pins,
         suites=suites,
         clients=clients,
+        operators=operators,
         days=days,
     )
 
@@ -67,6 +70,7 @@ def write(
     pins: Sequence[Pins],
     suites: Sequence[int] = (2,),
     clients: Sequence[bytes] | None = None,
+    operators: Sequence[bytes] | None = (),
     days: float = 30.0,
     now: datetime.datetime | None = None,
 ) -> bytes:
@@ -74,7 +78,7 @@ def write(
 
     Args:
         pins: which evidence is acceptable, of each stage; or one for all.
-        clients: static keys; None admits anyone.
+        clients, operators: static keys; None for anyone.
     """
     issued = (now or datetime.datetime.now(datetime.UTC)).replace(microsecond=0)
     fields = {
@@ -89,7 +93,8 @@ def write(
             "config": config.to_json(),
         },
         "suites": list(suites),
-        "clients": "any" if clients is None else sorted(client.hex() for client in clients),
+        "clients": _keys(clients),
+        "operators": _keys(operators),
         "stages": [
             {
                 "layers": [part.start, part.stop],
@@ -104,6 +109,10 @@ def write(
     data = (json.dumps(fields, indent=2) + "\n").encode()
     Manifest.parse(data)
     return data
+
+
+def _keys(keys: Sequence[bytes] | None) -> str | list[str]:
+    return "any" if keys is None else sorted(key.hex() for key in keys)
 
 
 def split_layers(n_layer: int, split: str | int) -> list[range]:

@@ -80,7 +80,8 @@ class Manifest:
     tokenizer_sha256: bytes | None
     config: Config
     suites: tuple[int, ...]
-    clients: frozenset[bytes] | None  # static keys of the clients admitted; None admits anyone
+    clients: frozenset[bytes] | None  # static keys of the clients admitted, operators included; None admits anyone
+    operators: frozenset[bytes] | None  # those of clients who are told what all others cause; None for every client
     stages: tuple[StageEntry, ...]
 
     @classmethod
@@ -116,7 +117,8 @@ class Manifest:
                 "version that planned this pipeline, or plan again with this one"
             )
         suites = top.get("suites").items(1, len(SUITES))
-        clients = top.get("clients")
+        clients = _keys(top.get("clients"), 1)
+        operators = _keys(top.get("operators"), 0)
         manifest = cls(
             digest=hashlib.sha256(data).digest(),
             mac_key=mac_key(data),
@@ -127,12 +129,11 @@ class Manifest:
             tokenizer_sha256=None if tokenizer.value is None else tokenizer.pin(32),
             config=config,
             suites=tuple(suite.integer(1, 255) for suite in suites),
-            clients=None
-            if clients.value == "any"
-            else frozenset(client.pin(32) for client in clients.items(1, MAX_PINS)),
+            clients=None if clients is None else clients | (operators or frozenset()),
+            operators=operators,
             stages=tuple(_stage(i, place) for i, place in enumerate(top.get("stages").items(1, MAX_STAGES))),
         )
-        top.only("format", "messages", "issued", "expires", "model", "suites", "clients", "stages")
+        top.only("format", "messages", "issued", "expires", "model", "suites", "clients", "operators", "stages")
         manifest._check()
         return manifest
 
@@ -161,6 +162,10 @@ class Manifest:
             raise ManifestError(
                 f"manifest.stages: the ranges end at {begin}, but the model has {self.config.n_layer} layers"
             )
+
+    def operates(self, key: bytes) -> bool:
+        """Whether the client with this static key is told what the others cause."""
+        return self.operators is None or key in self.operators
 
     def check_time(self, now: float) -> None:
         """Raises ManifestError if the manifest has expired at `now`, in seconds since 1970."""
@@ -288,6 +293,11 @@ def load(path: str | Path) -> tuple[bytes, Manifest]:
         return data, Manifest.parse(data)
     except ManifestError as error:
         raise ManifestError(f"{path}: {str(error).removeprefix('manifest: ')}") from None
+
+
+def _keys(place: Place, least: int) -> frozenset[bytes] | None:
+    """Clients' static keys; None for "any"."""
+    return None if place.value == "any" else frozenset(key.pin(32) for key in place.items(least, MAX_PINS))
 
 
 def _config(place: Place) -> Config:

@@ -25,7 +25,7 @@ from minigpt.engine.sampling import MAX_BIASES, MAX_TEMPERATURE, MAX_TOP, MAX_TO
 from minigpt.errors import MessageError, RequestRefused
 from minigpt.protocol import schema
 
-SCHEMA = 2  # the number of what is declared here and in batches.py: any change of a field or of a byte needs a new one
+SCHEMA = 3  # the number of what is declared here and in batches.py: any change of a field or of a byte needs a new one
 MAX_IDS = 2**20  # token ids, rows or columns in one message; GPT-2 has 1024 positions and 50257 ids
 MAX_STAGES = 256
 # Rows of a prompt computed at once. The next stage starts after the first. But BLAS repacks every matrix for each
@@ -72,7 +72,8 @@ Index = Annotated[int, schema.integer(0, 0xFFFE)]  # of a stage; on the link, FF
 Count = Annotated[int, schema.integer(0, 2**63 - 1)]
 Position = Annotated[int, schema.integer(0, MAX_IDS)]
 Seconds = Annotated[float, schema.number(0.0, 1e12)]
-Mean = Annotated[float, schema.number(0.0, 1e12)]
+CountIfTold = Annotated[int | None, schema.optional(schema.integer(0, 2**63 - 1))]
+MeanIfTold = Annotated[float | None, schema.optional(schema.number(0.0, 1e12))]
 Word = Annotated[str, schema.text(32)]
 Sentence = Annotated[str, schema.text(4096)]
 Ids = Annotated[tuple[int, ...], schema.numbers("I", MAX_IDS)]
@@ -220,7 +221,8 @@ class Status:
 class StageReport:
     """One stage's state, and its evidence as verified by the stage before it.
 
-    A stage that cannot be reached is reported by the one before it, with an `error`.
+    A stage that cannot be reached is reported by the one before it, with an `error`. What all clients together cause
+    is told to operators, and is None for others.
     """
 
     stage: Index
@@ -228,16 +230,16 @@ class StageReport:
     reason: Word = ""  # with an error: "attestation" if its evidence was refused, else "failed"
     uptime: Seconds = 0.0
     weights_bytes: Count = 0
-    channels: Count = 0
-    sequences: Count = 0
-    cache_bytes: Count = 0
-    steps: Count = 0  # computed since the process started
-    tokens: Count = 0  # drawn since then, in the last stage, for passes through this one
-    rate: Mean = 0.0  # tokens a second, over the last 10 s
-    batch: Mean = 0.0  # sequences in a pass, over the last 10 s
-    queue: Count = 0  # requests that wait for a place
-    resumed: Count = 0  # requests since the start that went on after a link was lost; only the first stage counts them
-    cache_limit: Count = 0  # bytes that all caches together may have; 0 for no such limit
+    channels: CountIfTold = None
+    sequences: CountIfTold = None
+    cache_bytes: CountIfTold = None
+    steps: CountIfTold = None  # computed since the process started
+    tokens: CountIfTold = None  # drawn since then, in the last stage, for passes through this one
+    rate: MeanIfTold = None  # tokens a second, over the last 10 s
+    batch: MeanIfTold = None  # sequences in a pass, over the last 10 s
+    queue: CountIfTold = None  # requests that wait for a place
+    resumed: CountIfTold = None  # since the start, after a link was lost; only the first stage counts them
+    cache_limit: CountIfTold = None  # bytes that all caches together may have; 0 for no such limit
     evidence: Annotated[str, schema.text(2**20)] = ""  # the text of an evidence file
     exposed: Annotated[str, schema.text(4096, absent=True)] = ""  # what could not be locked down, for people
 
@@ -329,6 +331,15 @@ def shown(message: Message) -> Message:
         case Report():
             return Report(tuple(map(_shown_report, message.stages)))
     return message
+
+
+def for_any_client(one: StageReport) -> StageReport:
+    """What a client is told that is no operator: whether the stage is there and with what evidence, and to the minute
+    since when. Nothing of it depends on other clients."""
+    uptime = one.uptime - one.uptime % 60.0
+    return StageReport(
+        one.stage, one.error, one.reason, uptime, one.weights_bytes, evidence=one.evidence, exposed=one.exposed
+    )
 
 
 def _shown_report(one: StageReport) -> StageReport:

@@ -30,8 +30,8 @@ _COUNTERS = {
 
 
 class _Stages(Collector):
-    """What the stages report of themselves. One that does not answer has no figures but that: a counter that fell to 0
-    would look like a restart."""
+    """What the stages report of themselves. One that does not answer has no figures but that, and one to which this
+    client is no operator has few: a counter that fell to 0 would look like a restart."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -65,8 +65,8 @@ class _Stages(Collector):
             for field, (name, words) in fields.items():
                 family = kind(f"minigpt_stage_{name}", f"As the stage reports: {words}", labels=["stage"])
                 for report in self.reports:
-                    if not report.error:
-                        family.add_metric([str(report.stage)], getattr(report, field))
+                    if not report.error and (figure := getattr(report, field)) is not None:
+                        family.add_metric([str(report.stage)], figure)
                 yield family
 
 

@@ -49,18 +49,26 @@ class State(enum.Enum):
 class Host(Protocol):
     """What a conversation asks of the server that accepted it."""
 
+    @property
+    def channels(self) -> int: ...
     def accept(self, conversation: "Conversation") -> Channel: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
 
 class Conversation:
-    """One channel of a stage. Its own thread alone changes its state; `since` is time.monotonic() when it did."""
+    """One channel of a stage. Its own thread alone changes its state.
+
+    Attributes:
+        since: time.monotonic() when its state changed; while it is idle, when it last did useful work, or was opened.
+        useful: whether it ever did.
+    """
 
     def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
         self.number = number
         self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
+        self.useful = False
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"
@@ -98,10 +106,10 @@ class Conversation:
 
     def _serve(self, channel: Channel) -> None:
         try:
+            self._enter(State.IDLE)
             while not self._stage.stopping.is_set():
                 if self._stage.places.draining and self._rests():
                     return
-                self._enter(State.IDLE)
                 self._turn(channel)
             raise self._stopped()
         except Abandoned:
@@ -120,17 +128,28 @@ class Conversation:
     def _turn(self, channel: Channel) -> None:
         """Receives a message and answers it. Nothing of it is left then: a channel that is idle holds no request."""
         plain = channel.receive(self._stage.limits.idle)
+        self._rested = self.since
         self._enter(State.WORKING)
         with PINGER.due(channel):
-            self._answer(channel, plain)
+            useful = self._answer(channel, plain)
+        self._rest(useful)
 
-    def _answer(self, channel: Channel, plain: Any) -> None:
-        """Answers what the peer has sent."""
+    def _rest(self, useful: bool) -> None:
+        """It is idle again. Whoever only asks for what is no work stays as idle as before."""
+        self.useful |= useful
+        self.since = time.monotonic() if useful else self._rested
+        self.state = State.IDLE
+
+    def _answer(self, channel: Channel, plain: Any) -> bool:
+        """Answers what the peer has sent. Whether that was useful work: something was computed, and told."""
         raise AssertionError("the two kinds of conversations say how")
 
     def _report(self, channel: Channel) -> None:
-        """Answers a Status."""
-        self._send(channel, messages.Report((self._host.report(), *self._reports_from_below(channel))))
+        """Answers a Status. A client who is no operator is told nothing that the others cause."""
+        reports = (self._host.report(), *self._reports_from_below(channel))
+        if self._stage.index == 0 and not self._stage.manifest.operates(channel.peer_static_key):
+            reports = tuple(map(messages.for_any_client, reports))
+        self._send(channel, messages.Report(reports))
 
     def _reports_from_below(self, channel: Channel) -> tuple[StageReport, ...]:
         """The reports of the stages after this one; that of the next with its evidence, as this stage verified it."""

@@ -48,6 +48,11 @@ class Server:
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
+    @property
+    def channels(self) -> int:
+        """How many are open."""
+        return len(self.open)
+
     def serve(self, listener: Listener) -> None:
         """Accepts channels until the listener is closed."""
         while True:
@@ -114,14 +119,16 @@ class Server:
         """The conversation to end for a newcomer; None if there is room, or if all are busy.
 
         With too many handshakes under way, the oldest of the source with the most: an honest one takes milliseconds.
-        With too many channels, a handshake, else the channel that has been idle longest.
+        With too many channels, a handshake, else a channel that never did anything useful, else the one that has done
+        nothing useful for longest.
         """
         strangers = self._strangers()
         if len(strangers) >= self.stage.limits.handshakes:
             return strangers[0]
         if len(self.open) < self.stage.limits.channels:
             return None
-        idle = sorted((one for one in self.open.values() if one.state is State.IDLE), key=lambda one: one.since)
+        idle = [one for one in self.open.values() if one.state is State.IDLE]
+        idle.sort(key=lambda one: (one.useful, one.since))
         silent = [one for one in idle if time.monotonic() - one.since > YOUNG]
         return next(iter(strangers + silent), None)
 

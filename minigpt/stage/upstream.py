@@ -57,16 +57,17 @@ class UpstreamConversation(Conversation):
         self._lock = threading.Lock()  # of the order of answers
         self._worked = -math.inf  # when a step was last computed, here or in a later stage
 
-    def _answer(self, channel: Channel, plain: Any) -> None:
+    def _answer(self, channel: Channel, plain: Any) -> bool:
         if type(plain) is list:
             self._batch(channel, plain)
-            return
+            return True
         match messages.decode(plain, self._asked, self._here):
             case messages.Status():
                 self._report(channel)
             case messages.Reset():
                 self._forget()
                 self._send(channel, Done(Reason.RESET))
+        return False
 
     def _batch(self, channel: Channel, plain: list[Any]) -> None:
         if self._stage.stopping.is_set():

@@ -1,4 +1,4 @@
-"""Attacks 40 to 44, 54 and 57: by ends that are authentic and malicious."""
+"""Attacks 40 to 44, 54, 57 and 85: by ends that are authentic and malicious."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from attacks.rogue import ALERT, CLOSE, MESSAGE, ROOM, Rogue
 from minigpt.errors import RequestRefused
 from minigpt.protocol import messages
 from minigpt.protocol.messages import CHUNK, MAX_DRAFT, Done, Failure, Generate, Reason, Refusal, Tokens
+from transport.noise import KeyPair
 
 MB = 1 << 20
 CAP = 16 * MB  # bytes of one message
@@ -533,3 +534,45 @@ def lied_to(arena: Arena, link: int, play: Play, *, kept: bool = False, **option
         require(eventually(lambda: bool(fake.results)), "the link was kept")
         require(fake.results[0] is True, f"the kit failed: {fake.results[0]!r}")
     return answer
+
+
+@attack(
+    85,
+    "a client who is no operator asks for status before and after another's answers, and while one runs",
+    "no figure that another causes; an operator is told all of them",
+)
+def curious(arena: Arena) -> Seen:
+    operator = KeyPair.generate()
+    pipes = arena.start(operators=[operator.public])
+    try:
+        with (
+            admitted_client(pipes, static=operator, direct=True) as knowing,
+            admitted_client(pipes, direct=True) as curious,
+        ):
+            quiet, known = asked_for_status(curious), asked_for_status(knowing)
+            require(known[0]["tokens"] == known[1]["tokens"] == 0, f"control: an operator was told {known}")
+            require(all(one["evidence"] for one in quiet[1:]), "control: the evidence of stage 1 is missing")
+            arena.control(pipes)
+            with admitted_client(pipes, direct=True) as running:
+                running.say_message(generate_map(arena.prompt(), arena.config.n_positions - 20))
+                require(running.hear_message()["type"] == "token", "control: another's answer does not run")
+                told, known = asked_for_status(curious), asked_for_status(knowing)
+            require(known[0]["sequences"] > 0 and known[0]["tokens"] > TOKENS, f"control: an operator was told {known}")
+        for one in (*quiet, *told):
+            figures = {name: one[name] for name in known[0] if name not in TOLD_TO_ALL and one[name] is not None}
+            require(not figures, f"a client who is no operator was told {figures}")
+        require([one["weights_bytes"] for one in told] == [one["weights_bytes"] for one in quiet], "weights grew")
+        require(all(one["uptime"] % 60 == 0 for one in (*quiet, *told)), "a client was told seconds")
+        arena.control(pipes)
+    finally:
+        pipes.close()
+    return Seen("no figure of others", "all figures to an operator")
+
+
+TOLD_TO_ALL = ("stage", "error", "reason", "uptime", "weights_bytes", "evidence", "exposed")
+
+
+def asked_for_status(rogue: Rogue) -> list[dict[str, Any]]:
+    rogue.say_message({"type": "status"})
+    found: list[dict[str, Any]] = rogue.hear_message()["stages"]
+    return found

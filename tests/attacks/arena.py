@@ -325,7 +325,9 @@ class Arena:
         for proxy in pipes.proxies:
             proxy.reset()
         with minigpt.Pipeline.connect(pipes.path, allow_mock=True, connect_timeout=PATIENCE) as asking:
-            return asking.status()[index].steps
+            steps = asking.status()[index].steps
+        assert steps is not None, "every client is an operator here"
+        return steps
 
     def memory(self, index: int, stages: Pipes | None = None) -> int:
         """Bytes of a stage's process that are in memory."""

@@ -1,4 +1,4 @@
-"""Attacks 39, 45, 58 and 59: many connections at once, by which a host wants memory, sockets, threads or the processor.
+"""Attacks 39, 45, 58, 59, 86 and 87: much at once, by which a host wants memory, sockets, threads or the processor.
 
 What is measured is told in notes: memory above the quiet state, and an honest client's tokens a second before and
 meanwhile. The attackers go past the proxies, so that these cost nothing.
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from attacks import Seen, attack, require
@@ -365,3 +366,114 @@ def processor(pid: int) -> float:
     """Seconds of the processor that a process has used."""
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Flood:
+    """Admitted clients that each send the same message again and again, and read what is answered.
+
+    Their messages are sealed before, so that the attackers' own work costs the stage nothing.
+
+    Args:
+        every: seconds from one message to the next of each; None for as many as the stage takes.
+    """
+
+    def __init__(
+        self, pipes: Pipes, count: int, message: dict[str, Any], copies: int, every: float | None = None
+    ) -> None:
+        body = msgpack.packb(message)
+        self._rogues = [admitted_client(pipes, direct=True) for _ in range(count)]
+        self._left = [memoryview(b"".join(one.seal_message(body) for _ in range(copies))) for one in self._rogues]
+        self.total = sum(map(len, self._left))
+        self._piece, self._every = (1 << 16, 0.02) if every is None else (len(self._left[0]) // copies, every)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def left(self) -> float:
+        """The share of it that the stage has not taken."""
+        return sum(map(len, self._left)) / self.total
+
+    def __enter__(self) -> Flood:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """They leave, whatever is under way."""
+        self._stop.set()
+        self._thread.join(30)
+        for rogue in self._rogues:
+            rogue.close()
+
+    def _run(self) -> None:
+        for rogue in self._rogues:
+            rogue.sock.setblocking(False)
+        while not self._stop.wait(self._every):
+            for number, rogue in enumerate(self._rogues):
+                with contextlib.suppress(OSError):  # the stage takes no more now, or has hung up
+                    while _read(rogue.sock):
+                        pass
+                with contextlib.suppress(OSError):
+                    self._left[number] = self._left[number][rogue.sock.send(self._left[number][: self._piece]) :]
+
+
+@attack(
+    86,
+    "16 channels flood Cancel, Status, Reset, refused requests and requests that they cancel, and leave",
+    "paced: an honest client keeps its tokens; nothing is done for who has left",
+)
+def nothing_useful(arena: Arena) -> Seen:
+    pipes = arena.start()
+    stream = Stream(arena, pipes)
+    pid, seconds = pipes.processes[0].pid, 6.0 if arena.thorough else 2.0
+    refused = generate_map((arena.config.vocab_size,))
+    try:
+        for name, message in {
+            "Cancel": {"type": "cancel"},
+            "Status": {"type": "status"},
+            "Reset": {"type": "reset"},
+            "refused requests": refused,
+        }.items():
+            rate = stream.rate(seconds)
+            flood = Flood(pipes, 16, message, 8000)
+            with flood:
+                time.sleep(1)  # each has a second's worth of them free
+                during = stream.rate(seconds)
+            left = time.monotonic()
+            gone = eventually(lambda: sockets_of(pid) <= 6, 60)
+            took = time.monotonic() - left
+            rate = (rate + stream.rate(seconds)) / 2
+            arena.notes.append(
+                f"86, {name}: an honest client's tokens: {rate:.0f}/s without, {during:.0f}/s meanwhile, "
+                f"{during / rate:.2f} times; of {flood.total / MB:.0f} MB the stage took "
+                f"{1 - flood.left:.2f}; rid of those who left after {took:.1f} s"
+            )
+            require(not stream.tap.dead, f"{name}: the honest client lost its connection")
+            require(gone and took < 10, f"{name}: the stage works for {took:.0f} s for clients that have gone")
+            least = rate / (2 if arena.thorough else 5)
+            require(during > least, f"{name}: tokens fell from {rate:.0f}/s to {during:.0f}/s")
+        newcomer(arena, pipes)
+    finally:
+        stream.close()
+        pipes.close()
+    return Seen("an honest client keeps its tokens", "paced, and dropped once gone")
+
+
+@attack(
+    87,
+    "as many clients as there are channels, that each send a Cancel every 0.5 s, or 900 Status at once",
+    "they make room for an honest newcomer",
+)
+def restless(arena: Arena) -> Seen:
+    pipes = arena.start("--max-channels", "24")
+    try:
+        alone = newcomer(arena, pipes)[1]  # the control: while nobody keeps channels
+        for name, copies, every in (("cancel", 200, 0.5), ("status", 900, None)):
+            with Flood(pipes, 24, {"type": name}, copies, every):
+                time.sleep(1.5)  # nobody is young any more
+                tries, took = newcomer(arena, pipes)
+            arena.notes.append(
+                f"87, {name}: a newcomer served at try {tries}, after {took:.2f} s; {alone:.2f} s before"
+            )
+    finally:
+        pipes.close()
+    return Seen("served", "whoever does nothing useful makes room")

@@ -1,5 +1,5 @@
-"""Attacks 72 to 77: on clients that go on after a stage or a link has died. Nothing may be told twice or left out, and
-nobody who proves less than before may take a dead stage's place.
+"""Attacks 72 to 77 and 88: on clients that go on after a stage or a link has died. Nothing may be told twice or left
+out, and nobody who proves less than before may take a dead stage's place.
 """
 
 from __future__ import annotations
@@ -271,3 +271,36 @@ def everywhere(arena: Arena) -> Seen:
                     seen.append(Seen("the whole text", f"link {link} was cut"))
     arena.control()
     return together(seen)
+
+
+@attack(
+    88,
+    "a network that forgets connections without a word, while three idle links wait in a client's pool",
+    "noticed in 15 s, the pool is flushed, and the request goes on over a fresh link: the true text, once",
+    slow=True,
+)
+def forgotten(arena: Arena) -> Seen:
+    proxy, wanted = arena.stages.proxies[0], arena.expected(arena.prompt())
+    proxy.reset()
+    took = []
+    with minigpt.Pipeline.connect(arena.stages.path, allow_mock=True, retry_for=RETRY) as pipeline:
+        generations = [pipeline.generate(list(arena.prompt()), max_tokens=TOKENS) for _ in range(3)]
+        for generation in generations:
+            next(generation)
+        rest = [[token.id for token in generation] for generation in generations]
+        require(rest == 3 * [wanted[1:]], f"control: three requests at once were told {rest}")
+        require(len(proxy.taps) == 3, f"control: {len(proxy.taps)} links, wanted three")
+        for tap in proxy.taps:
+            tap.rule = lambda frame, tap: ()  # nobody is told, and both ends take all of it for delivered
+        for _ in range(3):
+            began = time.monotonic()
+            told = [token.id for token in pipeline.generate(list(arena.prompt()), max_tokens=TOKENS)]
+            took.append(time.monotonic() - began)
+            require(told == wanted, f"the client was told {told}")
+        require(len(proxy.taps) == 4, f"{len(proxy.taps) - 3} fresh links, wanted one")
+        require(eventually(lambda: all("I" in dict(tap.ended) for tap in proxy.taps[:3])), "a dead link was kept")
+    shown = ", ".join(f"{one:.2f}" for one in took)
+    arena.notes.append(f"88: requests after the network has forgotten three links took {shown} s")
+    require(took[0] < 15 + PATIENCE and max(took[1:]) < PATIENCE, f"requests took {took} s")
+    arena.control()
+    return Seen("the true text, after 15 s", "dead links ended")

@@ -33,7 +33,18 @@ from minigpt.protocol.batches import Batch, Result, Segment, Terms
 from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
-from minigpt.protocol.messages import CHUNK, Cancel, Done, Generate, Reason, Reset, StageReport, Tokens, Wanted
+from minigpt.protocol.messages import (
+    CHUNK,
+    Cancel,
+    Done,
+    Generate,
+    Reason,
+    Reset,
+    StageReport,
+    Tokens,
+    Wanted,
+    for_any_client,
+)
 from minigpt.protocol.request import Ask, Keywords, Options
 from minigpt.stage.layers import Layers, Part
 from minigpt.stage.schedule import Schedule
@@ -614,7 +625,7 @@ def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp
         with Pipeline.connect(stages.path, allow_mock=True) as first:
 
             def turned_away() -> bool:
-                first.status()  # whoever has been silent for a second makes room
+                ids(first.generate([1, 2], max_tokens=1))  # whoever has done nothing for a second makes room
                 try:
                     Pipeline.connect(stages.path, allow_mock=True).close()
                 except StageError:
@@ -722,6 +733,26 @@ def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) 
             assert len(ids(made.generate([1, 2], max_tokens=2))) == 2
         with pytest.raises(StageError):
             Pipeline.connect(stages.path, allow_mock=True, client_key=generate_keypair()[0])
+
+
+def test_only_an_operator_is_told_what_the_others_cause(folder: Path, tmp_path: Path) -> None:
+    from transport.noise import generate_keypair
+
+    (mine, client), (theirs, operator) = generate_keypair(), generate_keypair()
+    with Stages(folder, "2+2", tmp_path, clients=[client], operators=[operator]) as stages:
+        stages.start_all()
+        with (
+            Pipeline.connect(stages.path, allow_mock=True, client_key=theirs) as knowing,
+            Pipeline.connect(stages.path, allow_mock=True, client_key=mine) as other,
+        ):
+            for count in (3, 5):
+                ids(knowing.generate([1, 2], max_tokens=count))
+                for report in other.status():
+                    assert report.evidence
+                    assert report.weights_bytes
+                    assert report == for_any_client(report)
+            assert [report.tokens for report in knowing.status()] == [8, 8]
+            assert all(report.channels and report.cache_limit for report in knowing.status())
 
 
 def test_a_stage_refuses_to_start_with_other_weights(folder: Path, tmp_path: Path) -> None:

@@ -67,6 +67,20 @@ def test_what_is_written_is_read() -> None:
     assert Manifest.parse(written()).clients is None
 
 
+def test_nobody_is_an_operator_unless_listed_and_operators_are_admitted() -> None:
+    key, operator = b"\x09" * 32, b"\x0a" * 32
+    assert Manifest.parse(written()).operators == frozenset()
+    listed = Manifest.parse(written(clients=[key], operators=[operator]))
+    assert listed.clients == frozenset([key, operator])
+    assert [listed.operates(one) for one in (key, operator)] == [False, True]
+    open_to_all = Manifest.parse(written(operators=[operator]))
+    assert open_to_all.clients is None
+    assert [open_to_all.operates(one) for one in (key, operator)] == [False, True]
+    own = Manifest.parse(written(clients=[key], operators=None))
+    assert own.clients == frozenset([key])
+    assert own.operates(key)
+
+
 PCRS = [{i: bytes([16 * stage + i + 1]) * 48 for i in range(3)} for stage in range(2)]
 NITRO = {"provider": "nitro", "covers": "image", "pcr0": "01" * 48, "pcr1": "02" * 48, "pcr2": "03" * 48}
 
@@ -181,6 +195,9 @@ BAD: dict[str, tuple[tuple[Any, ...], object]] = {
     "clients": (("clients",), "all"),
     "clients: none": (("clients",), []),
     "clients[0]": (("clients",), [HEX[:-2]]),
+    "operators": (("operators",), None),
+    "operators: too many": (("operators",), [HEX] * 65),
+    "operators[0]": (("operators",), ["00" * 32]),
     "stages": (("stages",), []),
     "stages: gap": (("stages", 1, "layers"), [2, 4]),
     "stages[1].layers: short": (("stages", 1, "layers"), [3]),

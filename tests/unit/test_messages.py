@@ -33,7 +33,8 @@ EXAMPLES: list[messages.Message] = [
             StageReport(
                 0, uptime=1.5, steps=3, tokens=2, rate=0.5, batch=1.25, queue=4, cache_limit=2**40, evidence="{}"
             ),
-            StageReport(1, "unreachable", "failed"),
+            StageReport(1, uptime=60.0, weights_bytes=9, evidence="{}", exposed="core dumps"),  # to no operator
+            StageReport(2, "unreachable", "failed"),
         )
     ),
 ]
@@ -45,6 +46,16 @@ MORE: list[messages.Message] = [  # with fields that may be left out
     Tokens(9, (7, 8), (), (), ((7, -0.5), (3, -0.5), (8, -0.25), (2**32 - 1, -9.5))),
     Scores(1, (-0.5, 0.0), (), ((7, -0.5), (8, 0.0))),
 ]
+
+
+def test_what_any_client_is_told_of_a_stage_does_not_depend_on_other_clients() -> None:
+    quiet = StageReport(1, "", "", 119.9, 9, 1, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 2**30, "{}", "core dumps")
+    busy = dataclasses.replace(
+        quiet, uptime=60.5, channels=7, sequences=4, cache_bytes=5, steps=8, tokens=9, rate=1.5, batch=2.5, queue=3,
+        resumed=1, cache_limit=2**29,
+    )  # fmt: skip
+    told = StageReport(1, uptime=60.0, weights_bytes=9, evidence="{}", exposed="core dumps")
+    assert messages.for_any_client(quiet) == messages.for_any_client(busy) == told
 
 
 def same(a: object, b: object) -> bool:

@@ -36,6 +36,16 @@ def test_a_stage_that_failed_says_why_and_has_no_load() -> None:
     assert status.shown([dead]).count("\n") == 1
 
 
+def test_what_is_not_told_is_a_dash_and_not_0() -> None:
+    untold = dict.fromkeys(
+        ("channels", "sequences", "cache_bytes", "steps", "tokens", "rate", "batch", "queue", "cache_limit", "resumed")
+    )
+    assert status.shown([state(0, uptime_s=120.0, **untold)]).splitlines()[2:] == [
+        "stage     up  weights  channels  sequences  queue  tokens/s  batch  cache  steps",
+        "    0  120 s   5.4 MB         -          -      -         -      -      -      -",
+    ]
+
+
 def test_the_table_of_a_large_and_old_pipeline_fits_100_columns() -> None:
     large = {
         "uptime_s": 3e9, "weights_bytes": 800 * 10**9, "channels": 99_999_999, "sequences": 999_999_999,
