@@ -155,17 +155,21 @@ class Conversation:
         """The reports of the stages after this one; that of the next with its evidence, as this stage verified it."""
         if self._stage.model.is_last:
             return ()
-        following = len(self._stage.manifest.stages) - self._stage.index - 1
+        limit = STATUS_TIMEOUT * (len(self._stage.manifest.stages) - self._stage.index - 1)
+        if not self._stage.asking.acquire(timeout=limit):
+            text = f"{self._here} had no turn to ask stage {self._stage.index + 1} in {limit:.0f} s: others ask it"
+            return (StageReport(stage=self._stage.index + 1, error=text, reason="failed"),)
         link = None
         try:
             link = self._stage.take_link(channel)
-            return link.status(STATUS_TIMEOUT * following)
+            return link.status(limit)
         except (StageError, RequestRefused) as error:
             reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
             return (StageReport(stage=self._stage.index + 1, error=str(error), reason=reason),)
         finally:
             if link is not None:
                 self._stage.give_back(link)
+            self._stage.asking.release()
 
     # The end.
 

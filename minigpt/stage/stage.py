@@ -68,6 +68,7 @@ class Stage:
         self._ready: BatchLink | None = None  # made before it was needed
         self._dialling = threading.Lock()
         self._idle: Channel | None = None  # for the next who asks for `status`: evidence can take seconds
+        self.asking = threading.Lock()  # for `status`, one at a time: each other would need a link, and evidence
         self._lock = threading.Lock()
 
     def identity(self, channel: Channel, source: str) -> str:

@@ -432,10 +432,14 @@ def test_plan_keygen_stage_status_and_verify_by_hand(tmp_path: Path, tiny: Stage
     key = run("keygen", "-o", str(tmp_path / "client.key"))
     assert "exists" in run("keygen", "-o", str(tmp_path / "client.key"), code=2).stderr
     done = run("plan", "--split", "4+8", "--root-key", root.public.hex(), "--client", key.stdout.strip(),
-               "--address", "tcp://127.0.0.1:1", "--address", "tcp://127.0.0.1:2", "-o", str(plan))  # fmt: skip
+               "--operator", "5a" * 32, "--address", "tcp://127.0.0.1:1", "--address", "tcp://127.0.0.1:2", "-o",
+               str(plan))  # fmt: skip
     digest = done.stdout.strip()
     assert re.fullmatch("[0-9a-f]{64}", digest)
     before = plan.read_bytes()
+    assert Manifest.parse(before).operators == frozenset([b"\x5a" * 32])
+    wrong = run("plan", "--root-key", root.public.hex(), "--operator", "5a", "-o", f"{plan}2", code=2).stderr
+    assert "--operator" in wrong
     refused = run("plan", "--root-key", root.public.hex(), "-o", str(plan), code=2).stderr
     assert f"{plan}: exists, and a pipeline may run by it: choose another name, or remove it first" in refused
     assert plan.read_bytes() == before

@@ -353,6 +353,15 @@ def test_status_tells_of_every_stage(pipeline: Pipeline, stages: Stages) -> None
     assert all(report.sequences >= 1 and report.cache_bytes > 0 for report in reports)
 
 
+def test_any_number_of_clients_ask_for_status_over_one_link_between_stages(folder: Path, tmp_path: Path) -> None:
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start_all()
+        with Pipeline.connect(stages.path, allow_mock=True) as made, ThreadPoolExecutor(8) as pool:
+            for reports in pool.map(lambda _: made.status(), range(64)):
+                assert [report.error for report in reports] == ["", ""]
+        assert stages.log(0).count("link to stage 1: evidence accepted") == 2  # the other is for batches
+
+
 def test_status_counts_in_every_stage_the_tokens_drawn_for_its_passes(pipeline: Pipeline) -> None:
     before = [report.tokens for report in pipeline.status()]
     ids(pipeline.generate(IDS[: CHUNK + 5], max_tokens=9))  # two passes for the prompt, of which one draws

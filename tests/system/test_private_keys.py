@@ -64,6 +64,7 @@ def refused(keys: Keys, command: str, code: int = 2, **environment: str) -> str:
     "command",
     [
         "{P} minigpt plan -o /dev/null --root-key {root_key} --client %s",
+        "{P} minigpt plan -o /dev/null --root-key {root_key} --operator %s",
         "{P} minigpt plan -o /dev/null --root-key %s",
         "{P} attest verify /dev/null --measurement {measurement} --root %s",
         "{P} attest keygen --stage 0 -o /nowhere/key --root %s",

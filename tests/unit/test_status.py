@@ -1,8 +1,13 @@
 """What `minigpt status` shows of the stages' reports."""
 
-from typing import Any
+import datetime
+from types import SimpleNamespace
+from typing import Any, cast
 
 from minigpt.cli import status
+from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import StageReport
+from minigpt.serve.metrics import Metrics
 
 
 def state(stage: int, **figures: Any) -> dict[str, Any]:
@@ -54,3 +59,15 @@ def test_the_table_of_a_large_and_old_pipeline_fits_100_columns() -> None:
     }  # fmt: skip
     lines = status.shown([state(255, **large)]).splitlines()
     assert max(map(len, lines[2:])) <= 100
+
+
+def test_the_metrics_have_no_series_of_what_is_not_told() -> None:
+    manifest = SimpleNamespace(
+        expires=datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), endorsed_days=lambda index, text: None
+    )
+    metrics = Metrics(cast(Manifest, manifest), lambda: (0, 0))
+    told = metrics.show([StageReport(0, uptime=60.0, weights_bytes=9), StageReport(1, tokens=7)], []).decode()
+    assert 'minigpt_stage_up{stage="0"} 1.0' in told
+    assert 'minigpt_stage_uptime{stage="0"} 60.0' in told
+    assert 'minigpt_stage_tokens_total{stage="0"}' not in told
+    assert 'minigpt_stage_tokens_total{stage="1"} 7.0' in told
