@@ -170,7 +170,7 @@ def test_a_stage_that_is_stopped_in_an_answer_is_dead_after_15_s(stages: Stages,
     stages.start(0)
     command = [sys.executable, "-m", "minigpt", "generate", "--manifest", str(stages.path), "--allow-mock"]
     client = subprocess.Popen(
-        [*command, "1 2 3", "--max-tokens", "1000"],
+        [*command, "1 2 3", "--max-tokens", "1000", "--retry-for", "0"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

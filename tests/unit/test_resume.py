@@ -257,6 +257,10 @@ class Dying:
 
     close = abort
 
+    @property
+    def stale(self) -> bool:
+        return self.ended
+
     def usable(self) -> bool:
         return not self.ended
 
