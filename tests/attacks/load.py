@@ -12,6 +12,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -370,20 +371,20 @@ def processor(pid: int) -> float:
 
 
 class Flood:
-    """Admitted clients that each send the same message again and again, and read what is answered.
+    """Admitted clients that each send the same messages again and again, and read what is answered.
 
     Their messages are sealed before, so that the attackers' own work costs the stage nothing.
 
     Args:
-        every: seconds from one message to the next of each; None for as many as the stage takes.
+        every: seconds from one time to the next of each; None for as often as the stage takes them.
     """
 
     def __init__(
-        self, pipes: Pipes, count: int, message: dict[str, Any], copies: int, every: float | None = None
+        self, pipes: Pipes, count: int, messages: Sequence[dict[str, Any]], copies: int, every: float | None = None
     ) -> None:
-        body = msgpack.packb(message)
+        bodies = [msgpack.packb(message) for message in messages] * copies
         self._rogues = [admitted_client(pipes, direct=True) for _ in range(count)]
-        self._left = [memoryview(b"".join(one.seal_message(body) for _ in range(copies))) for one in self._rogues]
+        self._left = [memoryview(b"".join(map(one.seal_message, bodies))) for one in self._rogues]
         self.total = sum(map(len, self._left))
         self._piece, self._every = (1 << 16, 0.02) if every is None else (len(self._left[0]) // copies, every)
         self._stop = threading.Event()
@@ -417,6 +418,9 @@ class Flood:
                     self._left[number] = self._left[number][rogue.sock.send(self._left[number][: self._piece]) :]
 
 
+CANCEL = {"type": "cancel"}
+
+
 @attack(
     86,
     "16 channels flood Cancel, Status, Reset, refused requests and requests that they cancel, and leave",
@@ -426,16 +430,16 @@ def nothing_useful(arena: Arena) -> Seen:
     pipes = arena.start()
     stream = Stream(arena, pipes)
     pid, seconds = pipes.processes[0].pid, 6.0 if arena.thorough else 2.0
-    refused = generate_map((arena.config.vocab_size,))
     try:
-        for name, message in {
-            "Cancel": {"type": "cancel"},
-            "Status": {"type": "status"},
-            "Reset": {"type": "reset"},
-            "refused requests": refused,
+        for name, messages in {
+            "Cancel": [CANCEL],
+            "Status": [{"type": "status"}],
+            "Reset": [{"type": "reset"}],
+            "refused requests": [generate_map((arena.config.vocab_size,))],
+            "requests that are cancelled": [generate_map(arena.prompt(), arena.config.n_positions - 20), CANCEL],
         }.items():
             rate = stream.rate(seconds)
-            flood = Flood(pipes, 16, message, 8000)
+            flood = Flood(pipes, 16, messages, 4000)
             with flood:
                 time.sleep(1)  # each has a second's worth of them free
                 during = stream.rate(seconds)
@@ -469,7 +473,7 @@ def restless(arena: Arena) -> Seen:
     try:
         alone = newcomer(arena, pipes)[1]  # the control: while nobody keeps channels
         for name, copies, every in (("cancel", 200, 0.5), ("status", 900, None)):
-            with Flood(pipes, 24, {"type": name}, copies, every):
+            with Flood(pipes, 24, [{"type": name}], copies, every):
                 time.sleep(1.5)  # nobody is young any more
                 tries, took = newcomer(arena, pipes)
             arena.notes.append(
