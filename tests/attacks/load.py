@@ -12,6 +12,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,29 +370,24 @@ def processor(pid: int) -> float:
 
 
 class Flood:
-    """Admitted clients that each send the same message again and again, and read what is answered.
+    """Admitted clients that each send the same messages again and again, and read what is answered.
 
     Their messages are sealed before, so that the attackers' own work costs the stage nothing.
 
     Args:
-        every: seconds from one message to the next of each; None for as many as the stage takes.
+        every: seconds from one time to the next of each; None for as often as the stage takes them.
     """
 
     def __init__(
-        self, pipes: Pipes, count: int, message: dict[str, Any], copies: int, every: float | None = None
+        self, pipes: Pipes, count: int, messages: Sequence[dict[str, Any]], copies: int, every: float | None = None
     ) -> None:
-        body = msgpack.packb(message)
+        bodies = [msgpack.packb(message) for message in messages] * copies
         self._rogues = [admitted_client(pipes, direct=True) for _ in range(count)]
-        self._left = [memoryview(b"".join(one.seal_message(body) for _ in range(copies))) for one in self._rogues]
-        self.total = sum(map(len, self._left))
+        self._left = [memoryview(b"".join(map(one.seal_message, bodies))) for one in self._rogues]
+        self.received = 0  # bytes
         self._piece, self._every = (1 << 16, 0.02) if every is None else (len(self._left[0]) // copies, every)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-
-    @property
-    def left(self) -> float:
-        """The share of it that the stage has not taken."""
-        return sum(map(len, self._left)) / self.total
 
     def __enter__(self) -> Flood:
         self._thread.start()
@@ -410,10 +406,15 @@ class Flood:
         while not self._stop.wait(self._every):
             for number, rogue in enumerate(self._rogues):
                 with contextlib.suppress(OSError):  # the stage takes no more now, or has hung up
-                    while _read(rogue.sock):
-                        pass
+                    while data := _read(rogue.sock):
+                        self.received += len(data)
                 with contextlib.suppress(OSError):
                     self._left[number] = self._left[number][rogue.sock.send(self._left[number][: self._piece]) :]
+
+
+CANCEL = {"type": "cancel"}
+ANSWER = 278  # bytes of a record, at least
+PACED = 2000  # answers a second: a tenth of a core, at 50 µs each
 
 
 @attack(
@@ -425,31 +426,32 @@ def nothing_useful(arena: Arena) -> Seen:
     pipes = arena.start()
     stream = Stream(arena, pipes)
     pid, seconds = pipes.processes[0].pid, 6.0 if arena.thorough else 2.0
-    refused = generate_map((arena.config.vocab_size,))
     try:
-        for name, message in {
-            "Cancel": {"type": "cancel"},
-            "Status": {"type": "status"},
-            "Reset": {"type": "reset"},
-            "refused requests": refused,
+        for name, messages in {
+            "Cancel": [CANCEL],
+            "Status": [{"type": "status"}],
+            "Reset": [{"type": "reset"}],
+            "refused requests": [generate_map((arena.config.vocab_size,))],
+            "requests that are cancelled": [generate_map(arena.prompt(), arena.config.n_positions - 20), CANCEL],
         }.items():
             rate = stream.rate(seconds)
-            flood = Flood(pipes, 16, message, 8000)
+            flood = Flood(pipes, 16, messages, 4000)
             with flood:
                 time.sleep(1)  # each has a second's worth of them free
-                during = stream.rate(seconds)
+                answered, during = flood.received, stream.rate(seconds)
+                answered = round((flood.received - answered) / ANSWER / seconds)
             left = time.monotonic()
             gone = eventually(lambda: sockets_of(pid) <= 6, 60)
             took = time.monotonic() - left
             rate = (rate + stream.rate(seconds)) / 2
             arena.notes.append(
                 f"86, {name}: an honest client's tokens: {rate:.0f}/s without, {during:.0f}/s meanwhile, "
-                f"{during / rate:.2f} times; of {flood.total / MB:.0f} MB the stage took "
-                f"{1 - flood.left:.2f}; rid of those who left after {took:.1f} s"
+                f"{during / rate:.2f} times; {answered} answers/s to the others; rid of them after {took:.1f} s"
             )
             require(not stream.tap.dead, f"{name}: the honest client lost its connection")
             require(gone and took < 10, f"{name}: the stage works for {took:.0f} s for clients that have gone")
-            least = rate / (2 if arena.thorough else 5)
+            require(answered < PACED, f"{name}: {answered} answers a second to who does nothing useful")
+            least = rate / 2 if arena.thorough else 0
             require(during > least, f"{name}: tokens fell from {rate:.0f}/s to {during:.0f}/s")
         newcomer(arena, pipes)
     finally:
@@ -468,7 +470,7 @@ def restless(arena: Arena) -> Seen:
     try:
         alone = newcomer(arena, pipes)[1]  # the control: while nobody keeps channels
         for name, copies, every in (("cancel", 200, 0.5), ("status", 900, None)):
-            with Flood(pipes, 24, {"type": name}, copies, every):
+            with Flood(pipes, 24, [{"type": name}], copies, every):
                 time.sleep(1.5)  # nobody is young any more
                 tries, took = newcomer(arena, pipes)
             arena.notes.append(
