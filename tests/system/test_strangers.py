@@ -121,7 +121,7 @@ def test_what_has_no_effect_on_a_running_pipeline_is_warned_of(stages: Stages, t
     for command in (("generate", "1 2", "--max-tokens", "1"), ("status",)):
         done = run(*command, *flags, code=0)
         assert "warning: --client-key has no effect: the manifest lists no clients, and admits anyone" in done.stderr
-        assert "warning: --place 2=… has no effect: stage 1 goes there, by its own places file" in done.stderr
+        assert "warning: --place 2=ADDR has no effect: stage 1 goes there, by its own places file" in done.stderr
 
 
 def test_a_port_in_use_is_said_with_the_option_that_chooses_another(stages: Stages) -> None:
