@@ -59,9 +59,9 @@ def really(data: bytes) -> str | None:
     """What a file is that is not what was wanted, if that is easily told. Quotes nothing of it."""
     text = data.decode(errors="replace")
     if not text.strip():
-        return "empty"
+        return "an empty file"
     if is_key(text[:100]):
-        return "a key in 64 hex digits, as keygen prints the public one"
+        return "64 hex digits, as a public key is written"
     labels = {**PRIVATE, "minigpt-evidence": EVIDENCE, "minigpt-pipeline-": MANIFEST}
     found = next((labels[label] for label in _LABEL.findall(text) if label in labels), None)
     if found is None and _PLACES.match(text):
@@ -73,7 +73,7 @@ def check_kind(name: str, data: bytes, wanted: str, origin: str) -> None:
     """Raises DocumentError if a file is plainly of another kind than it was given for."""
     found = really(data)
     if found is not None and found != wanted:
-        raise DocumentError(f"{name}: it is {found}, wanted {wanted}, {origin}")
+        raise DocumentError(f"{name}: got {found}, wanted {wanted}, {origin}")
 
 
 def refuse_private(arguments: Iterable[str]) -> None:

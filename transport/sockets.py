@@ -37,6 +37,11 @@ _STAGGER = 0.25  # seconds until the next address of a name is tried beside the 
 _DRIP = 1024  # bytes; less at a time than any network carries
 _DRIPS = 16  # so many such reads are free
 _GATHER = 0.001  # seconds
+_LISTENING = {  # what to do where a socket cannot be bound
+    errno.EADDRINUSE: ": end what listens there, or choose another port",
+    errno.EADDRNOTAVAIL: ": this machine has no such address, wanted one of its own, or 0.0.0.0 for all of them",
+    errno.EACCES: ": choose a port from 1024 on, or run as root",
+}
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -434,7 +439,7 @@ def _bind(address: Address, backlog: int) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        hint = ": end what listens there, or choose another port" if error.errno == errno.EADDRINUSE else ""
+        hint = _LISTENING.get(error.errno or 0, "")
         raise Unreachable(f"cannot listen on {address}: {_reason(error)}{hint}") from None
     return sock
 

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -269,7 +269,9 @@ def _stored_names(folder: Path) -> dict[str, str]:
         f", only {', '.join(others)[:200]}, which is not read (pickles can run code): convert it with transformers' "
         "save_pretrained"
     )
-    raise CheckpointError(f"no {SINGLE} and no {INDEX} in {folder}{hint if others else ''}")
+    raise CheckpointError(
+        f"no {SINGLE} and no {INDEX} in {folder}{hint if others else ': is this the folder of the checkpoint?'}"
+    )
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -308,7 +310,6 @@ def _header(path: Path) -> dict[str, _Stored]:
             wrong = disguise(begin) if begin[8:9] != b"{" else None
             if length > MAX_HEADER:
                 raise CheckpointError(f"{path}: {wrong or f'a header of {length} bytes, wanted at most {MAX_HEADER}'}")
-            wrong = wrong or _truncated(file, length)
             file.seek(8)
             parse_json(file.read(length))  # of equal names the package takes the last
         with safe_open(path, framework="numpy") as opened:
@@ -321,18 +322,21 @@ def _header(path: Path) -> dict[str, _Stored]:
                 places[name] = _Stored(path, offset, dtype, shape)
                 offset += places[name].nbytes
     except (SafetensorError, OSError, ValueError) as error:
-        reason = unreadable(error) or wrong or f"not a valid safetensors file: {str(error)!r:.200}"
+        reason = (
+            unreadable(error) or wrong or f"not a valid safetensors file: {_cut_off(path) or repr(str(error)):.200}"
+        )
         raise CheckpointError(f"{path}: {reason}") from None
     return places
 
 
-def _truncated(file: IO[bytes], length: int) -> str | None:
-    """What to say of a file that ends before its header of this length, or its tensors, do; None if it does not."""
-    size = os.fstat(file.fileno()).st_size
-    wanted = 8 + length
-    if size >= wanted:
-        file.seek(8)
-        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):  # not a header: others say so
-            header = parse_json(file.read(length))
-            wanted += max(int(piece["data_offsets"][1]) for name, piece in header.items() if name != "__metadata__")
+def _cut_off(path: Path) -> str | None:
+    """What to say of a file that ends before its header, or its tensors, do; None if it does not."""
+    size = wanted = 0
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        wanted = 8 + length
+        if wanted <= size:  # else the rest of it says nothing
+            pieces = [piece for name, piece in parse_json(file.read(length)).items() if name != "__metadata__"]
+            wanted += max(int(piece["data_offsets"][1]) for piece in pieces)
     return f"it has {size} bytes, and its header announces {wanted}: cut off; fetch it again" if size < wanted else None

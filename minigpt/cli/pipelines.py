@@ -64,7 +64,7 @@ def warn_of_idle(options: argparse.Namespace, manifest: Manifest) -> None:
         warn_idle(options, "the manifest lists no clients, and admits anyone", client_key=None)
     for index, _ in options.place:
         if index > 0:
-            say(f"warning: --place {index}=… has no effect: stage {index - 1} goes there, by its own places file")
+            say(f"warning: --place {index}=ADDR has no effect: stage {index - 1} goes there, by its own places file")
 
 
 def located(options: argparse.Namespace) -> dict[int, str]:

@@ -286,10 +286,8 @@ class StageLink:
         except TransportError as error:
             if isinstance(error, TimedOut) and not isinstance(error, Silent):
                 option = "--answer-timeout" if self.stage else "--timeout (timeout=)"
-                text = (
-                    f"stage {self.stage} did not answer in time, {limit:g} s: allow it more with {option}, or see what "
-                    "it is doing"
-                )
+                hint = f"allow it more with {option}, or " if timeout is None else ""
+                text = f"stage {self.stage} did not answer in time, {limit:g} s: {hint}see what it is doing"
                 raise LateStage(text, stage=self.stage) from error
             raise broken(error, self.stage) from error
 

@@ -862,7 +862,7 @@ def test_a_key_protects_all_but_health(key: Path) -> None:
     [(["--host", "0.0.0.0"], "give --api-key-file"), (["--api-key-file", "OPEN"], "0600"),
      (["--host", "192.0.2.1", "--api-key-file", "KEY"], "cannot listen"),
      (["--api-key-file", "SHORT"], "16 to"), (["--manifest-sha256", "a"], "--manifest"),
-     (["--api-key-file", "/nonexistent"], "cannot be read"), (["--chat-template", "x"], "plain")],
+     (["--api-key-file", "/nonexistent"], "/nonexistent: No such file"), (["--chat-template", "x"], "plain")],
 )  # fmt: skip
 def test_a_server_that_would_not_be_safe_does_not_start(key: Path, flags: list[str], says: str) -> None:
     (key.parent / "open").write_text(key.read_text())

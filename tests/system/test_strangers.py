@@ -121,7 +121,7 @@ def test_what_has_no_effect_on_a_running_pipeline_is_warned_of(stages: Stages, t
     for command in (("generate", "1 2", "--max-tokens", "1"), ("status",)):
         done = run(*command, *flags, code=0)
         assert "warning: --client-key has no effect: the manifest lists no clients, and admits anyone" in done.stderr
-        assert "warning: --place 2=… has no effect: stage 1 goes there, by its own places file" in done.stderr
+        assert "warning: --place 2=ADDR has no effect: stage 1 goes there, by its own places file" in done.stderr
 
 
 def test_a_port_in_use_is_said_with_the_option_that_chooses_another(stages: Stages) -> None:
@@ -132,6 +132,8 @@ def test_a_port_in_use_is_said_with_the_option_that_chooses_another(stages: Stag
         assert "address already in use; choose another with --port, 0 for any that is free" in done.stderr
         done = run("relay", address, "tcp://127.0.0.1:1", code=4)
         assert "Address already in use: end what listens there, or choose another port" in done.stderr
+    done = run("relay", "tcp://192.0.2.1:5", "tcp://127.0.0.1:1", code=4)
+    assert "this machine has no such address, wanted one of its own, or 0.0.0.0 for all of them" in done.stderr
 
 
 def test_a_body_that_is_not_utf_8_is_an_invalid_request(stages: Stages) -> None:

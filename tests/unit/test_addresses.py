@@ -32,7 +32,7 @@ def test_the_longest_places_fit() -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"", "places: it is empty, wanted a places file"),
+        (b"", "places: got an empty file, wanted a places file"),
         (b"[]", "places: got list, wanted an object with the address of each stage"),
         (b'{"0": "tcp://a:1"}', "places: 1 is missing"),
         (b'{"0": "tcp://a:1", "1": "tcp://a:2", "2": "tcp://a:3"}', "got stage '2', wanted the manifest's stages, 0"),

@@ -140,14 +140,14 @@ def files(tmp_path: Path) -> Path:
 
 
 KINDS = {
-    "client.key": "it is a client's private key, wanted",
-    "root.key": "it is the mock's private root key, wanted",
-    "stage.key": "it is a stage's private mock key, wanted",
-    "public": "it is a key in 64 hex digits, as keygen prints the public one, wanted",
-    "pipeline.json": "it is a manifest, wanted",
-    "pipeline.places.json": "it is a places file, wanted",
-    "page.html": "it is a page of HTML or XML, as a download that failed leaves, wanted",
-    "empty": "it is empty, wanted",
+    "client.key": "got a client's private key, wanted",
+    "root.key": "got the mock's private root key, wanted",
+    "stage.key": "got a stage's private mock key, wanted",
+    "public": "got 64 hex digits, as a public key is written, wanted",
+    "pipeline.json": "got a manifest, wanted",
+    "pipeline.places.json": "got a places file, wanted",
+    "page.html": "got a page of HTML or XML, as a download that failed leaves, wanted",
+    "empty": "got an empty file, wanted",
     "folder": "Is a directory",
     "nothing": "No such file or directory",
 }
