@@ -31,7 +31,7 @@ from minigpt.checkpoint import sources
 from minigpt.cli import bench as benchmark
 from minigpt.cli import clients, pins
 from minigpt.cli import status as reporting
-from minigpt.cli.terminal import progress, say, shaded, visible
+from minigpt.cli.terminal import Board, progress, say, shaded, visible
 from minigpt.cli.values import Variable, positive
 from minigpt.client.pipeline import Pipeline
 from minigpt.client.text import Generation, Token, ids_in, perplexity
@@ -418,13 +418,8 @@ def up(options: argparse.Namespace) -> int:
         raise UsageError(f"--output {options.output}: there is no such folder: make it first")
     ended = threading.Event()
     checkpoint, split = sources.find(options.model or "tiny", options.revision), _split(options)
-    with progress(lambda _: None) as tell:
-
-        def news(line: str) -> None:
-            tell("")  # so that what is printed begins a line
-            say(line)
-
-        stages = _launch(options, checkpoint, split, progress=tell, news=news)
+    with Board() as board:
+        stages = _launch(options, checkpoint, split, progress=board.progress, news=board.news)
     try:
         signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
         _refuse_existing(options.output)  # of another one, which was sooner

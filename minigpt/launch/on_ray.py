@@ -52,7 +52,7 @@ class RayStages:
         address: of the cluster's head, HOST:PORT; "auto" for the one that this machine belongs to.
         insecure: take a cluster that asks nobody for a token.
         threads: BLAS threads of each stage.
-        progress: is told what is waited for, in a line for people.
+        progress: is told what is waited for, in a line for people, and how far it is.
         news: is told of each stage what it does, and later, from a thread, that it ended.
 
     Attributes:
@@ -76,6 +76,7 @@ class RayStages:
         if not insecure:
             _check_token(address)
         self._news = news
+        self._progress = progress
         self._root = MockRoot.generate()
         pins = [MockPins(self._root.public, frozenset([measure()]))]
         self.document = plan(checkpoint, split, pins=pins, days=LIFETIME, progress=progress)
@@ -196,7 +197,8 @@ class RayStages:
             self._news(f"stage {index} placed at {self._places[index]}, loading")
             public = self._get(actor.begin.remote(self.document, places))
             until = int(self.manifest.expires.timestamp() * 1000)
-            self._get(actor.serve.remote(self._root.endorse(bytes.fromhex(public), index, until)))
+            serving = actor.serve.remote(self._root.endorse(bytes.fromhex(public), index, until))
+            self._get(serving, lambda: self._progress(self._get(actor.loading.remote())))
             with self._changed:
                 self._serve.add(index)
                 self._counts[index] += 1
@@ -239,11 +241,12 @@ class RayStages:
                 actor.locate.remote(places)
         return places
 
-    def _get(self, reference: Any) -> Any:
+    def _get(self, reference: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """What an actor answers. Raises RayError, also when this is to end."""
         while not ray.wait([reference], timeout=LOOK)[0]:
             if self._halted.is_set():
                 raise ray.exceptions.RayError(CLOSED)
+            meanwhile()
         return ray.get(reference)
 
 
