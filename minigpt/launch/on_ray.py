@@ -89,6 +89,7 @@ class RayStages:
         self._failure: tuple[str, int] | None = None
         self._changed = threading.Condition()  # of all of these
         self._halted = threading.Event()
+        self._actor: Callable[[int], Any]  # makes a stage's
         self._actors: list[Any] = []
         self._threads: list[threading.Thread] = []
         try:
@@ -102,7 +103,8 @@ class RayStages:
             actor = ray.remote(_Actor).options(
                 num_cpus=threads or 1, max_restarts=-1, max_concurrency=4, scheduling_strategy="SPREAD"
             )
-            self._actors += [actor.remote(index, where, checkpoint.revision, threads) for index in range(count)]
+            self._actor = lambda index: actor.remote(index, where, checkpoint.revision, threads)
+            self._actors += map(self._actor, range(count))
             self._threads += [
                 threading.Thread(target=self._keep, args=(index,), name=f"stage {index}", daemon=True)
                 for index in range(count)
@@ -191,9 +193,9 @@ class RayStages:
 
     def _live(self, index: int, restarts: Restarts) -> str:
         """One life of a stage, from its start to its end. Returns how it ended."""
-        actor: Any = self._actors[index]
         try:
             places = self._placed(index)
+            actor = self._actors[index]
             self._news(f"stage {index} placed at {self._places[index]}, loading")
             public = self._get(actor.begin.remote(self.document, places))
             until = int(self.manifest.expires.timestamp() * 1000)
@@ -221,7 +223,9 @@ class RayStages:
             try:
                 node, address = self._get(self._actors[index].where.remote())
                 break
-            except ray.exceptions.RayActorError:  # Ray is about to start it again
+            except ray.exceptions.RayActorError as error:
+                if isinstance(error, ray.exceptions.ActorDiedError):  # for good; else Ray is about to start it again
+                    self._actors[index] = self._actor(index)
                 if not waiting:
                     self._news(f"stage {index} waits for a node with a free CPU")
                 waiting = True
