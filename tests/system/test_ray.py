@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import struct
@@ -64,6 +65,7 @@ class Cluster:
 
     def close(self) -> None:
         self._process.communicate(timeout=120)
+        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed stage had there may be on its way out
 
 
 @pytest.fixture(scope="module")
