@@ -130,7 +130,7 @@ def _read_all(folder: Path, config: Config, layers: range, progress: Callable[[s
         digests, done, size = {}, 0, sum(place.nbytes for place in places.values())
         for name, digests[name] in zip(names, read, strict=True):
             done += places[name].nbytes
-            progress(f"reading weights: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
+            progress(f"reading weights: {100 * done // size} % of {size / 1e6:.0f} MB")
     if head:
         _check_tied(head, digests["wte.weight"])
     whole = hashlib.sha256(_DOMAIN)

@@ -17,7 +17,7 @@ from minigpt.checkpoint import sources
 from minigpt.cli import pipelines
 from minigpt.cli.plan import check_output
 from minigpt.cli.status import MOCK_NOTICE
-from minigpt.cli.terminal import progress, say
+from minigpt.cli.terminal import Board, say
 from minigpt.errors import UsageError
 from minigpt.launch.launcher import Launcher
 from minigpt.protocol import addresses
@@ -32,13 +32,8 @@ def up(options: argparse.Namespace) -> int:
     check_output(options.output)
     ended = threading.Event()
     checkpoint, split = sources.find(options.model or "tiny", options.revision), pipelines.split_of(options)
-    with progress(lambda _: None) as tell:
-
-        def news(line: str) -> None:
-            tell("")  # so that what is printed begins a line
-            say(line)
-
-        stages = _launch(options, checkpoint, split, progress=tell, news=news)
+    with Board() as board:
+        stages = _launch(options, checkpoint, split, progress=board.progress, news=board.news)
     try:
         signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
         check_output(options.output)  # of another one, which was sooner

@@ -17,6 +17,7 @@ from attest.document import write_file
 from minigpt.checkpoint import sources
 from minigpt.launch import isolated
 from minigpt.launch.local import bound, last_words
+from minigpt.protocol.messages import printable
 
 READY = 600.0  # seconds that a stage may take to load, a download of its checkpoint included
 PATIENCE = 5.0  # seconds that it may take to end
@@ -47,6 +48,7 @@ class Agent:
         self._port: socket.socket | None = None  # bound, so that nobody else takes it while the stage starts again
         self._ready = self._endorse = -1  # descriptors
         self._said = b""
+        self._loading = ""
 
     def bind(self, host: str) -> str:
         """The stage's address from now on, by that of this machine. Raises OSError."""
@@ -107,6 +109,10 @@ class Agent:
         os.write(self._endorse, endorsement)
         self._hear(rb"stage %d (ready): .*\n" % self._index, "served")
 
+    def loading(self) -> str:
+        """How far the stage said last that it is; "" before that."""
+        return self._loading
+
     def locate(self, places: bytes) -> None:
         """Writes where the stages are. The stage reads it again for each link."""
         write_file(self._path("places.json"), places)
@@ -134,7 +140,7 @@ class Agent:
             if fd >= 0:
                 os.close(fd)
         self._ready = self._endorse = -1
-        self._said = b""
+        self._said, self._loading = b"", ""
 
     def _hear(self, pattern: bytes, what: str) -> str:
         """Waits for a line of the stage; returns its group. Raises RuntimeError if it ends before, or never says it."""
@@ -142,6 +148,10 @@ class Agent:
         with DefaultSelector() as waiting:
             waiting.register(self._ready, EVENT_READ)
             while (found := re.match(pattern, self._said)) is None:
+                line, end, rest = self._said.partition(b"\n")
+                if end:  # how far it is
+                    self._loading, self._said = printable(line.decode(errors="replace")), rest
+                    continue
                 if not waiting.select(max(0.0, until - time.monotonic())):
                     raise RuntimeError(f"had not {what} in {READY:.0f} s")
                 data = os.read(self._ready, 4096)

@@ -70,7 +70,7 @@ class _Said(enum.Enum):
     """What a stage says by the pipe that ends with it."""
 
     NOTHING = enum.auto()
-    KEY = enum.auto()
+    STARTS = enum.auto()  # its key, or how far it is
     SERVES = enum.auto()
 
 
@@ -81,7 +81,7 @@ class LocalStages:
         checkpoint: of the model.
         split: the layers of each stage, as "6+6", or a number of stages.
         threads: BLAS threads of each stage.
-        progress: is told what is waited for, in a line for people.
+        progress: is told what is waited for, in a line for people, and how far it is.
         news: is told of each stage what it does; later also, from a thread, that it ended. By default `progress`.
 
     Attributes:
@@ -105,6 +105,7 @@ class LocalStages:
         self._threads = threads
         self._root = MockRoot.generate()
         self._news = news or progress
+        self._progress = progress
         self._children: dict[int, _Child] = {}
         self._restarts: list[Restarts] = []
         self._counts = [0] * count
@@ -134,6 +135,7 @@ class LocalStages:
                 self.start(index)
                 self._news(f"stage {index} of {count} loads its layers")
             self.wait()
+            self._progress = lambda line: None  # of a stage that is started again, news are enough
             self._restarts += [Restarts(time.monotonic()) for _ in range(count)]
             thread = threading.Thread(
                 target=_supervise,
@@ -243,13 +245,17 @@ class LocalStages:
     def _hear(self, index: int) -> "_Said":
         """What a stage has to say next. Its key is endorsed on the way. NOTHING if it has ended, or makes no sense."""
         child = self._children[index]
-        words = child.ready.read(4096).split()  # each line is written in one piece, and the first one waits for us
+        line = child.ready.readline(LAST)  # each is written in one piece
+        words = line.split()
         if words[:3] == [b"stage", b"%d" % index, b"key"] and len(words) == 4:
             until = int(self.manifest.expires.timestamp() * 1000)
             with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile, or this is no key
                 os.write(child.endorse.fileno(), self._root.endorse(bytes.fromhex(words[3].decode()), index, until))
             child.endorse.close()
-            return _Said.KEY
+            return _Said.STARTS
+        if words[:3] == [b"stage", b"%d" % index, b"reading"]:
+            self._progress(printable(line.decode(errors="replace").strip()))
+            return _Said.STARTS
         return _Said.SERVES if words[:3] == [b"stage", b"%d" % index, b"ready:"] else _Said.NOTHING
 
     def _end_of(self, index: int) -> Exception:

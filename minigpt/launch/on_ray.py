@@ -52,7 +52,7 @@ class RayStages:
         address: of the cluster's head, HOST:PORT; "auto" for the one that this machine belongs to.
         insecure: take a cluster that asks nobody for a token.
         threads: BLAS threads of each stage.
-        progress: is told what is waited for, in a line for people.
+        progress: is told what is waited for, in a line for people, and how far it is.
         news: is told of each stage what it does, and later, from a thread, that it ended.
 
     Attributes:
@@ -76,6 +76,7 @@ class RayStages:
         if not insecure:
             _check_token(address)
         self._news = news
+        self._progress = progress
         self._root = MockRoot.generate()
         pins = [MockPins(self._root.public, frozenset([measure()]))]
         self.document = plan(checkpoint, split, pins=pins, operators=None, days=LIFETIME, progress=progress)
@@ -88,6 +89,7 @@ class RayStages:
         self._failure: tuple[str, int] | None = None
         self._changed = threading.Condition()  # of all of these
         self._halted = threading.Event()
+        self._actor: Callable[[int], Any]  # makes a stage's
         self._actors: list[Any] = []
         self._threads: list[threading.Thread] = []
         try:
@@ -101,7 +103,8 @@ class RayStages:
             actor = ray.remote(_Actor).options(
                 num_cpus=threads or 1, max_restarts=-1, max_concurrency=4, scheduling_strategy="SPREAD"
             )
-            self._actors += [actor.remote(index, where, checkpoint.revision, threads) for index in range(count)]
+            self._actor = lambda index: actor.remote(index, where, checkpoint.revision, threads)
+            self._actors += map(self._actor, range(count))
             self._threads += [
                 threading.Thread(target=self._keep, args=(index,), name=f"stage {index}", daemon=True)
                 for index in range(count)
@@ -190,13 +193,14 @@ class RayStages:
 
     def _live(self, index: int, restarts: Restarts) -> str:
         """One life of a stage, from its start to its end. Returns how it ended."""
-        actor: Any = self._actors[index]
         try:
             places = self._placed(index)
+            actor = self._actors[index]
             self._news(f"stage {index} placed at {self._places[index]}, loading")
             public = self._get(actor.begin.remote(self.document, places))
             until = int(self.manifest.expires.timestamp() * 1000)
-            self._get(actor.serve.remote(self._root.endorse(bytes.fromhex(public), index, until)))
+            serving = actor.serve.remote(self._root.endorse(bytes.fromhex(public), index, until))
+            self._get(serving, lambda: self._progress(self._get(actor.loading.remote())))
             with self._changed:
                 self._serve.add(index)
                 self._counts[index] += 1
@@ -219,7 +223,9 @@ class RayStages:
             try:
                 node, address = self._get(self._actors[index].where.remote())
                 break
-            except ray.exceptions.RayActorError:  # Ray is about to start it again
+            except ray.exceptions.RayActorError as error:
+                if isinstance(error, ray.exceptions.ActorDiedError):  # for good; else Ray is about to start it again
+                    self._actors[index] = self._actor(index)
                 if not waiting:
                     self._news(f"stage {index} waits for a node with a free CPU")
                 waiting = True
@@ -239,11 +245,12 @@ class RayStages:
                 actor.locate.remote(places)
         return places
 
-    def _get(self, reference: Any) -> Any:
+    def _get(self, reference: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """What an actor answers. Raises RayError, also when this is to end."""
         while not ray.wait([reference], timeout=LOOK)[0]:
             if self._halted.is_set():
                 raise ray.exceptions.RayError(CLOSED)
+            meanwhile()
         return ray.get(reference)
 
 

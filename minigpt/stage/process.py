@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
     where = _addresses(manifest, entry, options)
     attester = _attester(manifest, entry, options, readiness)
     listener = _listener(options.listen, where, entry.index)
-    model = _model(manifest, entry, options.model)
+    model = _model(manifest, entry, options.model, readiness)
     handshake = options.handshake_timeout or (SLOW_HANDSHAKE if manifest.slow else HANDSHAKE)
     evidence = EvidenceQueue(attester, SHARE * handshake)
     _check_own_evidence(manifest, entry.index, evidence)
@@ -149,11 +149,16 @@ def _own_key(index: int, options: argparse.Namespace, readiness: Readiness) -> M
     return _receive("endorsement", options.endorsement, ENDORSEMENT_SIZE, key.endorsed, load)
 
 
-def _model(manifest: Manifest, entry: StageEntry, model: str | None) -> GPT2:
+def _model(manifest: Manifest, entry: StageEntry, model: str | None, readiness: Readiness) -> GPT2:
     """The stage's layers, if they are those that the manifest pins."""
     folder = sources.local(model or manifest.model)
     with progress() as tell:
-        loaded = weights.load(folder, manifest.config, entry.layers, tell)
+
+        def told(line: str) -> None:
+            tell(line)
+            readiness.loads(f"stage {entry.index} {line}")
+
+        loaded = weights.load(folder, manifest.config, entry.layers, told)
     if loaded.digest != entry.weights_sha256:
         found = f"weights sha256 {loaded.digest.hex()}, the manifest wants {entry.weights_sha256.hex()}"
         raise WeightsMismatch(f"{found}: {folder} is another checkpoint, or damaged")

@@ -1,6 +1,6 @@
 """Says that this stage serves, and that it does so no longer, to whoever started it.
 
-    --ready fd:N    one line; a launcher reads it from a pipe
+    --ready fd:N    one line, after others that say how far it is; a launcher reads them from a pipe
     --ready FILE    a file with this line, there as long as the stage serves: a probe is `test -e FILE`
     $NOTIFY_SOCKET  READY=1 and STOPPING=1, as sd_notify(3) has them: systemd's units of Type=notify
 
@@ -37,6 +37,11 @@ class Readiness:
             os.write(self._place, f"{line}\n".encode())
         else:
             print(line, flush=True)
+
+    def loads(self, line: str) -> None:
+        """Says how far it is: by the descriptor only."""
+        if isinstance(self._place, int):
+            os.write(self._place, f"{line}\n".encode())
 
     def serves(self, line: str) -> None:
         """Raises UsageError if the file cannot be written, OSError if nobody holds the descriptor's other end."""

@@ -18,9 +18,15 @@ from processes import ROOT, Stages, alive, eventually
 
 import minigpt
 from attest.measure import PACKAGES, measure
+from attest.providers.mock import MockPins, MockRoot
+from minigpt.checkpoint import sources
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import INSIDE, StageError
 from minigpt.launch import isolated, local
+from minigpt.launch.agent import Agent
+from minigpt.launch.plan import plan
+from minigpt.protocol import addresses
+from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import StageReport
 
 SCRIPT = """
@@ -49,6 +55,23 @@ def script(body: str, *, python: str = sys.executable, **environment: str) -> An
 
 def gone(pids: list[int]) -> bool:
     return eventually(lambda: not any(alive(pid) for pid in pids), 30)
+
+
+def test_an_agent_tells_how_far_its_stage_has_read_its_weights(tmp_path: Path) -> None:
+    folder, root = write(tmp_path / "small", SMALL, random_tensors(SMALL)), MockRoot.generate()
+    document = plan(sources.find(str(folder)), 1, pins=[MockPins(root.public, frozenset([measure()]))])
+    expires = int(Manifest.parse(document).expires.timestamp() * 1000)
+    agent = Agent(0, str(folder), None, 1)
+    try:
+        public = agent.begin(document, addresses.write([agent.bind("127.0.0.1")], 1))
+        assert agent.loading() == ""
+        agent.serve(root.endorse(bytes.fromhex(public), 0, expires))
+        assert agent.loading().startswith("stage 0 reading weights: 100 % of ")
+    finally:
+        agent.end()
+        assert agent._port is not None
+        agent._port.close()
+        os.close(agent._broom)
 
 
 # Forks.

@@ -3,24 +3,29 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import pytest
+from captures import Capture
 from processes import ROOT, alive, eventually
 
 import minigpt
 from minigpt.checkpoint import sources
 from minigpt.checkpoint import weights as tensors
 from minigpt.errors import StageError
+from minigpt.protocol import addresses, messages
+from transport import codec
 
 pytest.importorskip("ray", reason="Ray is not installed: it is the extra `ray`")
 pytestmark = pytest.mark.slow
@@ -60,6 +65,7 @@ class Cluster:
 
     def close(self) -> None:
         self._process.communicate(timeout=120)
+        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed stage had there may be on its way out
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +85,50 @@ def stages_below(folder: Path) -> dict[int, int]:
     return found
 
 
+# `minigpt` that ends the actor of stage 1 by ray.kill, for good, at SIGUSR1: only its own process can name it.
+KILLING = """
+import gc, ray, signal
+from minigpt import __main__
+from minigpt.launch.on_ray import RayStages
+def kill(*_):
+    [stages] = [found for found in gc.get_objects() if isinstance(found, RayStages)]
+    ray.kill(stages._actors[1])
+signal.signal(signal.SIGUSR1, kill)
+__main__.console()
+"""
+
+# `minigpt` whose root has a key that is known. It comes in a file: Ray tells its cluster a driver's command line.
+KNOWN = """
+from pathlib import Path
+from attest.providers.mock import MockRoot
+from minigpt import __main__
+key = Path("root").read_bytes()
+MockRoot.generate = classmethod(lambda cls: cls(key))
+__main__.console()
+"""
+
+# Passes a word through Ray: to a task, to its log, and as an object; until standard input ends.
+TELLING = """
+import ray, sys
+ray.init(sys.argv[1], log_to_driver=False)
+def say(word, kept):
+    print(word.decode(), flush=True)
+word = sys.argv[2].encode()
+kept = ray.put(word * 100_000)
+ray.get(ray.remote(say).options(num_cpus=0).remote(word, kept))
+print("told", flush=True)
+sys.stdin.read()
+"""
+
+
 class Up:
     """`minigpt up --on ray`, serving."""
 
-    def __init__(self, cluster: Cluster, where: Path, *flags: str) -> None:
+    def __init__(self, cluster: Cluster, where: Path, *flags: str, python: tuple[str, ...] = ("-m", "minigpt")) -> None:
         self.cluster = cluster
         self.path = where / "pipeline.json"
         self.log: IO[str] = (where / "log").open("w+")
-        words = ["-m", "minigpt", "up", "--on", "ray", "--address", cluster.address, "-o", str(self.path), *flags]
+        words = [*python, "up", "--on", "ray", "--address", cluster.address, "-o", str(self.path), *flags]
         self.process = subprocess.Popen(
             [sys.executable, *words], env=cluster.environment, cwd=where, stdout=self.log, stderr=self.log, text=True
         )
@@ -140,8 +182,15 @@ def test_each_node_has_a_stage_with_its_own_tensors_and_the_tokens_are_the_model
     assert not stages_below(up.cluster.folder)
 
 
-@pytest.mark.parametrize("how", ["stage", "actor", "node"])
-def test_what_dies_amid_eight_answers_is_started_again_and_no_answer_is_lost(up: Up, how: str) -> None:
+@pytest.mark.parametrize("how", ["stage", "actor", "ray.kill", "node"])
+def test_what_dies_amid_eight_answers_is_started_again_and_no_answer_is_lost(
+    cluster: Cluster, tmp_path: Path, how: str
+) -> None:
+    with contextlib.closing(Up(cluster, tmp_path, "--split", "4+4+4", python=("-c", KILLING))) as up:
+        kill_amid_eight_answers(up, how)
+
+
+def kill_amid_eight_answers(up: Up, how: str) -> None:
     prompts = [
         f"The capital of {land} is" for land in ("France", "Japan", "Italy", "Spain", "Egypt", "Peru", "Chad", "Cuba")
     ]
@@ -163,6 +212,8 @@ def test_what_dies_amid_eight_answers_is_started_again_and_no_answer_is_lost(up:
             case "actor":
                 stat = Path(f"/proc/{before[1]}/stat").read_text()
                 os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+            case "ray.kill":
+                up.process.send_signal(signal.SIGUSR1)
             case _:
                 up.cluster.tell(f"remove {before[1]}")
                 up.cluster.tell("add")
@@ -188,17 +239,80 @@ def test_what_up_started_ends_with_it_however_it_dies(up: Up) -> None:
     assert eventually(lambda: not list(up.cluster.folder.glob("minigpt-stage-*")))
 
 
-def test_nothing_secret_passes_through_ray(up: Up) -> None:
-    with up.connect() as pipeline:
-        text = "".join(token.text or "" for token in pipeline.generate(PROMPT, max_tokens=20))
-    assert " Paris" in text
-    kept = b""
-    for path in [*up.cluster.folder.rglob("*"), *Path("/dev/shm").glob("*plasma*")]:
-        if path.is_file() and "minigpt-stage-" not in str(path):
-            kept += path.read_bytes()
-    assert b"minigpt.launch" in kept or b"_Actor" in kept  # what does pass through it is found
-    for secret in (PROMPT, text, TOKEN[:32]):
-        assert secret.encode() not in kept
+def logs(cluster: Cluster) -> bytes:
+    """All that Ray has written, without what a stage has."""
+    files = [path for path in cluster.folder.rglob("*") if "minigpt-stage-" not in str(path) and path.is_file()]
+    return b"\n".join(path.read_bytes() for path in files)
+
+
+def objects(cluster: Cluster) -> bytes:
+    """The object stores. Ray unlinks their files: they are found with the processes that hold them."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(cluster.folder).encode() in (process / "cmdline").read_bytes():
+                for fd in (process / "fd").iterdir():
+                    if "plasma" in os.readlink(fd):
+                        found[fd.stat().st_ino] = fd
+    return b"\n".join(fd.read_bytes() for fd in found.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may capture what crosses loopback")
+def test_nothing_secret_passes_through_ray_and_no_link_shows_any(cluster: Cluster, tmp_path: Path) -> None:
+    key, planted, prompt = secrets.token_bytes(32), secrets.token_hex(16), f"{secrets.token_hex(16)}: {PROMPT}"
+    tokenizer = minigpt.load("tiny").tokenizer
+    assert tokenizer is not None
+    (tmp_path / "root").write_bytes(key)
+    with Capture() as capture:
+        up = Up(cluster, tmp_path, "--split", "4+4+4", python=("-c", KNOWN))
+        words = [sys.executable, "-c", TELLING, cluster.address, planted]
+        with (
+            contextlib.closing(up),
+            subprocess.Popen(
+                words, env=cluster.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as telling,
+        ):
+            with up.connect() as pipeline:
+                bias = dict.fromkeys(pipeline.config.eos_token_id, -100.0)
+                # Drawn, so that no other test on this machine has the same text.
+                tokens = list(pipeline.generate(prompt, max_tokens=20, temperature=1.5, logit_bias=bias))
+            assert telling.stdout is not None
+            assert telling.stdout.readline() == "told\n"
+            document = up.path.read_bytes()
+            places = addresses.read(Path(addresses.beside(up.path)).read_bytes(), 3)
+            links = [int(place.rpartition(":")[2]) for place in places]
+            ray = {"logs": logs(cluster), "objects": objects(cluster)}
+            telling.communicate(timeout=60)
+    seen = ray | {"links": capture.streams(*links), "traffic": capture.streams()}
+
+    def ids(values: Sequence[int]) -> list[bytes]:
+        return [struct.pack("<3I", *values[start : start + 3]) for start in range(0, len(values) - 2, 3)]
+
+    stored = (sources.local("tiny") / "model.safetensors").read_bytes()
+    asked = tokenizer.encode(prompt)
+    pieces = [stored[start : start + 32] for start in range(1 << 16, len(stored), 1 << 16)]
+    secret = {
+        "prompt": [prompt.encode(), prompt.encode()[:32], *ids(asked[:12])],
+        "answer": ["".join(token.text or "" for token in tokens).encode(), *ids([token.id for token in tokens])],
+        "key": [key, key.hex().encode()],
+        "weights": [piece for piece in pieces if len(set(piece)) > 16],
+    }
+    said = codec.encode(messages.encode(messages.Generate(0, tuple(asked), 20)))
+    assert all(form in said for form in ids(asked[:12]))
+    # What passes is found: a word that was told to Ray on purpose, the manifest, and the beginning of each link.
+    for place in ("logs", "objects", "traffic"):
+        assert planted.encode() in seen[place], place
+    assert document[:1000] in seen["traffic"]
+    assert seen["links"].count(b"mGPT") >= 3
+    assert TOKEN.encode() in seen["traffic"]  # LIMITATIONS.md: without TLS of Ray's own, whoever listens has it
+    found = {
+        (place, name): sum(form in data for form in forms)
+        for place, data in seen.items()
+        for name, forms in secret.items()
+    }
+    assert not any(found.values()), found
+    for place in ("logs", "objects", "links"):
+        assert TOKEN[:32].encode() not in seen[place], place
 
 
 def test_a_cluster_that_asks_for_no_token_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from made import SMALL, random_tensors, write
 from processes import ROOT, Stages
 
 import minigpt
+from minigpt.cli.terminal import Board
 
 PROMPT = "The capital of France is"
 UP, BACKSPACE, CTRL_C, CTRL_D = b"\x1b[A", b"\x7f", b"\x03", b"\x04"
@@ -191,6 +192,43 @@ def test_a_terminal_is_told_how_far_a_checkpoint_has_been_loaded(tmp_path: Path,
         assert LOADING not in screen(said)
 
 
+def test_up_shows_a_line_for_each_stage_which_changes_in_place(tmp_path: Path, stages: Stages) -> None:
+    command = ("up", "--model", str(stages.folder), "--stages", "3", "-o", str(tmp_path / "up.json"))
+    with Terminal("-m", "minigpt", *command, home=tmp_path) as terminal:
+        said = terminal.read("Ctrl-C ends the stages")
+        for index in range(3):
+            for words in (f"stage {index} of 3 loads its layers", f"stage {index} {LOADING}100 %"):
+                assert words in said
+        shown = drawn(said)
+        assert [line.partition(" at ")[0] for line in shown[:3]] == [f"stage {index} serves" for index in range(3)]
+        assert shown[3].startswith("minigpt generate")
+        terminal.type(CTRL_C)
+        assert terminal.end()[0] == 130
+
+
+def test_news_of_no_stage_stays_above_the_lines_of_the_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    with Board() as board:
+        board.progress("reading weights: 1 %")
+        board.progress("reading weights: 2 %")
+        assert drawn(board_said := capsys.readouterr().err) == ["reading weights: 2 %"]
+        board.news("stage 1 waits for a node with a free CPU")
+        board.news("stage 0 placed")
+        board.news("warning: long, and all of it is to be read")
+        board.progress("stage 1 reading weights: 3 %")
+    board.news("stage 1 is lost: its node has died; it is started again")
+    board.progress("stage 1 reading weights: 4 %")
+    assert drawn(board_said + capsys.readouterr().err) == [
+        "warning: long, and all of it is to be read",
+        "stage 0 placed",
+        "stage 1 reading weights: 3 %",
+        "stage 1 is lost: its node has died; it is started again",
+    ]
+
+
 def test_a_stage_started_in_a_terminal_tells_it_too(tmp_path: Path, stages: Stages) -> None:
     stages.kill(1)
     options = ("--manifest", str(stages.path), "--index", "1", "--model", str(stages.folder))
@@ -224,6 +262,24 @@ def test_a_file_is_told_nothing_of_it(stages: Stages) -> None:
 def screen(said: str) -> str:
     """What is left of each line once it was cleared."""
     return "\n".join(line.rpartition("\r\x1b[K")[2] for line in said.split("\r\n"))
+
+
+def drawn(said: str) -> list[str]:
+    """The lines that a terminal shows after it was told this."""
+    lines, row = [""], 0
+    for words in re.findall(r"\r|\n|\x1b\[[0-9]*[A-Z]|[^\r\n\x1b]+", said):
+        if words == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif words.endswith("F"):
+            row -= int(words[2:-1])
+        elif words == "\x1b[J":
+            lines[row:] = [""]
+        elif words == "\x1b[K":
+            lines[row] = ""
+        elif words != "\r":
+            lines[row] += words
+    return lines[:-1] if not lines[-1] else lines
 
 
 def test_scored_tokens_are_shaded_by_their_surprise(tmp_path: Path) -> None:
