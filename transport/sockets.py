@@ -391,20 +391,19 @@ class Door(Generic[T]):
 
     def _welcome(self) -> None:
         """Accepts those who are there; with too many, the oldest of the address with the most has to go."""
-        for _ in range(_AT_ONCE):
-            taken = self._listener._take()
-            if taken is None:
-                return
-            sock, peer = taken
-            sock.setblocking(False)
-            visitor = _Visitor(sock, peer, self._opening())
+        visitors: list[_Visitor[T]] = []
+        while len(visitors) < _AT_ONCE and (taken := self._listener._take()) is not None:
+            taken[0].setblocking(False)
+            visitors.append(_Visitor(*taken, self._opening()))
+        for visitor in visitors:
             if self._complete(visitor):  # it came with the connection
                 continue
             if len(self._waiting) >= VISITORS:
                 most = max(self._sources.values(), key=len)
                 self._dismiss(next(iter(most.values())))
-            self._waiting[sock.fileno()] = self._of(visitor)[sock.fileno()] = visitor
-            self._selector.register(sock, selectors.EVENT_READ, visitor)
+            fd = visitor.sock.fileno()
+            self._waiting[fd] = self._of(visitor)[fd] = visitor
+            self._selector.register(visitor.sock, selectors.EVENT_READ, visitor)
 
     def _of(self, visitor: _Visitor[T]) -> dict[int, _Visitor[T]]:
         return self._sources[visitor.peer.rpartition(":")[0]]

@@ -130,9 +130,10 @@ def call(side: Side, address: str, handshakes: int, megabytes: int, told: Connec
     for _ in range(waves):
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            crowd = [stack.enter_context(connect_to(Address.parse(address), PATIENCE)) for _ in range(STRANGERS)]
-            for sock in crowd:
-                sock.sendall(wrong)
+            crowd = []
+            for _ in range(STRANGERS):
+                crowd.append(stack.enter_context(connect_to(Address.parse(address), PATIENCE)))
+                crowd[-1].sendall(wrong)
             for sock in crowd:
                 with contextlib.suppress(ConnectionError):
                     if sock.recv(1):
