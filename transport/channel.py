@@ -111,13 +111,18 @@ class Channel:
         cls,
         sock: socket,
         end: link.End,
+        opened: link.Opening | None = None,
         *,
         deadlines: Deadlines = DEFAULT_DEADLINES,
         budget: Budget = PROCESS_BUDGET,
         max_message: int = MAX_MESSAGE,
     ) -> Self:
-        """Establishes a link over an accepted stream socket; messages have `max_message` bytes. Raises as `connect`."""
-        return cls._establish(sock, link.respond(end, max_message=max_message, budget=budget), deadlines, end.keys)
+        """Establishes a link over an accepted stream socket, of which a `Door` may have read the opening.
+
+        Messages have at most `max_message` bytes. Raises as `connect`.
+        """
+        steps = link.respond(end, opened, max_message=max_message, budget=budget)
+        return cls._establish(sock, steps, deadlines, end.keys)
 
     @classmethod
     def _establish(cls, sock: socket, steps: link.Steps, deadlines: Deadlines, keys: frozenset[bytes] | None) -> Self:

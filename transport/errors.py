@@ -59,7 +59,7 @@ class Silent(TimedOut):
 
 
 class Unanswered(TransportError):
-    """The first message of a handshake got no answer: most likely the peer has another manifest, or is ending."""
+    """The peer hung up after the first message of a handshake: most likely it has another manifest, or is ending."""
 
 
 class Abandoned(TransportError):

@@ -15,13 +15,14 @@ The mac is keyed by the manifest's bytes, and checked before anything that costs
 scanners and other strangers. It authenticates nobody: whoever has the manifest can make it, and the host has it.
 """
 
+import functools
 import hashlib
 import hmac
 import struct
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from attest import (
     MAX_CLAIMS,
@@ -42,7 +43,6 @@ from transport.errors import (
     LimitError,
     PeerAlert,
     RecordError,
-    TimedOut,
     TransportError,
     Truncated,
     Unanswered,
@@ -52,7 +52,8 @@ from transport.records import MAX_MESSAGE, PROCESS_BUDGET, Budget, Opener, Seale
 from transport.session import Session
 
 __all__ = [
-    "CLIENT", "SUITES", "End", "Session", "Steps", "dump_attest", "initiate", "load_attest", "mac_key", "respond",
+    "CLIENT", "SUITES", "End", "Opening", "Session", "Steps", "dump_attest", "initiate", "load_attest", "mac_key",
+    "opening", "respond",
 ]  # fmt: skip
 
 VERSION = 2
@@ -79,7 +80,7 @@ class Suite:
     protocol_name: bytes
     pattern: noise.Pattern
 
-    @property
+    @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """The exact bytes of its messages, because payloads are empty."""
         return noise.message_lengths(self.pattern)
@@ -157,17 +158,26 @@ def initiate(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCE
     try:
         yield preamble + first + _mac(end, preamble, "I", first)
         split = yield from _shake(steps, preamble, None)
-    except (TimedOut, Truncated) as error:
-        raise Unanswered(f"the first message was not answered: {error}") from error
+    except Truncated as error:
+        raise Unanswered(f"the peer hung up after the first message: {error}") from error
     stranger = _Stranger(split, s.public, "I", budget)
     session = yield from stranger.verify(end.verifier, max_message)
     yield from stranger.attest(end.attester)
     return session
 
 
-def respond(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCESS_BUDGET) -> Steps:
-    """The end that listens. Raises as `initiate` does."""
-    preamble, message = yield from _first(end)
+class Opening(NamedTuple):
+    """What an initiator has said before it is answered."""
+
+    preamble: bytes
+    message: bytes  # 1
+
+
+def respond(
+    end: End, opened: Opening | None = None, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCESS_BUDGET
+) -> Steps:
+    """The end that listens; `opened` is what `opening` returned, if that was received already. Raises as `initiate`."""
+    preamble, message = opened or (yield from opening(end))
     s, steps = _handshake(end, preamble, "R")
     next(steps)
     split = yield from _shake(steps, preamble, message)
@@ -179,8 +189,11 @@ def respond(end: End, *, max_message: int = MAX_MESSAGE, budget: Budget = PROCES
     return (yield from stranger.verify(end.verifier, max_message))
 
 
-def _first(end: End) -> Generator[int, bytes | None, tuple[bytes, bytes]]:
-    """The preamble and message 1, once the mac has shown that the peer has the manifest. Nothing here is expensive."""
+def opening(end: End) -> Generator[int, bytes | None, Opening]:
+    """Receives what the initiator says first, whose mac shows that it has the manifest. It costs microseconds.
+
+    Raises HandshakeError.
+    """
     preamble = yield from _receive(_PREAMBLE.size)
     suite = preamble[5]
     if preamble != _PREAMBLE.pack(_MAGIC, VERSION, suite):
@@ -192,7 +205,7 @@ def _first(end: End) -> Generator[int, bytes | None, tuple[bytes, bytes]]:
     message, mac = received[:length], received[length:]
     if not hmac.compare_digest(mac, _mac(end, preamble, "R", _framed(message))):
         raise HandshakeError("message 1: the mac is wrong: the peer has another manifest, or wants another stage")
-    return preamble, message
+    return Opening(preamble, message)
 
 
 def _receive(count: int) -> Generator[int, bytes | None, bytes]:

@@ -13,10 +13,20 @@ import socket
 import struct
 import threading
 import time
-from typing import Any, Self
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator
+from typing import Any, Generic, Self, TypeVar
 
 from transport.address import Address
-from transport.errors import Abandoned, AddressError, LimitError, TimedOut, Truncated, Unreachable
+from transport.errors import (
+    Abandoned,
+    AddressError,
+    LimitError,
+    TimedOut,
+    TransportError,
+    Truncated,
+    Unreachable,
+)
 from transport.fork import identity, own
 
 _RDHUP = getattr(select, "POLLRDHUP", 0)  # macOS has none
@@ -42,6 +52,9 @@ _LISTENING = {  # what to do where a socket cannot be bound
     errno.EADDRNOTAVAIL: ": this machine has no such address, wanted one of its own, or 0.0.0.0 for all of them",
     errno.EACCES: ": choose a port from 1024 on, or run as root",
 }
+VISITORS = 1024  # connections at a door
+_AT_THE_DOOR = 3.0  # seconds; the opening is one packet, which is sent with the connection
+_AT_ONCE = 32  # connections that are accepted before those that are there are heard
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -227,6 +240,7 @@ class Listener:
     def __init__(self, place: Address | int, backlog: int = 128) -> None:
         self._sock = _bind(place, backlog) if isinstance(place, Address) else _adopt(place)
         self._sock.setblocking(False)
+        self._family = self._sock.family
         self._bell, self._ring = socket.socketpair()  # wakes a thread in `accept`: no poll notices a close
         self._poller = _poller(self._sock, select.POLLIN)
         self._poller.register(self._bell, select.POLLIN)
@@ -242,18 +256,27 @@ class Listener:
         """
         with self._accepting:
             while not self._closed:
-                if _wait(self._poller, deadline) and not self._closed:
-                    try:
-                        sock, peer = self._sock.accept()
-                        return sock, str(_address(sock.family, peer))
-                    except OSError as error:  # usually a connection that is gone already
-                        if error.errno in _NO_ROOM:
-                            time.sleep(0.05)  # it stays readable: do not spin until something is closed
-                        elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
-                            raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
+                if _wait(self._poller, deadline) and (accepted := self._take()) is not None:
+                    return accepted
                 if time.monotonic() > deadline:
                     raise TimedOut(f"nobody connected to {self.address} in time")
         return None
+
+    def _take(self) -> tuple[socket.socket, str] | None:
+        """A connection, if there is one. For whoever has `_accepting`."""
+        if self._closed:
+            return None
+        try:
+            sock, peer = self._sock.accept()
+            return sock, str(_address(self._family, peer))
+        except BlockingIOError:
+            return None
+        except OSError as error:  # usually a connection that is gone already
+            if error.errno in _NO_ROOM:
+                time.sleep(0.05)  # it stays readable: do not spin until something is closed
+            elif error.errno in (errno.EBADF, errno.ENOTSOCK) and not self._closed:
+                raise Unreachable(f"cannot accept on {self.address}: {error.strerror}") from None
+            return None
 
     def close(self) -> None:
         """Stops listening, and wakes a thread in `accept`.
@@ -281,6 +304,157 @@ class Listener:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+T = TypeVar("T")
+
+
+class _Visitor(Generic[T]):
+    """A connection whose opening is not complete."""
+
+    __slots__ = ("data", "low", "peer", "sock", "steps", "until", "wanted")
+
+    def __init__(self, sock: socket.socket, peer: str, steps: Generator[int, bytes | None, T]) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.steps = steps
+        self.until = time.monotonic() + _AT_THE_DOOR
+        self.wanted = next(steps)  # bytes
+        self.data = b""  # of them
+        self.low = 1  # bytes without which the poller is not told
+
+    def tell_at(self, count: int) -> None:
+        """Lets the poller wait for so many bytes, or the end: who sends them one by one costs no more than others."""
+        if self.low != count:
+            self.low = count
+            with contextlib.suppress(OSError):  # some kinds of sockets do not have it
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+
+
+class Door(Generic[T]):
+    """Where connections of a listener wait until each has sent its opening: one poller for all, and no thread for any.
+
+    Args:
+        listener: stays the caller's to close.
+        opening: receives an opening: yields how many bytes it needs, is sent them, and returns what to make of them;
+            or raises a TransportError. It must cost next to nothing.
+        refused: is told the peer's address and that error. The connection is closed without a word.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        opening: Callable[[], Generator[int, bytes | None, T]],
+        refused: Callable[[str, TransportError], None],
+    ) -> None:
+        self._listener = listener
+        self._opening = opening
+        self._refused = refused
+        self._waiting: dict[int, _Visitor[T]] = {}  # by descriptor, the oldest first
+        self._sources: defaultdict[str, dict[int, _Visitor[T]]] = defaultdict(dict)  # the same, by address without port
+        self._open: deque[tuple[socket.socket, str, T]] = deque()
+        self._selector = selectors.DefaultSelector()  # whose cost does not grow with those who say nothing
+        self._selector.register(listener._sock, selectors.EVENT_READ)
+        self._selector.register(listener._bell, selectors.EVENT_READ)
+
+    def accept(self, deadline: float = math.inf) -> tuple[socket.socket, str, T] | None:
+        """The next connection whose opening is complete, the peer's address, and what `opening` returned.
+
+        None once the listener is closed. Raises TimedOut.
+        """
+        listener = self._listener
+        with listener._accepting:
+            while not listener._closed:
+                if self._open:
+                    return self._open.popleft()
+                left = min(deadline, self._dismiss_late()) - time.monotonic()
+                for key, _ in self._selector.select(min(max(left, 0.0), _LONGEST_POLL)):
+                    if key.data is not None:
+                        self._hear(key.data)
+                    elif key.fileobj is listener._sock:
+                        self._welcome()
+                if not self._open and time.monotonic() > deadline:
+                    raise TimedOut(f"nobody opened a link to {listener.address} in time")
+        return None
+
+    def close(self) -> None:
+        """Hangs up on all who wait."""
+        for visitor in list(self._waiting.values()):
+            self._dismiss(visitor)
+        for sock, _, _ in self._open:
+            sock.close()
+        self._selector.close()
+
+    def _dismiss_late(self) -> float:
+        """Hangs up on those whose time is over. When that of the next is."""
+        while self._waiting:
+            oldest = next(iter(self._waiting.values()))
+            if oldest.until > time.monotonic():
+                return oldest.until
+            self._dismiss(oldest)
+        return math.inf
+
+    def _welcome(self) -> None:
+        """Accepts those who are there; with too many, the oldest of the address with the most has to go."""
+        visitors: list[_Visitor[T]] = []
+        while len(visitors) < _AT_ONCE and (taken := self._listener._take()) is not None:
+            taken[0].setblocking(False)
+            visitors.append(_Visitor(*taken, self._opening()))
+        for visitor in visitors:
+            if self._complete(visitor):  # it came with the connection
+                continue
+            if len(self._waiting) >= VISITORS:
+                most = max(self._sources.values(), key=len)
+                self._dismiss(next(iter(most.values())))
+            fd = visitor.sock.fileno()
+            self._waiting[fd] = self._of(visitor)[fd] = visitor
+            self._selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+
+    def _of(self, visitor: _Visitor[T]) -> dict[int, _Visitor[T]]:
+        return self._sources[visitor.peer.rpartition(":")[0]]
+
+    def _hear(self, visitor: _Visitor[T]) -> None:
+        fd = visitor.sock.fileno()
+        if fd >= 0 and self._complete(visitor):  # else it was dismissed meanwhile
+            self._forget(visitor, fd)
+
+    def _dismiss(self, visitor: _Visitor[T]) -> None:
+        self._forget(visitor, visitor.sock.fileno())
+        visitor.sock.close()
+
+    def _forget(self, visitor: _Visitor[T], fd: int) -> None:
+        self._selector.unregister(fd)
+        del self._waiting[fd]
+        of = self._of(visitor)
+        del of[fd]
+        if not of:
+            del self._sources[visitor.peer.rpartition(":")[0]]
+
+    def _complete(self, visitor: _Visitor[T]) -> bool:
+        """Reads what has come. Whether nothing more is to come: the opening is complete, or was refused, or is cut."""
+        sock = visitor.sock
+        try:
+            while True:
+                part = sock.recv(visitor.wanted - len(visitor.data))
+                if not part:
+                    sock.close()
+                    return True
+                visitor.data += part
+                if len(visitor.data) == visitor.wanted:
+                    visitor.wanted, visitor.data = visitor.steps.send(visitor.data), b""
+        except BlockingIOError:
+            if visitor.data or visitor.low > 1:  # most need no second look
+                visitor.tell_at(visitor.wanted - len(visitor.data))
+            return False
+        except StopIteration as complete:
+            visitor.tell_at(1)
+            self._open.append((sock, visitor.peer, complete.value))
+        except TransportError as error:
+            sock.close()
+            self._refused(visitor.peer, error)
+        except OSError:
+            sock.close()
+        return True
 
 
 def hang_up(sock: socket.socket) -> None:

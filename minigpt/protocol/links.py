@@ -122,9 +122,9 @@ def dial(
         raise UntrustedStage(text, stage=index) from error
     except Unanswered as error:
         text = (
-            f"stage {index} does not answer the handshake: most likely it has another manifest; ours has the sha256 "
+            f"stage {index} hung up in the handshake: most likely it has another manifest; ours has the sha256 "
             f"{manifest.digest.hex()}: compare it with the file there, and see its log. Or another stage or none "
-            f"answers at {address}, or it was just ending: then try again ({error.__cause__ or error})"
+            f"listens at {address}, or it was just ending: then try again"
         )
         raise UnreachableStage(text, stage=index) from error
     except HandshakeError as error:

@@ -32,6 +32,7 @@ from minigpt.stage.newcomers import source_of
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TransportError
+from transport.link import Opening
 from transport.liveness import PINGER
 
 log = logging.getLogger("minigpt.stage")
@@ -64,7 +65,9 @@ class Conversation:
         useful: whether it ever did.
     """
 
-    def __init__(self, stage: Stage, number: int, peer: str, sock: Any, host: Host) -> None:
+    def __init__(
+        self, stage: Stage, number: int, peer: str, sock: Any, host: Host, opening: Opening | None = None
+    ) -> None:
         self.number = number
         self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
@@ -74,6 +77,7 @@ class Conversation:
         self._name = f"channel {number} ({peer})"
         self._here = f"stage {stage.index}"
         self.sock = sock
+        self.opening = opening  # what the peer has said so far
         self.ticket: Ticket | None = None  # while it shakes hands
         self._channel: Channel | None = None
 

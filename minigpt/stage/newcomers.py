@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from transport.link import Opening
 from transport.sockets import has_left
 
 SHARE = 0.1  # of one core, spent on handshakes; at 5 ms each, 20 a second
@@ -19,7 +20,7 @@ SOURCES = 1024  # accounts, 200 bytes each
 LOOK = 0.05  # seconds between two looks at those who wait: a handshake may have ended
 WAITING = 128  # newcomers: as many again wait in the listener's queue
 
-Newcomer = tuple[Any, str]  # its socket, and the peer's address
+Newcomer = tuple[Any, str, Opening]  # its socket, the peer's address, and what it has said
 
 
 class Pace:
@@ -75,7 +76,7 @@ class Newcomers:
         self._waiting.append(newcomer)
         if len(self._waiting) <= WAITING:
             return None
-        [(most, _)] = Counter(source_of(peer) for _, peer in self._waiting).most_common(1)
+        [(most, _)] = Counter(source_of(peer) for _, peer, _ in self._waiting).most_common(1)
         unwanted = next(one for one in reversed(self._waiting) if source_of(one[1]) == most)
         self._waiting.remove(unwanted)
         return unwanted
@@ -96,7 +97,7 @@ class Newcomers:
             delay, choice = min(delay, self._ahead.delay()), rested
         if not choice:
             return LOOK if self._waiting else math.inf, None
-        cost = {source: self.spent(source) for source in {source_of(peer) for _, peer in choice}}  # it falls: ask once
+        cost = {source: self.spent(source) for source in {source_of(one[1]) for one in choice}}  # it falls: ask once
         return min(delay, LOOK), min(choice, key=lambda one: cost[source_of(one[1])])
 
     def _forget_left(self) -> None:
@@ -120,5 +121,5 @@ class Newcomers:
         return self._accounts.spent(source)
 
     def close(self) -> None:
-        for sock, _ in self._waiting:
+        for sock, _, _ in self._waiting:
             sock.close()

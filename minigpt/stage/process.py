@@ -27,6 +27,7 @@ from minigpt.stage.server import Server
 from minigpt.stage.stage import Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
 from transport.errors import TimedOut, TransportError, Unreachable
+from transport.sockets import VISITORS
 
 log = logging.getLogger("minigpt.stage")
 
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
-    streams.make_room(options.max_channels + WAITING, f"--max-channels {options.max_channels}", ", or lower it")
+    sockets = options.max_channels + WAITING + VISITORS
+    streams.make_room(sockets, f"--max-channels {options.max_channels}", ", or lower it")
     readiness = Readiness(options.ready)
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)

@@ -12,18 +12,20 @@ from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
 from minigpt.stage.clients import ClientConversation
 from minigpt.stage.conversation import Conversation, State
-from minigpt.stage.newcomers import WAITING, Newcomer, Newcomers
+from minigpt.stage.newcomers import WAITING, Newcomer, Newcomers, Pace
 from minigpt.stage.stage import Stage
 from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
-from transport.errors import TimedOut
-from transport.sockets import has_left
+from transport.errors import TimedOut, TransportError
+from transport.link import Opening, opening
+from transport.sockets import Door, has_left
 
 log = logging.getLogger("minigpt.stage")
 
 LOOK = 0.05  # seconds between two looks at what still goes on while the process drains
 YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for a newcomer
 M_ARENA_MAX = -8  # of malloc.h
+LINE = 0.01  # seconds from one line about strangers to the next, after a burst of 100
 CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
 
 
@@ -44,6 +46,8 @@ class Server:
         self.open: dict[int, Conversation] = {}  # by number; handshakes under way included
         self._numbers = itertools.count(1)
         self._newcomers = Newcomers()
+        self._lines = Pace(1.0)
+        self._untold = 0  # strangers that no line of the log tells of
         _share_heap()
         self._began = time.monotonic()
         self._lock = threading.Lock()
@@ -55,29 +59,42 @@ class Server:
 
     def serve(self, listener: Listener) -> None:
         """Accepts channels until the listener is closed."""
+        end = links.answering_end(self.stage.manifest, self.stage.index, self.stage.evidence.attester)
+        door = Door(listener, lambda: opening(end), self._refused)
         while True:
             delay, newcomer = self._following()
             if newcomer is not None and delay <= 0:
                 self._newcomers.take(newcomer)
                 self._begin(*newcomer)
             try:
-                accepted = listener.accept(time.monotonic() + delay)
+                accepted = door.accept(time.monotonic() + delay)
             except TimedOut:
                 continue
             if accepted is None:
+                door.close()
                 self._newcomers.close()
                 return
             unwanted = self._newcomers.add(accepted)
             if unwanted is not None:
-                sock, peer = unwanted
+                sock, peer, _ = unwanted
                 log.warning("%s: turned away, %d newcomers wait, most of them from there", peer, WAITING)
                 sock.close()
                 time.sleep(CROWDED)
 
-    def _begin(self, sock: Any, peer: str) -> None:
+    def _refused(self, peer: str, error: TransportError) -> None:
+        """A line for one of those who do not have the manifest. There may be very many of them, so only for some."""
+        if self._lines.delay() > 0:
+            self._untold += 1
+            return
+        self._lines.spend(LINE)
+        others = f" (and {self._untold} others since the last such line)" if self._untold else ""
+        self._untold = 0
+        log.warning("newcomer (%s): %s: %s%s", peer, type(error).__name__, error, others)
+
+    def _begin(self, sock: Any, peer: str, opened: Opening) -> None:
         """Starts the thread of a channel, if there is room or can be made."""
         kind = UpstreamConversation if self.stage.index else ClientConversation
-        conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self)
+        conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self, opened)
         with self._lock:
             unwanted = self._least_wanted()
             if unwanted is not None:
@@ -142,7 +159,9 @@ class Server:
         try:
             end = links.answering_end(stage.manifest, stage.index, ticket)
             most = links.largest(stage.manifest, stage.index)
-            channel = Channel.accept(sock, end, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most)
+            channel = Channel.accept(
+                sock, end, conversation.opening, deadlines=stage.limits.deadlines, budget=stage.budget, max_message=most
+            )
         finally:
             self._newcomers.spend(source, time.thread_time() - began + ticket.seconds)
         if stage.index > 0:

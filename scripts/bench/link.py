@@ -5,14 +5,16 @@ installed. Both ends show mock evidence, and verify it, as link 1 of a pipeline 
 
     handshake   one after the other, from the connection until the caller has the answerer's first message: by then both
                 ends have accepted the other's evidence. Nothing paces them here; a stage paces its newcomers
+    stranger    a first message whose mac is wrong, from the connection until it is hung up on; 50 at once
     message     one direction, as fast as the answerer takes them: 1 MiB, and 3 KiB, a batch of one token of GPT-2 small
 
-The milliseconds of a handshake are the median; those of a message, and all CPU time, are means.
+The milliseconds of a handshake and of a stranger are the median; those of a message, and all CPU time, are means.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shlex
@@ -36,12 +38,15 @@ from scripts.bench.peers import machine
 from transport.address import Address
 from transport.channel import Channel, Listener
 from transport.errors import Closed
-from transport.link import SUITES
+from transport.link import SUITES, initiate, opening
+from transport.sockets import Door
+from transport.sockets import connect as connect_to
 
 CIPHERS = {"pycryptodome": "Crypto", "cryptography": "cryptography"}  # values of MINIGPT_AEAD, and what each imports
 SIZES = {"1 MiB": 2**20, "3 KiB": 4 * 768}  # bytes of rows in a message
 LOOPBACK = "tcp://127.0.0.1:0"
 PATIENCE = 60.0  # seconds that the next message, or the other process, may take
+STRANGERS = 50  # at once
 LONGEST = 3600.0  # seconds for all figures of one cipher and suite
 
 
@@ -77,9 +82,10 @@ def answer(side: Side, told: Connection) -> None:
     manifest = Manifest.parse(side.manifest)
     end = answering_end(manifest, 1, manifest.attester(1, side.key.encode()))
     listener = Listener(Address.parse(LOOPBACK))
+    door = Door(listener, lambda: opening(end), lambda _peer, _error: None)
     told.send(str(listener.address))
-    while (accepted := listener.accept()) is not None:
-        with Channel.accept(accepted[0], end) as channel:
+    while (accepted := door.accept()) is not None:
+        with Channel.accept(accepted[0], end, accepted[2]) as channel:
             channel.send([repr(time.process_time()).encode()])
             try:
                 while True:
@@ -114,6 +120,30 @@ def call(side: Side, address: str, handshakes: int, megabytes: int, told: Connec
     what, each = f"handshake, suite {manifest.suites[0]}", 1000 / handshakes
     median = 1000 * statistics.median(taken)
     rows = [Row(what, handshakes / seconds, None, median, each * used, each * (now - theirs))]
+
+    first = next(initiate(end))
+    assert isinstance(first, bytes)
+    wrong = first[:-1] + bytes([first[-1] ^ 1])
+    waves, handshake, theirs, taken = max(20, handshakes // 4), (now - theirs) / handshakes, now, []
+    count = STRANGERS * waves
+    began, ours = time.perf_counter(), time.process_time()
+    for _ in range(waves):
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            crowd = []
+            for _ in range(STRANGERS):
+                crowd.append(stack.enter_context(connect_to(Address.parse(address), PATIENCE)))
+                crowd[-1].sendall(wrong)
+            for sock in crowd:
+                with contextlib.suppress(ConnectionError):
+                    if sock.recv(1):
+                        sys.exit("link.py: a stranger was answered")
+        taken.append((time.perf_counter() - start) / STRANGERS)
+    seconds, used = time.perf_counter() - began, time.process_time() - ours
+    channel, now = connect()  # which costs a handshake, too
+    channel.close()
+    what, each, median = f"stranger, suite {manifest.suites[0]}", 1000 / count, 1000 * statistics.median(taken)
+    rows.append(Row(what, count / seconds, None, median, each * used, each * (now - theirs - handshake)))
 
     channel, _ = connect()
     for name, size in SIZES.items() if megabytes else ():

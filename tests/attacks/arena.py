@@ -41,7 +41,7 @@ MORE_PINS: dict[str, dict[str, Any]] = {
 }
 TOKENS = 5  # of a run that is graded
 PLAIN_STAGE = client.PLAIN + "\nimport sys\nfrom minigpt.stage.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-_VERDICT = re.compile(r"channel (\d+) \(.*?\): (?:ended by )?(\w+)(.*)")
+_VERDICT = re.compile(r"(?:channel (\d+)|newcomer) \(.*?\): (?:ended by )?(\w+)(.*)")
 
 
 class Arena:
@@ -297,7 +297,9 @@ class Arena:
         """Forgets what the stages have logged so far, and the channels that there are."""
         logs = [self.stages.log(index) for index in range(len(self.stages.ports))]
         self._marks = [len(log) for log in logs]
-        self._channels = [max([0, *(int(number) for number, *_ in _VERDICT.findall(_current(log)))]) for log in logs]
+        self._channels = [
+            max([0, *(int(number) for number, *_ in _VERDICT.findall(_current(log)) if number)]) for log in logs
+        ]
 
     def said(self, index: int) -> str:
         """What a stage has logged since `mark`."""
@@ -311,7 +313,7 @@ class Arena:
             found[:] = [
                 match[2] + match[3]
                 for match in map(_VERDICT.search, self.said(index).split("\n")[:-1])  # lines that are whole
-                if match and int(match[1]) > self._channels[index] and match[2] != "open"
+                if match and int(match[1] or 1 << 60) > self._channels[index] and match[2] != "open"
             ]
             return bool(found)
 

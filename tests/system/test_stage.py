@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attacks.load import Crowd
-from ends import Side, client
+from ends import Side
 from made import SMALL, random_tensors, write
 from processes import ROOT, Stages, eventually, out_of_threads
 
@@ -25,6 +25,7 @@ import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
 from minigpt.errors import StageError
+from minigpt.protocol.links import calling_end
 from minigpt.stage import turns
 from minigpt.stage.turns import Turns
 from transport.link import initiate
@@ -121,6 +122,7 @@ def test_a_thread_that_the_system_refuses_costs_one_connection(tmp_path: Path) -
             with out_of_threads(process.pid):
                 for _ in range(13):
                     with socket.create_connection(("127.0.0.1", stages.ports[0]), timeout=60) as stranger:
+                        stranger.sendall(Side(initiate(calling_end(stages.manifest, 0, None))).run())
                         assert stranger.recv(1) == b""  # turned away
                 assert [token.id for token in pipeline.generate([1, 2], max_tokens=3)] == expected
             assert eventually(lambda: stages.log(0).count("turned away, the system gives no more threads") == 13)
@@ -136,7 +138,7 @@ def test_a_flood_of_handshakes_from_one_address_does_not_keep_others_waiting(tmp
     code = f"from minigpt.stage import __main__, newcomers; {costly}; __main__.main()"
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0, python=("-c", code))
-        greeting = Side(initiate(client())).run()  # the stage answers it, at some cost
+        greeting = Side(initiate(calling_end(stages.manifest, 0, None))).run()  # the stage answers it, at some cost
         with Crowd(stages.ports[0], 200, greeting, renew=True, source="127.0.0.2") as crowd:
             assert eventually(lambda: crowd.made > 150)  # to take turns with them would take half a minute
             for _ in range(3):  # in 10 s each, or the handshake fails

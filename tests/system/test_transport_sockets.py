@@ -22,7 +22,6 @@ from transport.errors import (
     LimitError,
     TimedOut,
     TransportError,
-    Unanswered,
     Unreachable,
 )
 from transport.sockets import connect
@@ -80,9 +79,8 @@ def test_nobody_there_is_unreachable_and_silence_times_out():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         silent = Address("tcp", "127.0.0.1", port)
-        with pytest.raises(Unanswered, match=r"did not finish the handshake in 0\.1 s") as silence:
+        with pytest.raises(TimedOut, match=r"did not finish the handshake in 0\.1 s"):
             Channel.connect(silent, CLIENT_END, deadlines=Deadlines(handshake=0.1))
-        assert isinstance(silence.value.__cause__, TimedOut)
     with pytest.raises(Unreachable, match="refused"):
         Channel.connect(silent, CLIENT_END)
     for text in ("tcp://host.invalid:1", "tcp://127.0.0.1:0", "vsock://4294967294:1"):

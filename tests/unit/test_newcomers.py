@@ -8,6 +8,7 @@ import pytest
 
 from minigpt.stage import newcomers
 from minigpt.stage.newcomers import LOOK, MEMORY, SHARE, SOURCES, WAITING, WORST, Newcomers, source_of
+from transport.link import Opening
 
 
 class Clock:
@@ -17,6 +18,9 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+SAID = Opening(b"", b"")
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def come(door: Newcomers, *peers: str) -> None:
     for peer in peers:
         sock: Any = None
-        assert door.add((sock, peer)) is None
+        assert door.add((sock, peer, SAID)) is None
 
 
 def begin(door: Newcomers, *busy: str, crowded: str | None = None) -> str | None:
@@ -122,7 +126,7 @@ def test_without_room_the_latest_of_the_source_with_the_most_is_turned_away(cloc
     come(door, "tcp://b:1", *(f"tcp://a:{port}" for port in range(WAITING - 2)), "tcp://b:2")
     for newest, unwanted in (("tcp://c:1", f"tcp://a:{WAITING - 3}"), ("tcp://a:999", "tcp://a:999")):
         sock: Any = None
-        turned_away = door.add((sock, newest))
+        turned_away = door.add((sock, newest, SAID))
         assert turned_away is not None
         assert turned_away[1] == unwanted
 
@@ -139,7 +143,7 @@ def test_accounts_are_bounded_and_the_costliest_are_kept(clock: Clock) -> None:
 def test_who_waits_at_the_end_is_hung_up_on() -> None:
     one, other = socket.socketpair()
     door = Newcomers()
-    door.add((one, "tcp://a:1"))
+    door.add((one, "tcp://a:1", SAID))
     door.close()
     with other:
         assert other.recv(1) == b""
@@ -161,7 +165,7 @@ def test_those_that_have_left_make_nobody_wait_and_are_hung_up_on() -> None:
     door = Newcomers()
     left = [socket.socketpair() for _ in range(WAITING)]
     for number, (own, theirs) in enumerate(left):
-        assert door.add((own, f"tcp://a:{number}")) is None
+        assert door.add((own, f"tcp://a:{number}", SAID)) is None
         theirs.sendall(b"hello")
         theirs.close()
     for _ in range(50):
@@ -169,6 +173,6 @@ def test_those_that_have_left_make_nobody_wait_and_are_hung_up_on() -> None:
     here, there = socket.socketpair()
     with here, there:
         assert door.following((), None) == (math.inf, None)
-        assert door.add((here, "tcp://a:999")) is None
-        assert door.following((), None)[1] == (here, "tcp://a:999")
+        assert door.add((here, "tcp://a:999", SAID)) is None
+        assert door.following((), None)[1] == (here, "tcp://a:999", SAID)
     assert [own.fileno() for own, _ in left] == [-1] * WAITING
