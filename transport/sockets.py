@@ -52,7 +52,6 @@ _LISTENING = {  # what to do where a socket cannot be bound
     errno.EADDRNOTAVAIL: ": this machine has no such address, wanted one of its own, or 0.0.0.0 for all of them",
     errno.EACCES: ": choose a port from 1024 on, or run as root",
 }
-VISITORS = 1024  # connections at a door
 _AT_THE_DOOR = 3.0  # seconds; the opening is one packet, which is sent with the connection
 _AT_ONCE = 32  # connections that are accepted before those that are there are heard
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -339,6 +338,7 @@ class Door(Generic[T]):
         opening: receives an opening: yields how many bytes it needs, is sent them, and returns what to make of them;
             or raises a TransportError. It must cost next to nothing.
         refused: is told the peer's address and that error. The connection is closed without a word.
+        most: how many connections may wait. One more ends another.
     """
 
     def __init__(
@@ -346,7 +346,9 @@ class Door(Generic[T]):
         listener: Listener,
         opening: Callable[[], Generator[int, bytes | None, T]],
         refused: Callable[[str, TransportError], None],
+        most: int,
     ) -> None:
+        self._most = most
         self._listener = listener
         self._opening = opening
         self._refused = refused
@@ -403,7 +405,7 @@ class Door(Generic[T]):
         for visitor in visitors:
             if self._complete(visitor):  # it came with the connection
                 continue
-            if len(self._waiting) >= VISITORS:
+            if len(self._waiting) >= self._most:
                 most = max(self._sources.values(), key=len)
                 self._dismiss(next(iter(most.values())))
             fd = visitor.sock.fileno()

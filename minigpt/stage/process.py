@@ -24,10 +24,9 @@ from minigpt.stage.evidence import SHARE, EvidenceQueue
 from minigpt.stage.newcomers import WAITING
 from minigpt.stage.readiness import Readiness
 from minigpt.stage.server import Server
-from minigpt.stage.stage import Limits, Stage
+from minigpt.stage.stage import VISITORS, Limits, Stage
 from transport.channel import Address, Deadlines, Listener, receive_all
 from transport.errors import TimedOut, TransportError, Unreachable
-from transport.sockets import VISITORS
 
 log = logging.getLogger("minigpt.stage")
 
@@ -48,8 +47,8 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
-    sockets = options.max_channels + WAITING + VISITORS
-    streams.make_room(sockets, f"--max-channels {options.max_channels}", ", or lower it")
+    sockets, what = options.max_channels + WAITING + VISITORS.start, f"--max-channels {options.max_channels}"
+    visitors = VISITORS.start + streams.make_room(sockets, what, ", or lower it", more=len(VISITORS))
     readiness = Readiness(options.ready)
     own()  # now: while a stage waits for its manifest, its files may be changed
     manifest = _receive("manifest", options.manifest, MAX_MANIFEST, Manifest.parse)
@@ -74,6 +73,7 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         handshakes=options.max_handshakes,
         answer=options.answer_timeout,
         idle=options.idle_timeout,
+        visitors=visitors,
         deadlines=Deadlines(handshake=handshake, message=options.message_timeout),
     )
     stage = Stage(manifest, where, entry.index, model, evidence, limits, cores)

@@ -60,7 +60,7 @@ class Server:
     def serve(self, listener: Listener) -> None:
         """Accepts channels until the listener is closed."""
         end = links.answering_end(self.stage.manifest, self.stage.index, self.stage.evidence.attester)
-        door = Door(listener, lambda: opening(end), self._refused)
+        door = Door(listener, lambda: opening(end), self._refused, self.stage.limits.visitors)
         while True:
             delay, newcomer = self._following()
             if newcomer is not None and delay <= 0:

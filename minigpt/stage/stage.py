@@ -21,6 +21,7 @@ from transport.channel import Budget, Channel, Deadlines
 
 log = logging.getLogger("minigpt.stage")
 
+VISITORS = range(64, 1024)  # as many as there are descriptors for
 FIRST, LAST = 0.1, 5.0  # seconds from one attempt to reach the next stage to the following
 
 
@@ -37,6 +38,7 @@ class Limits:
     answer: float  # seconds that the next stage may take for one step
     idle: float  # seconds that a channel may be silent
     deadlines: Deadlines
+    visitors: int = VISITORS.stop  # connections that have not shown yet that they have the manifest
     buffers: int = 256 * 2**20  # bytes of incoming messages, as `records.Budget` counts them
 
 

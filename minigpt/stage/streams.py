@@ -156,18 +156,21 @@ def moved_up(fd: int) -> int:
     return moved
 
 
-def make_room(sockets: int, what: str, advice: str = "") -> None:
-    """Lets this process have so many sockets at once, and a few other files.
+def make_room(sockets: int, what: str, advice: str = "", more: int = 0) -> int:
+    """Lets this process have so many sockets at once, and a few other files; and `more`, or how many of these it may.
 
-    Raises UsageError if the system forbids it: connections that say nothing would keep clients out, and nobody would
-    be told.
+    Returns how many of these. Raises UsageError if the system forbids the rest: connections that say nothing would keep
+    clients out, and nobody would be told.
     """
-    wanted = sockets + SPARE
+    needed = sockets + SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        text = f"{what} may need {wanted} open files, and this process may have {max(soft, hard)}"
-        raise UsageError(f"{text}: raise that limit (ulimit -n {wanted}){advice}") from None
+    if soft == resource.RLIM_INFINITY or soft >= needed + more:
+        return more
+    wanted = needed + more if hard == resource.RLIM_INFINITY else min(needed + more, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        soft = max(soft, wanted)
+    if soft < needed:
+        text = f"{what} may need {needed} open files, and this process may have {max(soft, hard)}"
+        raise UsageError(f"{text}: raise that limit (ulimit -n {needed}){advice}")
+    return min(more, soft - needed)

@@ -82,7 +82,7 @@ def answer(side: Side, told: Connection) -> None:
     manifest = Manifest.parse(side.manifest)
     end = answering_end(manifest, 1, manifest.attester(1, side.key.encode()))
     listener = Listener(Address.parse(LOOPBACK))
-    door = Door(listener, lambda: opening(end), lambda _peer, _error: None)
+    door = Door(listener, lambda: opening(end), lambda _peer, _error: None, 1024)
     told.send(str(listener.address))
     while (accepted := door.accept()) is not None:
         with Channel.accept(accepted[0], end, accepted[2]) as channel:

@@ -31,11 +31,14 @@ PATIENCE = 60.0
 class Doors:
     """A door whose openings are `mGPT`, a length of one byte, and so many bytes."""
 
-    def __init__(self, scheme: str = "tcp") -> None:
+    def __init__(self, scheme: str = "tcp", most: int = 1024) -> None:
         self.listener = Listener(anywhere(scheme))
         self.refused: list[str] = []
         self.steps = 0
-        self.door: Door[bytes] = Door(self.listener, self.opening, lambda _peer, error: self.refused.append(str(error)))
+        self.door: Door[bytes] = Door(self.listener, self.opening, self.refuse, most)
+
+    def refuse(self, _peer: str, error: TransportError) -> None:
+        self.refused.append(str(error))
 
     def opening(self) -> Generator[int, bytes | None, bytes]:
         magic = yield 4
@@ -140,9 +143,8 @@ def test_silence_at_the_door_has_a_deadline(doors: Doors, monkeypatch: pytest.Mo
         doors.door.accept(time.monotonic())
 
 
-def test_a_full_door_ends_the_oldest_of_the_address_with_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sockets, "VISITORS", 4)
-    doors = Doors()
+def test_a_full_door_ends_the_oldest_of_the_address_with_the_most() -> None:
+    doors = Doors(most=4)
 
     def come(host: str) -> socket.socket:
         before = len(doors.door._waiting)

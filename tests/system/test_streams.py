@@ -306,3 +306,25 @@ def test_a_limit_that_may_be_raised_is_raised(monkeypatch: pytest.MonkeyPatch) -
     assert made == [(300 + streams.SPARE, 4096)]
     streams.make_room(100, "this")
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(("hard", "fitting"), [(resource.RLIM_INFINITY, 1000), (4096, 1000), (500, 200), (300, 0)])
+def test_what_is_wished_for_beyond_that_is_had_as_far_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, hard: int, fitting: int
+) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (256, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, limits: made.append(limits))
+    assert streams.make_room(300 - streams.SPARE, "this", more=1000) == fitting
+    assert made == [(300 + fitting, hard)]
+
+
+def test_a_system_that_forbids_to_raise_a_limit_leaves_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_what: int, _limits: tuple[int, int]) -> None:
+        raise OSError
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (256, 4096))
+    monkeypatch.setattr(resource, "setrlimit", forbidden)
+    assert streams.make_room(200 - streams.SPARE, "this", more=1000) == 56
+    with pytest.raises(UsageError, match="this may need 300 open files, and this process may have 4096"):
+        streams.make_room(300 - streams.SPARE, "this", more=1000)
