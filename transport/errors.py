@@ -84,6 +84,10 @@ class HandshakeError(ProtocolError):
     """The handshake failed. The peer is told nothing: it is a stranger."""
 
 
+class Foreign(HandshakeError):
+    """What came is not of this protocol, or of another version of it: of something else that listens, or connects."""
+
+
 class Unauthentic(HandshakeError):
     """A handshake message failed authentication: it was altered, or made by somebody who does not have our manifest."""
 

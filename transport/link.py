@@ -39,6 +39,7 @@ from transport import noise
 from transport.errors import (
     Alert,
     DecodeError,
+    Foreign,
     HandshakeError,
     LimitError,
     PeerAlert,
@@ -197,7 +198,7 @@ def opening(end: End) -> Generator[int, bytes | None, Opening]:
     preamble = yield from _receive(_PREAMBLE.size)
     suite = preamble[5]
     if preamble != _PREAMBLE.pack(_MAGIC, VERSION, suite):
-        raise HandshakeError(f"preamble: got {preamble.hex()}, wanted that of this protocol, version {VERSION}")
+        raise Foreign(f"preamble: got {preamble.hex()}, wanted that of this protocol, version {VERSION}")
     if suite not in end.suites:
         raise HandshakeError(f"preamble: suite {suite}, wanted one of {end.suites}: the peer has another manifest")
     length = yield from _length(1, SUITES[suite].lengths[0])
@@ -219,7 +220,7 @@ def _length(number: int, wanted: int) -> Generator[int, bytes | None, int]:
     """The length before message `number`."""
     (announced,) = _LENGTH.unpack((yield from _receive(_LENGTH.size)))
     if announced != wanted:
-        raise HandshakeError(f"handshake message {number}: {announced} bytes, wanted {wanted}")
+        raise Foreign(f"handshake message {number}: {announced} bytes, wanted {wanted}")
     return wanted
 
 

@@ -35,7 +35,7 @@ from transport.errors import (
     Abandoned,
     Alert,
     Closed,
-    HandshakeError,
+    Foreign,
     PeerAlert,
     Silent,
     TimedOut,
@@ -127,7 +127,7 @@ def dial(
             f"listens at {address}, or it was just ending: then try again"
         )
         raise UnreachableStage(text, stage=index) from error
-    except HandshakeError as error:
+    except Foreign as error:
         text = (
             f"what listens at {address} is most likely no stage of this version of minigpt ({error}): "
             f"correct the place of stage {index}, or see what runs there"
