@@ -14,8 +14,9 @@ from attest.__main__ import main as attest
 from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.__main__ import main as minigpt
 from minigpt.checkpoint import sources, weights
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, UsageError
 from minigpt.launch import local, plan
+from minigpt.stage import process
 from minigpt.stage.__main__ import _main as stage
 from transport.noise import KeyPair
 
@@ -223,6 +224,21 @@ def test_what_is_missing_is_named_with_the_file_that_is_wanted(files: Path, said
     ):
         path.write_text(json.dumps(plain | {"model": plain["model"] | {"config": changed}}))
         assert words in said("status", "--manifest", path, code=3)
+
+
+def test_what_a_stage_cannot_read_is_named_as_on_its_command_line_with_what_it_should_be(tmp_path: Path) -> None:
+    def told(what: str, source: str | int) -> str:
+        with pytest.raises(UsageError) as caught:
+            process._receive(what, source, 1, lambda data: data)
+        return str(caught.value)
+
+    number = 9_999_999  # of no descriptor
+    wanted = "wanted a descriptor that whoever starts the stage opened for reading, on the file that `minigpt plan`"
+    assert told("manifest", number).startswith(f"--manifest fd:{number}: Bad file descriptor; {wanted}")
+    assert told("mock key", str(tmp_path / "nope")) == (
+        f"--mock-key {tmp_path}/nope: No such file or directory; wanted the file that `python -m attest keygen "
+        "--root ROOT --stage I -o FILE` makes"
+    )
 
 
 def test_a_measurement_is_asked_for_by_the_command_that_prints_it(said: Tell) -> None:
