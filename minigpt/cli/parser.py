@@ -16,8 +16,10 @@ from minigpt.cli.values import (
     days,
     escaped,
     few,
+    hostname,
     integer,
     located,
+    name,
     natural,
     number,
     one_of,
@@ -166,8 +168,9 @@ def parser() -> Parser:
     option(
         serve, "--api-key-file", None, "FILE", str, "clients must send what this file holds, which only you may read"
     )
-    _repeated(serve, "--hostname", "NAME", "another name by which clients call this server; repeatable")
-    option(serve, "--model-name", None, "NAME", str, "the model's name for clients (default: the manifest's)")
+    serve.add_argument("--hostname", action="append", default=[], type=hostname, metavar="NAME", help="another name by "
+                       "which clients call this server; repeatable")  # fmt: skip
+    option(serve, "--model-name", None, "NAME", name, "the model's name for clients (default: the manifest's)")
     option(serve, "--chat-template", None, "plain", one_of("plain"), "make prompts of chats from lines of role: text, "
            "for a model that has no template of its own")  # fmt: skip
     option(serve, "--connections", "32", "N", positive, "answers at a time: no more than stage 0 has sequences")

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from minigpt.cli.terminal import say
+from minigpt.cli.values import without_keywords
 from minigpt.client.pipeline import Pipeline
 from minigpt.errors import RequestRefused, StageError, UntrustedStage
 from minigpt.protocol.manifest import Manifest, StageEntry
@@ -41,13 +42,13 @@ class Looker:
             reports = self._pipeline.status()
         except (StageError, RequestRefused) as error:
             reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
-            reports = (StageReport(0, error=str(error), reason=reason),)
+            reports = (StageReport(0, error=without_keywords(str(error)), reason=reason),)
         rest = [entry.index for entry in self._entries[len(reports) :]]
         if not rest:
             return reports
         why = f"not asked, because stage {rest[0] - 1} before it failed"
         with ThreadPoolExecutor(len(rest)) as pool:  # each may take seconds
-            found = list(pool.map(self._listens, rest))
+            found = [without_keywords(words) for words in pool.map(self._listens, rest)]
         return (*reports, *(StageReport(i, f"{why}; {words}", "failed") for i, words in zip(rest, found, strict=True)))
 
     def __enter__(self) -> Self:
@@ -120,7 +121,11 @@ def _row(state: dict[str, Any]) -> tuple[str, ...]:
     uptime, limit = state["uptime_s"], state["cache_limit"]
     return (
         str(state["stage"]),
-        f"{uptime:.0f} s" if uptime < 10_000 else f"{uptime / 3600:.0f} h",
+        "< 1 min"
+        if state["steps"] is None and uptime < 60  # told in whole minutes
+        else f"{uptime:.0f} s"
+        if uptime < 10_000
+        else f"{uptime / 3600:.0f} h",
         _size(state["weights_bytes"]),
         *(_told(state[name]) for name in ("channels", "sequences", "queue")),
         _told(state["rate"], "{:.1f}"),

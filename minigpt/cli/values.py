@@ -5,6 +5,7 @@ variable counts as unset.
 """
 
 import argparse
+import ipaddress
 import math
 import os
 import re
@@ -54,10 +55,19 @@ def option(
     to.add_argument(flag, type=read, default=found or default, metavar=metavar, help=text + shown, required=needed)
 
 
+def without_keywords(message: str) -> str:
+    """A message as it is for a terminal: without the keywords of Python that it names beside options.
+
+    >>> without_keywords("name it with --places (places=)")
+    'name it with --places'
+    """
+    return _PYTHONS.sub("", message)
+
+
 def told(error: Exception, options: argparse.Namespace) -> str:
     """An error's message for the terminal, where a keyword of Python is an option, and any may come from the
     environment."""
-    message = _PYTHONS.sub("", str(error))
+    message = without_keywords(str(error))
     name, space, rest = message.partition(" ")
     if name in vars(options) and rest.startswith(("is ", "has ")):
         message = f"--{name.replace('_', '-')}{space}{rest}"
@@ -115,6 +125,24 @@ def port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at most 65535")
     return value
+
+
+def hostname(text: str) -> str:
+    """A name or IP address as a client's Host has it, without a port."""
+    try:
+        if re.fullmatch(r"[A-Za-z0-9._-]+", text) is None:
+            ipaddress.IPv6Address(text)
+    except ValueError:
+        wanted = "a host's name or IP address, without a port"
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted {wanted}") from None
+    return text
+
+
+def name(text: str) -> str:
+    """A name that people can read."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, wanted a name")
+    return text
 
 
 def few(text: str) -> int:

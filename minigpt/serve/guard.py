@@ -13,7 +13,7 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -46,6 +46,7 @@ class Guard:
         names: of this server: what a Host may say, beside loopback.
         numbers: whether it may also be any IP address: by such a one no page can pass for us.
         key: what clients must know, None for nothing.
+        routes: of the application, by which the log names even what does not get there.
         log: writes the line of a request, which says nothing of its content.
     """
 
@@ -57,6 +58,7 @@ class Guard:
         names: Iterable[str],
         numbers: bool,
         key: str | None,
+        routes: Container[str],
         log: Callable[[dict[str, Any]], None],
     ) -> None:
         self._app = app
@@ -64,6 +66,7 @@ class Guard:
         self._names = LOOPBACK | {name.lower() for name in names}
         self._numbers = numbers
         self._key = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._routes = routes
         self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,7 +145,8 @@ class Guard:
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         # The route and not the path: what a client writes there may be anything.
-        route = getattr(scope.get("route"), "path", "other")
+        known = scope["path"] if scope["path"] in self._routes else "other"
+        route = getattr(scope.get("route"), "path", known)
         self._metrics.requests.labels(route, scope["state"].get("outcome", status)).inc()
         fields = {
             "method": scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other",

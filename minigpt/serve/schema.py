@@ -5,6 +5,7 @@ those that would change the text. Every list fails fast: an error for each of a 
 """
 
 import logging
+import re
 import sys
 import traceback
 from typing import Annotated, Any, Literal, Self
@@ -40,6 +41,8 @@ _WANTED = {
     "logit_bias": f"at most {MAX_BIASES} ids of tokens, each once, and for each any finite number; -100 (never) to 100 "
     "(always) is usual",
 }
+# What pydantic calls the variants of a union, within the place of an error.
+_VARIANT = re.compile(r"constrained-\w+|str|int|float|bool|list\[.*|[A-Z]\w*|function-.*|literal\[.*")
 # Fields that change the text, by the values with which they do not: others are refused, never ignored.
 _NEVER: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
@@ -89,7 +92,7 @@ def problem(error: Exception) -> Problem:
 def invalid(errors: Any) -> Problem:
     """The problem of a body that the models below refuse. The text of a prompt is not quoted."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    place = [str(part) for part in first["loc"] if part != "body" and not _VARIANT.fullmatch(str(part))]
     param = first.get("ctx", {}).get("param") or (place[0] if place else None)
     if first["type"] == "json_invalid":
         return Problem(400, "the body is not JSON")
@@ -103,7 +106,9 @@ def invalid(errors: Any) -> Problem:
     got = first.get("input")
     shown = str(got)[:40] if isinstance(got, bool | int | float) else type(got).__name__
     wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if not first["type"].startswith("bool"):  # as a chat's logprobs
+    if first["type"] in ("model_type", "model_attributes_type"):
+        wanted = "a JSON object"
+    elif not first["type"].startswith("bool"):  # as a chat's logprobs
         wanted = _WANTED.get(param or "", wanted)
     text = "it is missing" if first["type"] == "missing" else f"got {shown}, wanted {wanted}"
     return Problem(400, f"{'.'.join(place) or 'the body'}: {text}", param=param)

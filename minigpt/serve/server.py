@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -125,8 +126,14 @@ class Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except SystemExit:
+            number = (
+                getattr(self._refused, "errno", None) or 0
+            )  # a resolver's are negative, and have words of their own
+            why = (
+                os.strerror(number).lower() if number > 0 else getattr(self._refused, "strerror", None) or self._refused
+            )
             raise UsageError(
-                f"cannot listen on {self.config.host} port {self.config.port}: {self._refused}; choose another with "
+                f"cannot listen on {self.config.host} port {self.config.port}: {why}; choose another with "
                 "--port, 0 for any that is free, or end what listens there"
             ) from None
         host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -168,7 +175,9 @@ def run(
     templates = Templates(template, plain=options.chat_template == "plain")
     names = {options.host, *options.hostname}
     log = lines(options.log_format, say)
-    guard = Guard(build(service, templates), service.metrics, names=names, numbers=public, key=key, log=log)
+    app = build(service, templates)
+    routes = {route.path for route in app.routes if isinstance(route, Route)}
+    guard = Guard(app, service.metrics, names=names, numbers=public, key=key, routes=routes, log=log)
 
     def ready(address: str) -> None:
         say(f"serving {name} at {address}, which is also a page to look at; for example:")

@@ -118,7 +118,8 @@ class Service:
         return await self.work(lambda: [self.token_name(token) for token in ids])
 
     def admit(self) -> None:
-        """Raises Problem if the queue is full."""
+        """Raises Problem if the queue is full, or no answer can come any more."""
+        self.check_stages("pipeline_unavailable")
         if self._turns.locked() and self.waiting >= self._queue:
             text = f"{self.running} answers are under way and {self.waiting} requests wait: try again later"
             raise Problem(429, text, code="queue_full")
@@ -262,10 +263,10 @@ class Service:
             reports = tuple(StageReport(entry.index, NOT_TOLD, "failed") for entry in self.pipeline.manifest.stages)
         return await asyncio.to_thread(self.metrics.show, reports, self.pipeline.restarts)  # evidence takes time
 
-    def check_stages(self) -> None:
+    def check_stages(self, code: str = "not_ready") -> None:
         """Raises Problem if a stage of our own is not started again: only a new process can help then."""
         if (failure := self.pipeline.failure) is not None:
-            raise Problem(503, str(failure), code="not_ready", stage=failure.stage)
+            raise Problem(503, f"{failure}: restart minigpt serve", code=code, stage=failure.stage)
 
     async def check(self) -> None:
         """Raises Problem unless every stage answers, with accepted evidence, and a token came within the last 30 s: for

@@ -367,4 +367,5 @@ def test_a_server_tells_what_was_started_again_and_why_it_gives_up(model: Path) 
             assert answer.status_code == 503
             assert "ended early 3 times in a row and is not started again" in answer.text
             assert "stage 1 was killed by signal 9" in answer.text
+            assert "and is not started again: restart minigpt serve" in answer.text
     assert nothing_serves(model)

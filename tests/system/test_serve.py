@@ -553,6 +553,22 @@ def test_a_foreign_page_is_refused(server: Serving) -> None:
             trust_env=False,
         )
         assert answer.status_code == 415
+    assert eventually(lambda: '"path": "/v1/completions", "status": 415' in server.log)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [("completions", {"prompt": "\ud800"}, "prompt: not UTF-8 text"),
+     ("completions", [1], "the body: got list, wanted a JSON object"),
+     ("chat/completions", {"messages": [1]}, "messages.0: got 1, wanted a JSON object"),
+     ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content: not UTF-8 text")],
+)  # fmt: skip
+def test_a_body_is_refused_in_words_of_json_and_none_of_python(
+    server: Serving, path: str, body: Any, says: str
+) -> None:
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.address}/v1/{path}", content=data, headers=kind, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, says)
 
 
 def test_another_model_is_never_loaded(client: openai.OpenAI) -> None:

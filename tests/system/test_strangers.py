@@ -130,6 +130,7 @@ def test_a_port_in_use_is_said_with_the_option_that_chooses_another(stages: Stag
         done = run("serve", "--manifest", stages.path, "--allow-mock", "--port", port, code=2)
         assert done.stderr.count("\n") == 1
         assert "address already in use; choose another with --port, 0 for any that is free" in done.stderr
+        assert "Errno" not in done.stderr
         done = run("relay", address, "tcp://127.0.0.1:1", code=4)
         assert "Address already in use: end what listens there, or choose another port" in done.stderr
     done = run("relay", "tcp://192.0.2.1:5", "tcp://127.0.0.1:1", code=4)

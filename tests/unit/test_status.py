@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from minigpt.cli import status
+from minigpt.errors import StageError
 from minigpt.protocol.manifest import Manifest
 from minigpt.protocol.messages import StageReport
 from minigpt.serve.metrics import Metrics
@@ -49,6 +50,23 @@ def test_what_is_not_told_is_a_dash_and_not_0() -> None:
         "stage     up  weights  channels  sequences  queue  tokens/s  batch  cache  steps",
         "    0  120 s   5.4 MB         -          -      -         -      -      -      -",
     ]
+
+
+def test_whole_minutes_do_not_pass_for_seconds_where_there_is_none_yet() -> None:
+    untold = dict.fromkeys(("channels", "sequences", "cache_bytes", "steps", "rate", "batch", "queue"))
+    assert "< 1 min" in status.shown([state(0, uptime_s=0.0, **untold)])
+    assert " 0 s " in status.shown([state(0, uptime_s=0.0)])
+
+
+def test_no_keyword_of_python_is_in_a_report_that_could_not_be_had() -> None:
+    def connect() -> Any:
+        raise StageError("the handshake was late: allow it more with --handshake-timeout (handshake_timeout=)")
+
+    entries = cast(Any, [SimpleNamespace(index=0), SimpleNamespace(index=1)])
+    with status.Looker(connect, entries, lambda _: "give the places file with --places (places=)") as looker:
+        first, second = looker.look()
+    assert first.error.endswith("allow it more with --handshake-timeout")
+    assert second.error.endswith("; give the places file with --places")
 
 
 def test_the_table_of_a_large_and_old_pipeline_fits_100_columns() -> None:

@@ -74,6 +74,9 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         (("generate", "x", "--split", "6+7"), "--split is 6+7, 13 layers in all, but the model has 12"),
         (("generate", "x", "--temperature", "hot"), "--temperature: got 'hot', wanted a number"),
         (("generate", "x", "--top-logprobs", "21"), "--top-logprobs is 21, wanted"),
+        (("serve", "--hostname", "a b"), "--hostname: got 'a b', wanted a host's name or IP address, without a port"),
+        (("serve", "--hostname", "a:8000"), "--hostname: got 'a:8000', wanted"),
+        (("serve", "--model-name", ""), "--model-name: got '', wanted a name"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_gets_one_sentence_that_says_what_to_do(
