@@ -153,8 +153,8 @@ class ClientConversation(Conversation):
             if request.start:
                 text = "the positions before it were dropped meanwhile: others needed the room. Send all of them"
                 raise RequestRefused(text, reason="gap", stage=0)
-        who = self._stage.identity(channel, self.source)
-        self._place = self._stage.places.take(who, size, lambda: self._check_client(channel))
+        assert self.who is not None, "whoever asks has a channel"
+        self._place = self._stage.places.take(self.who, size, lambda: self._check_client(channel))
         sequence = Sequence(model.new_cache(), Terms(positions, request.sampling))
         self._place.sequence = sequence
         return sequence

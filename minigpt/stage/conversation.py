@@ -29,6 +29,7 @@ from minigpt.protocol import links, messages
 from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.evidence import Ticket
 from minigpt.stage.newcomers import source_of
+from minigpt.stage.places import Identity
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TransportError
@@ -53,6 +54,7 @@ class Host(Protocol):
     @property
     def channels(self) -> int: ...
     def accept(self, conversation: "Conversation") -> Channel: ...
+    def seat(self, conversation: "Conversation", who: Identity) -> None: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
@@ -63,6 +65,7 @@ class Conversation:
     Attributes:
         since: time.monotonic() when its state changed; while it is idle, when it last did useful work, or was opened.
         useful: whether it ever did.
+        who: its peer, once there is a channel for it; until then it is a handshake.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Conversation:
         self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
         self.useful = False
+        self.who: Identity | None = None
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"
@@ -110,6 +114,7 @@ class Conversation:
 
     def _serve(self, channel: Channel) -> None:
         try:
+            self._host.seat(self, self._stage.identity(channel, self.source))
             self._enter(State.IDLE)
             while not self._stage.stopping.is_set():
                 if self._stage.places.draining and self._rests():

@@ -8,11 +8,13 @@ import time
 from collections import Counter
 from typing import Any
 
+from minigpt.errors import UnreachableStage
 from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
 from minigpt.stage.clients import ClientConversation
 from minigpt.stage.conversation import Conversation, State
 from minigpt.stage.newcomers import WAITING, Newcomer, Newcomers, Pace
+from minigpt.stage.places import Identity
 from minigpt.stage.stage import Stage
 from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
@@ -27,6 +29,7 @@ YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for
 M_ARENA_MAX = -8  # of malloc.h
 LINE = 0.01  # seconds from one line about strangers to the next, after a burst of 100
 CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
+GREED = 7  # times what is free, an identity may have of the channels: alone 7/8, so that it never has all of them
 
 
 def _share_heap() -> None:
@@ -92,22 +95,16 @@ class Server:
         log.warning("newcomer (%s): %s: %s%s", peer, type(error).__name__, error, others)
 
     def _begin(self, sock: Any, peer: str, opened: Opening) -> None:
-        """Starts the thread of a channel, if there is room or can be made."""
+        """Starts the thread of a handshake, for which room is made."""
         kind = UpstreamConversation if self.stage.index else ClientConversation
         conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self, opened)
         with self._lock:
             unwanted = self._least_wanted()
             if unwanted is not None:
                 del self.open[unwanted.number]
-            full = len(self.open) >= self.stage.limits.channels
-            if not full:
-                self.open[conversation.number] = conversation
+            self.open[conversation.number] = conversation
         if unwanted is not None:
             unwanted.turn_out()
-        if full:
-            log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
-            sock.close()
-            return
         try:
             name = f"channel {conversation.number}"
             threading.Thread(target=conversation.run, name=name, daemon=True).start()
@@ -127,27 +124,54 @@ class Server:
     def _strangers(self) -> list[Conversation]:
         """The handshakes under way, those of the source with the most first, and of these the oldest; but last those
         that wait for our evidence, the latest of them first: else, where that is slow, none would ever get it."""
-        found = [(one, one.waits) for one in self.open.values() if one.state is State.OPENING]
+        found = [(one, one.waits) for one in self.open.values() if one.who is None]
         number = Counter(one.source for one, _ in found)
         found.sort(key=lambda pair: (-number[pair[0].source], pair[1], -pair[0].since if pair[1] else pair[0].since))
         return [one for one, _ in found]
 
     def _least_wanted(self) -> Conversation | None:
-        """The conversation to end for a newcomer; None if there is room, or if all are busy.
+        """The handshake to end for a newcomer; None if there is room.
 
-        With too many handshakes under way, the oldest of the source with the most: an honest one takes milliseconds.
-        With too many channels, a handshake, else a channel that never did anything useful, else the one that has done
-        nothing useful for longest.
+        It is the oldest of the source with the most: an honest one takes milliseconds.
         """
         strangers = self._strangers()
-        if len(strangers) >= self.stage.limits.handshakes:
-            return strangers[0]
-        if len(self.open) < self.stage.limits.channels:
+        return strangers[0] if len(strangers) >= self.stage.limits.handshakes else None
+
+    def seat(self, conversation: Conversation, who: Identity) -> None:
+        """Gives a channel to a peer whose handshake is finished. Raises UnreachableStage if there is none for it."""
+        with self._lock:
+            unwanted = self._in_the_way(who)
+            conversation.who = who
+            if unwanted is not None:
+                del self.open[unwanted.number]
+        if unwanted is not None:
+            unwanted.turn_out()
+
+    def _in_the_way(self, who: Identity) -> Conversation | None:
+        """The idle channel to end for one of `who`; None if there is room. Raises UnreachableStage if neither.
+
+        It is one of whoever has most of them, and more, or of its own: one that never did anything useful, or else the
+        one that has done nothing useful for longest. One that was opened or useful a moment ago is the last.
+        """
+        most, seated = self.stage.limits.channels, [(one, one.who) for one in self.open.values() if one.who is not None]
+        number = Counter(owner for _, owner in seated)
+        free = most - sum(owner.known >= who.known for _, owner in seated)  # or had by those who make room for it
+        if not who.known and self.stage.manifest.operators:
+            free -= most // 8  # for them
+        greedy = number[who] >= GREED * free
+        if not greedy and len(seated) < most:
             return None
-        idle = [one for one in self.open.values() if one.state is State.IDLE]
-        idle.sort(key=lambda one: (one.useful, one.since))
-        silent = [one for one in idle if time.monotonic() - one.since > YOUNG]
-        return next(iter(strangers + silent), None)
+        idle = []
+        for one, owner in seated:
+            if one.state is not State.IDLE or owner.known > who.known or (greedy and owner.known < who.known):
+                continue
+            young, more = time.monotonic() - one.since < YOUNG, number[owner] - number[who]
+            if owner.known < who.known or more > 1 or (not young and (more == 1 or owner == who)):
+                idle.append((owner.known, -number[owner], young, one.useful, one.since, one.number))
+        if not idle:
+            text = f"stage {self.stage.index} has no channel for one more: {len(seated)} are open"
+            raise UnreachableStage(f"{text}, and none of them can be ended: try again later", stage=self.stage.index)
+        return self.open[min(idle)[-1]]
 
     def accept(self, conversation: Conversation) -> Channel:
         """The handshake of a new channel; its source pays for it."""

@@ -15,7 +15,7 @@ from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
 from minigpt.stage.evidence import EvidenceQueue
 from minigpt.stage.layers import Layers
-from minigpt.stage.places import Places
+from minigpt.stage.places import Identity, Places
 from minigpt.stage.schedule import Schedule
 from transport.channel import Budget, Channel, Deadlines
 
@@ -73,9 +73,13 @@ class Stage:
         self.asking = threading.Lock()  # for `status`, one at a time: each other would need a link, and evidence
         self._lock = threading.Lock()
 
-    def identity(self, channel: Channel, source: str) -> str:
-        """Who a client is, for its share: the listed key that it has, otherwise where it connects from."""
-        return source if self.manifest.clients is None else channel.peer_static_key.hex()
+    def identity(self, channel: Channel, source: str) -> Identity:
+        """Who a peer is, for its share: the listed key that it has, otherwise where it connects from."""
+        if self.index > 0:
+            return Identity(source, known=True)  # one of our own stages
+        listed = (self.manifest.clients or frozenset()) | (self.manifest.operators or frozenset())
+        key = channel.peer_static_key
+        return Identity(key.hex(), known=True) if key in listed else Identity(source)
 
     def batch_link(self) -> BatchLink:
         """A link to the next stage that nobody else has. Raises StageError if there is none."""
