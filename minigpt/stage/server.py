@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import logging
+import random
 import threading
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for
 M_ARENA_MAX = -8  # of malloc.h
 LINE = 0.01  # seconds from one line about strangers to the next, after a burst of 100
 CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
+DICE = random.SystemRandom()  # nobody foresees it
 GREED = 7  # times what is free, an identity may have of the channels: alone 7/8, so that it never has all of them
 
 
@@ -99,7 +101,8 @@ class Server:
         kind = UpstreamConversation if self.stage.index else ClientConversation
         conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self, opened)
         with self._lock:
-            unwanted = self._least_wanted()
+            expendable = self._expendable()
+            unwanted = DICE.choice(expendable) if expendable else None
             if unwanted is not None:
                 del self.open[unwanted.number]
             self.open[conversation.number] = conversation
@@ -115,27 +118,34 @@ class Server:
 
     def _following(self) -> tuple[float, Newcomer | None]:
         with self._lock:
-            strangers = self._strangers()
-        full = len(strangers) >= self.stage.limits.handshakes and (
-            strangers[0].waits or time.monotonic() - strangers[0].since < YOUNG
-        )
-        return self._newcomers.following({one.source for one in strangers}, strangers[0].source if full else None)
+            busy, expendable = {one.source for one in self._strangers()}, self._expendable()
+        now = time.monotonic()
+        quick = all(one.waits or now - one.since < YOUNG for one in expendable)
+        return self._newcomers.following(busy, {one.source for one in expendable} if quick else ())
 
     def _strangers(self) -> list[Conversation]:
-        """The handshakes under way, those of the source with the most first, and of these the oldest; but last those
-        that wait for our evidence, the latest of them first: else, where that is slow, none would ever get it."""
-        found = [(one, one.waits) for one in self.open.values() if one.who is None]
-        number = Counter(one.source for one, _ in found)
-        found.sort(key=lambda pair: (-number[pair[0].source], pair[1], -pair[0].since if pair[1] else pair[0].since))
-        return [one for one, _ in found]
+        """The handshakes under way."""
+        return [one for one in self.open.values() if one.who is None]
 
-    def _least_wanted(self) -> Conversation | None:
-        """The handshake to end for a newcomer; None if there is room.
+    def _expendable(self) -> list[Conversation]:
+        """The handshakes of which any may be ended for a newcomer; none if there is room.
 
-        It is the oldest of the source with the most: an honest one takes milliseconds.
+        Half of them are for those who have sent message 3, who so make no room for those who have not. Where there are
+        more, first go those that are not known, then those of whoever has most, then those that do not wait for us.
+        No rule says which of those: whoever knew it could come early, or late.
         """
         strangers = self._strangers()
-        return strangers[0] if len(strangers) >= self.stage.limits.handshakes else None
+        if len(strangers) < self.stage.limits.handshakes:
+            return []
+        further = [one for one in strangers if one.ticket is not None and one.ticket.asked]
+        crowd = further if 2 * len(further) > len(strangers) else [one for one in strangers if one not in further]
+        number = Counter(one.source for one in crowd)
+        ranks = [
+            (one in further and one.ticket is not None and one.ticket.first, -number[one.source], one.waits)
+            for one in crowd
+        ]
+        least = min(ranks)
+        return [one for one, rank in zip(crowd, ranks, strict=True) if rank == least]
 
     def seat(self, conversation: Conversation, who: Identity) -> None:
         """Gives a channel to a peer whose handshake is finished. Raises UnreachableStage if there is none for it."""

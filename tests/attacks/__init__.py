@@ -18,7 +18,7 @@
     gateway.py      attacks 60 to 63: on `minigpt serve`
     batches.py      attacks 64 to 71: on what many clients share
     resume.py       attacks 72 to 77: on clients that go on after a death
-    shares.py       attacks 89 and 90: on what identities share
+    shares.py       attacks 89 to 91: on what identities share
 
 An attack is one function with the decorator `attack`. It returns what was `Seen` at both ends, or raises `Survived`:
 the attack did what it must not. "Dead" means: the connection is closed, what was delivered is at most a true prefix

@@ -1,4 +1,4 @@
-"""Attacks 89 and 90: by those who have shown as much as an honest client, and want more than their share.
+"""Attacks 89 to 91: by those who have shown as much as an honest client, and want more than their share.
 
 Each first has a control: the honest client alone, of the same stages.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from attacks import Seen, attack, require
 from attacks.arena import FLAGS, Arena, Pipes, eventually
 from attacks.ends import admitted_client, generate_map
-from attacks.rogue import Rogue
+from attacks.load import Crowd, greeting
+from attacks.rogue import ATTEST, Rogue
+from transport.link import CLIENT
 from transport.noise import KeyPair
 
 
@@ -152,3 +155,57 @@ def all_channels(arena: Arena) -> Seen:
         flood = Insistent(pipes, channels + 4, other, generate_map(arena.prompt(), 60))
         beside(arena, f"90, {channels + 4} links with one key", pipes, honest, flood, "link was turned away")
     return Seen("served", "no identity has all channels")
+
+
+def slow_clients(pipes: Pipes, count: int, pause: float) -> tuple[int, int]:
+    """How many of these honest clients, each of an address of its own, are given evidence after message 3, and a
+    channel after theirs. Their way is long: so many seconds pass before they have verified it, and sent theirs."""
+    given, served = itertools.count(), itertools.count()
+
+    def run(number: int) -> None:
+        address = ("127.0.0.1", pipes.ports[0])
+        sock = socket.create_connection(address, timeout=60, source_address=(f"127.0.2.{number + 1}", 0))
+        with contextlib.suppress(OSError), sock:
+            rogue = Rogue(sock, "I", pipes.manifest, CLIENT, 0, suite=pipes.manifest.suites[0]).shake()
+            if rogue.hear().kind != ATTEST:
+                return
+            next(given)
+            time.sleep(pause)
+            rogue.attest()
+            rogue.say_message({"type": "status"})
+            if (rogue.hear_message() or {}).get("type") == "report":
+                next(served)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return _read(given), _read(served)
+
+
+@attack(
+    91,
+    "a flood of handshakes without message 3, each from another address",
+    "they end each other: whoever has sent message 3 is let finish, however long that takes",
+)
+def addresses(arena: Arena) -> Seen:
+    handshakes, count = (32, 12) if arena.thorough else (16, 6)
+    pause = 2.0  # seconds
+    pipes = arena.start("--max-handshakes", str(handshakes))
+    try:
+        alone = slow_clients(pipes, count, pause)
+        require(alone == (count, count), f"alone, {alone[1]} of {count} honest clients were served")
+        sources = [f"127.0.1.{number}" for number in range(1, 200)]
+        with Crowd(pipes.ports[0], 60, greeting(pipes), renew=True, sources=sources) as crowd:
+            require(eventually(lambda: crowd.closed > 20, 60), "no flood")
+            given, served = slow_clients(pipes, count, pause)
+        arena.notes.append(
+            f"91: honest clients that take {pause:.0f} s: {alone[1]} of {count} served alone; meanwhile "
+            f"{given} of {count} came to message 3, and {served} were served; {crowd.made} connections of the flood"
+        )
+        require(given > 0, f"none of {count} honest clients came to message 3")
+        require(served == given, f"{served} of {given} honest clients were served")
+    finally:
+        pipes.close()
+    return Seen("served", "strangers make room for each other")
