@@ -35,6 +35,11 @@ class Pace:
         with self._lock:
             self._free = max(self._free, time.monotonic() - 1.0) + seconds / self._share
 
+    @property
+    def lasts(self) -> bool:
+        """Whether anything that was spent still counts."""
+        return self._free > time.monotonic() - 1.0
+
     def delay(self) -> float:
         """Seconds to wait before more is spent."""
         return max(0.0, self._free - time.monotonic())

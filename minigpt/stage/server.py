@@ -52,15 +52,17 @@ class Server:
         self._numbers = itertools.count(1)
         self._newcomers = Newcomers()
         self._lines = Pace(1.0)
+        self._paces: dict[Identity, Pace] = {}  # of those who have a channel, or had one and spent something lately
         self._untold = 0  # strangers that no line of the log tells of
         _share_heap()
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
     @property
-    def channels(self) -> int:
-        """How many are open."""
-        return len(self.open)
+    def owing(self) -> int:
+        """How many identities have spent more than their share on messages that do no useful work."""
+        with self._lock:
+            return sum(pace.delay() > 0 for pace in self._paces.values())
 
     def serve(self, listener: Listener) -> None:
         """Accepts channels until the listener is closed."""
@@ -152,6 +154,9 @@ class Server:
         with self._lock:
             unwanted = self._in_the_way(who)
             conversation.who = who
+            seated = {one.who for one in self.open.values()}
+            self._paces = {one: pace for one, pace in self._paces.items() if one in seated or pace.lasts}
+            conversation.pace = self._paces.setdefault(who, conversation.pace)
             if unwanted is not None:
                 del self.open[unwanted.number]
         if unwanted is not None:

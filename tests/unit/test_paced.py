@@ -14,6 +14,7 @@ from minigpt.protocol.messages import Cancel, Done, Generate, Message, Reason, R
 from minigpt.stage.clients import MOST, ClientConversation
 from minigpt.stage.conversation import State
 from minigpt.stage.layers import Layers
+from minigpt.stage.newcomers import Pace
 from minigpt.stage.places import Identity, Places
 from minigpt.stage.schedule import Schedule
 from minigpt.stage.server import Server
@@ -64,7 +65,7 @@ class Ends:
             index=0, model=model, layers=layers, places=Places(0, 4, 2**24, 0), schedule=Schedule(layers),
             stopping=self.stopping, identity=lambda channel, source: Identity(source),
         )  # fmt: skip
-        host: Any = SimpleNamespace(channels=channels)
+        host: Any = SimpleNamespace(owing=channels)
         self.client = Client()
         self.conversation = ClientConversation(stage, 1, "tcp://192.0.2.1:1", None, host)
         self.conversation.who = Identity("tcp://192.0.2.1")
@@ -145,14 +146,14 @@ class Seats:
         self.server = Server.__new__(Server)
         limits, manifest = SimpleNamespace(channels=channels, handshakes=8), SimpleNamespace(operators=operators)
         self.server.stage = cast("Any", SimpleNamespace(index=0, limits=limits, manifest=manifest))
-        self.server._lock, self.server.open = threading.Lock(), {}
+        self.server._lock, self.server.open, self.server._paces = threading.Lock(), {}, {}
         self.ended: list[int] = []
 
     def come(self, who: str, known: bool = False, **changes: Any) -> int | None:
         """The number of one that has a channel now, None if it has none. It is at work, unless `changes` say else."""
         number = len(self.server.open) + len(self.ended) + 100
         made = SimpleNamespace(number=number, who=None, turn_out=lambda: self.ended.append(number))
-        vars(made).update({"state": State.WORKING, "useful": True, "since": -100.0} | changes)
+        vars(made).update({"pace": Pace(1.0), "state": State.WORKING, "useful": True, "since": -100.0} | changes)
         self.server.open[number] = cast("Any", made)
         try:
             self.server.seat(cast("Any", made), Identity(who, known))
