@@ -249,8 +249,11 @@ def open_file(text: str | bytes, kind: str, names: tuple[str, ...]) -> Place:
     """
     data = text.encode(errors="replace") if isinstance(text, str) else text
     origin = "the file that keygen wrote" if kind in PRIVATE else "as `minigpt status --save-evidence` writes it"
-    check_kind("file", data, PRIVATE.get(kind, EVIDENCE), origin)
+    wanted = PRIVATE.get(kind, EVIDENCE)
+    check_kind("file", data, wanted, origin)
     file = load(f"{kind} file", data, MAX_FILE, quiet=True)
+    if type(file.value) is dict and "format" not in file.value:
+        raise DocumentError(f"{file.name}: format is missing, wanted {wanted}, {origin}")
     label = file.get("format").value
     if label != kind:
         file.get("format").refuse(f'"{kind}"')

@@ -281,7 +281,7 @@ def _verify_by_manifest(options: argparse.Namespace) -> tuple[int, str]:
     lines = platform.lines(pins, failures, skipped)
     verdict = "refused" if failures else "accepted"
     at = date(at_ms) if at_ms else None  # none if the evidence does not say
-    told = [*map(str, lines), f"verdict: {verdict}, as of {at or 'no time'}"]
+    told = [*map(str, lines), f"verdict: {verdict}" + (f", as of {at}" if at else "")]
     fields = {
         "verdict": verdict,
         "at": at,
@@ -401,7 +401,13 @@ def _shown(value: Any) -> str:
 
 def _read(name: str) -> bytes:
     """The bytes of a file ("-": standard input), but no more than the parser needs to see that it is too long."""
-    return sys.stdin.buffer.read(MAX_FILE + 1) if name == "-" else read_file(name, MAX_FILE)
+    if name == "-":
+        return sys.stdin.buffer.read(MAX_FILE + 1)
+    try:
+        return read_file(name, MAX_FILE)
+    except OSError as error:
+        wanted = "wanted an evidence file, as `minigpt status --save-evidence` writes it"
+        raise OSError(error.errno, f"{error.strerror}; {wanted}", name) from None
 
 
 def _version() -> str:
@@ -424,7 +430,8 @@ def _hex(size: int, text: str) -> bytes:
     except ValueError:
         data = b""
     if len(data) != size or not any(data):
-        raise argparse.ArgumentTypeError(f"wanted {2 * size} hex digits, not all zero")
+        wanted = f"{2 * size} hex digits, not all zero, as `python -m attest measure` prints them"
+        raise argparse.ArgumentTypeError(f"got {text[:120]!r}, wanted {wanted}")
     return data
 
 

@@ -216,7 +216,8 @@ def parse_json(data: bytes | str) -> Any:
     except UnicodeDecodeError as error:
         raise DocumentError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+        what = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise DocumentError(f"{what} at line {error.lineno}, column {error.colno}") from None
     except ValueError:
         raise DocumentError("a number has too many digits") from None
 

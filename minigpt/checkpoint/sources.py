@@ -221,4 +221,6 @@ def _why_not(cause: BaseException | None, download: bool) -> str:
         return f"the hub fails (HTTP {status}): try again later"
     if type(cause).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE forbids to ask the hub: unset it"
-    return "the hub cannot be reached" if download else "the hub was not asked"
+    if not download:
+        return "the hub was not asked"
+    return "the hub cannot be reached: look at the network, or give the folder of a checkpoint that is here"

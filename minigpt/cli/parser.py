@@ -36,6 +36,8 @@ def parser() -> Parser:
     top = Parser(
         prog="minigpt",
         description="GPT-2 in NumPy, cut into stages that talk over encrypted, attested links.",
+        epilog="exit codes: 0 done, 1 failed or refused by a stage, 2 usage, 3 manifest or evidence refused, 4 a stage "
+        "cannot be reached or failed, 5 weights are not the manifest's, 130 interrupted, 141 nobody reads the output",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"minigpt {minigpt.__version__}")

@@ -89,5 +89,6 @@ def _hex(flag: str, text: str, length: int) -> bytes:
     except ValueError:
         value = b""
     if len(value) != length:
-        raise UsageError(f"{flag}: got {text[:120]!r}, wanted {2 * length} hex digits")
+        origin = ", as `python -m attest measure` prints them" if flag == "--measurement" else ""
+        raise UsageError(f"{flag}: got {text[:120]!r}, wanted {2 * length} hex digits{origin}")
     return value

@@ -98,6 +98,11 @@ def _read(name: str, data: bytes, count: int) -> list[Address]:
         for key in top.value:
             if key not in wanted:
                 raise UsageError(f"{name}: got stage {key[:60]!r}, wanted the manifest's stages, 0 to {count - 1}")
+        for key in wanted:
+            if key not in top.value:
+                raise UsageError(
+                    f"{name}: the address of stage {key} is missing, wanted one for each stage, 0 to {count - 1}"
+                )
         return [_address(f"{name}: stage {key}", top.get(key).text(MAX_TEXT)) for key in wanted]
     except DocumentError as error:
         raise UsageError(str(error)) from None

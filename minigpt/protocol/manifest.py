@@ -99,8 +99,11 @@ class Manifest:
                 "manifest: got lines that end in CR LF, wanted LF, as `minigpt plan` writes them: something changed "
                 "them on the way, and the digest with them; copy the file again, as it is"
             )
-        document.check_kind("manifest", data, document.MANIFEST, "the file that `minigpt plan` or `up` wrote")
+        origin = "the file that `minigpt plan` or `up` wrote"
+        document.check_kind("manifest", data, document.MANIFEST, origin)
         top = document.load("manifest", data, MAX_MANIFEST)
+        if type(top.value) is dict and "format" not in top.value:
+            raise ManifestError(f"manifest: format is missing, wanted {document.MANIFEST}, {origin}")
         if top.get("format").value == WITH_ADDRESSES:
             raise ManifestError(f"manifest: {_MOVED}")
         if top.get("format").value != FORMAT:
@@ -307,8 +310,15 @@ def _config(place: Place) -> Config:
         config = Config.from_json(place.value)
     except ConfigError as error:
         raise ManifestError(f"{place.name}: {error}") from None
-    if config.to_json() != place.value:
-        place.refuse(f"exactly the fields {', '.join(config.to_json())}")
+    wanted = config.to_json()
+    if missing := [name for name in wanted if name not in place.value]:
+        raise ManifestError(
+            f"{place.name}: {', '.join(missing)} missing, wanted every field, as `minigpt plan` writes it"
+        )
+    place.only(*wanted)
+    for name, value in wanted.items():
+        if place.value[name] != value:
+            place.get(name).refuse(f"{value!r}, as `minigpt plan` writes it")
     return config
 
 

@@ -35,6 +35,14 @@ PROVISION = 3600.0  # seconds that a manifest, places or a key may take to come 
 HANDSHAKE = 10.0  # seconds that a handshake may take where no platform is asked
 SENDER = 10.0  # seconds that one who connects there may take to send it
 
+# What a file or a descriptor of each kind should be.
+_WANTED = {
+    "manifest": "the file that `minigpt plan` or `minigpt up` wrote",
+    "places": "the file that `minigpt plan` wrote beside the manifest",
+    "mock key": "the file that `python -m attest keygen --root ROOT --stage I -o FILE` makes",
+    "endorsement": "the root's endorsement of the key that this stage printed",
+}
+
 T = TypeVar("T")
 Load = Callable[[str | int, int], bytes]
 
@@ -77,6 +85,12 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         visitors=visitors,
         deadlines=Deadlines(handshake=handshake, message=options.message_timeout),
     )
+    least = model.cache_bytes(1)
+    if limits.cache_bytes < least:
+        by = "" if options.cache_bytes else ", of the memory that is free"
+        raise UsageError(
+            f"--cache-bytes: got {limits.cache_bytes}{by}, wanted at least {least}, the smallest cache here"
+        )
     stage = Stage(manifest, where, entry.index, model, evidence, limits, cores)
     server = Server(stage, exposed)
     layers = f"layers {entry.layers.start}-{entry.layers.stop - 1} of {manifest.config.n_layer}"
@@ -187,6 +201,8 @@ def _check_own_evidence(manifest: Manifest, index: int, evidence: EvidenceQueue)
         for check in manifest.checks(index, error.failures):
             if check.result == "FAIL":
                 log.warning("%s", check)
+        if any(name == "key" for name, _ in error.failures):
+            log.warning("start it with the --mock-key of stage %d, %s", index, _WANTED["mock key"])
 
 
 def _opened(place: str | int) -> IO[bytes]:
@@ -194,7 +210,13 @@ def _opened(place: str | int) -> IO[bytes]:
     try:
         return open(place, "r+b", buffering=0)
     except OSError as error:
-        raise UsageError(f"--turns {place}: {error.strerror}; wanted a file that can be read and written") from None
+        wanted = "wanted a file that can be read and written"
+        raise UsageError(f"--turns {_named(place)}: {error.strerror}; {wanted}") from None
+
+
+def _named(source: str | int) -> str:
+    """A file or a descriptor, as it is written on the command line."""
+    return source if isinstance(source, str) else f"fd:{source}"
 
 
 def _listener(place: str | int | None, where: Addresses, index: int) -> Listener:
@@ -223,7 +245,13 @@ def _receive(what: str, source: str | int, limit: int, read: Callable[[bytes], T
         try:
             data = load(source, limit)
         except OSError as error:
-            raise UsageError(f"--{what.replace(' ', '-')} {source}: {error.strerror}") from None
+            if isinstance(source, int):
+                wanted = f"a descriptor that whoever starts the stage opened for reading, on {_WANTED[what]}"
+            else:
+                wanted = _WANTED[what]
+            raise UsageError(
+                f"--{what.replace(' ', '-')} {_named(source)}: {error.strerror}; wanted {wanted}"
+            ) from None
         except DocumentError as error:
             raise UsageError(f"--mock-key: {error}") from None
         try:

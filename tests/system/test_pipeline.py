@@ -26,6 +26,7 @@ from processes import ROOT, Stages, alive, eventually
 import minigpt
 from attest.providers.mock import MockRoot
 from minigpt.client.pipeline import Pipeline
+from minigpt.engine.model import CACHE_STEP
 from minigpt.engine.sampling import Sampling
 from minigpt.errors import ManifestError, RequestRefused, StageError, UnreachableStage, UntrustedStage, UsageError
 from minigpt.protocol import batches, links
@@ -594,13 +595,15 @@ def test_a_sequence_that_rests_makes_room_in_every_stage(folder: Path, tmp_path:
 
 
 def test_a_request_larger_than_a_stages_caches_is_refused_by_that_stage(folder: Path, tmp_path: Path) -> None:
+    least = 4 * 2 * 2 * SMALL.n_embd * CACHE_STEP  # bytes of the smallest cache of two layers
     for small in (0, 1):
         with Stages(folder, "2+2", tmp_path) as stages:
             for index in (1, 0):
-                stages.start(index, *(["--cache-bytes", "1000"] if index == small else []))
+                stages.start(index, *(["--cache-bytes", str(least)] if index == small else []))
             with Pipeline.connect(stages.path, allow_mock=True) as made:
-                with pytest.raises(RequestRefused, match=f"stage {small} has 1000 in all") as caught:
-                    ids(made.generate(IDS[:5], max_tokens=3))
+                assert len(ids(made.generate(IDS[:5], max_tokens=3))) == 3
+                with pytest.raises(RequestRefused, match=f"stage {small} has {least} in all") as caught:
+                    ids(made.generate(IDS[:CACHE_STEP], max_tokens=3))
                 assert caught.value.stage == small
             assert eventually(lambda stages=stages: sum(sequences(stages)) == 0)  # type: ignore[misc]
 

@@ -24,6 +24,7 @@ from processes import ROOT, Stages, eventually, out_of_threads
 import minigpt
 from minigpt.client.pipeline import Pipeline
 from minigpt.engine.config import Config
+from minigpt.engine.model import CACHE_STEP
 from minigpt.errors import StageError
 from minigpt.protocol.links import calling_end
 from minigpt.stage import turns
@@ -66,6 +67,21 @@ def test_a_stage_receives_its_manifest_and_key_at_an_address_once(tmp_path: Path
             assert len(list(pipeline.generate([1, 2], max_tokens=3))) == 3
     for keeper, _ in keepers:
         keeper.close()
+
+
+def test_a_stage_whose_caches_hold_no_sequence_does_not_start(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    least = 4 * 2 * 4 * SMALL.n_embd * CACHE_STEP
+    with Stages(folder, "4", tmp_path) as stages:
+        assert stages.spawn(0, "--cache-bytes", str(least - 1)).wait(60) == 2
+        assert f"--cache-bytes: got {least - 1}, wanted at least {least}" in stages.log(0)
+
+
+def test_a_stage_with_the_key_of_another_says_which_it_needs(tmp_path: Path) -> None:
+    folder = write(tmp_path / "small", SMALL, random_tensors(SMALL))
+    with Stages(folder, "2+2", tmp_path) as stages:
+        stages.start(0, "--mock-key", str(stages.key(1)))
+        assert eventually(lambda: "start it with the --mock-key of stage 0, the file that `python" in stages.log(0))
 
 
 def scan(port: int, stay: float) -> None:

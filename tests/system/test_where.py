@@ -201,7 +201,7 @@ def test_a_stage_receives_its_places_at_an_address_once(folder: Path, tmp_path: 
                 assert sock.recv(1) == b""
         assert process.stdout is not None
         assert process.stdout.readline().startswith("stage 0 ready"), stages.log(0)
-        said = "did not send the places, still waiting: 'places: 0 is missing'"
+        said = "did not send the places, still waiting: 'places: the address of stage 0 is missing"
         assert eventually(lambda: said in stages.log(0))
         with Pipeline.connect(stages.path, allow_mock=True) as pipeline:
             assert ids(pipeline) == expected(folder)

@@ -34,7 +34,7 @@ def test_the_longest_places_fit() -> None:
     [
         (b"", "places: got an empty file, wanted a places file"),
         (b"[]", "places: got list, wanted an object with the address of each stage"),
-        (b'{"0": "tcp://a:1"}', "places: 1 is missing"),
+        (b'{"0": "tcp://a:1"}', "places: the address of stage 1 is missing, wanted one for each stage, 0"),
         (b'{"0": "tcp://a:1", "1": "tcp://a:2", "2": "tcp://a:3"}', "got stage '2', wanted the manifest's stages, 0"),
         (b'{"0": "tcp://a:1", "01": "tcp://a:2"}', "got stage '01'"),
         (b'{"0": "tcp://a:1", "0": "tcp://a:2", "1": "tcp://a:1"}', "a key appears twice"),

@@ -14,8 +14,9 @@ from attest.__main__ import main as attest
 from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.__main__ import main as minigpt
 from minigpt.checkpoint import sources, weights
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, UsageError
 from minigpt.launch import local, plan
+from minigpt.stage import process
 from minigpt.stage.__main__ import _main as stage
 from transport.noise import KeyPair
 
@@ -197,6 +198,75 @@ def test_no_keyword_of_python_is_told_on_a_terminal(files: Path, said: Tell) -> 
     assert line.endswith("refused without --allow-mock")
     line = said("generate", "x", "--manifest", files / "pipeline.json", "--allow-mock", "--places", files / "nothing")
     assert line.endswith("name it with --places")
+
+
+def test_what_is_missing_is_named_with_the_file_that_is_wanted(files: Path, said: Tell) -> None:
+    path = files / "pipeline.json"
+    (files / "other.json").write_text("{}")
+    line = said("status", "--manifest", files / "other.json", code=3)
+    assert "other.json: format is missing, wanted a manifest, the file that `minigpt plan` or `up` wrote" in line
+    line = said("show", files / "other.json", code=3, main=attest)
+    assert "format is missing, wanted an evidence file, as `minigpt status --save-evidence` writes it" in line
+    line = said("show", files / "nothing", code=1, main=attest)
+    assert line.endswith("; wanted an evidence file, as `minigpt status --save-evidence` writes it")
+    (files / "other.json").write_text('{"a": "b')
+    line = said("status", "--manifest", files / "other.json", code=3)
+    assert line.endswith("not JSON: Unterminated string starting at line 1, column 7")
+    (files / "pipeline.places.json").write_text('{"1": "tcp://127.0.0.1:2"}')
+    line = said("generate", "x", "--manifest", path, "--allow-mock")
+    assert "the address of stage 0 is missing, wanted one for each stage, 0 to 1" in line
+    plain = json.loads(path.read_text())
+    config = plain["model"]["config"]
+    for changed, words in (
+        ({name: config[name] for name in config if name != "n_inner"}, "config: n_inner missing, wanted every field"),
+        (config | {"dropout": 0}, "config: got an unknown field 'dropout', wanted model_type, vocab_size"),
+        (config | {"n_inner": None}, f"config.n_inner: got None, wanted {4 * SMALL.n_embd}, as `minigpt plan` writes"),
+    ):
+        path.write_text(json.dumps(plain | {"model": plain["model"] | {"config": changed}}))
+        assert words in said("status", "--manifest", path, code=3)
+
+
+def test_what_a_stage_cannot_read_is_named_as_on_its_command_line_with_what_it_should_be(tmp_path: Path) -> None:
+    def told(what: str, source: str | int) -> str:
+        with pytest.raises(UsageError) as caught:
+            process._receive(what, source, 1, lambda data: data)
+        return str(caught.value)
+
+    number = 9_999_999  # of no descriptor
+    wanted = "wanted a descriptor that whoever starts the stage opened for reading, on the file that `minigpt plan`"
+    assert told("manifest", number).startswith(f"--manifest fd:{number}: Bad file descriptor; {wanted}")
+    assert told("mock key", str(tmp_path / "nope")) == (
+        f"--mock-key {tmp_path}/nope: No such file or directory; wanted the file that `python -m attest keygen "
+        "--root ROOT --stage I -o FILE` makes"
+    )
+
+
+def test_a_measurement_is_asked_for_by_the_command_that_prints_it(said: Tell) -> None:
+    words = "got 'ab', wanted 96 hex digits"
+    line = said("plan", "-o", "x", "--root-key", MockRoot.generate().public.hex(), "--measurement", "ab")
+    assert line == f"minigpt: --measurement: {words}, as `python -m attest measure` prints them"
+    line = said("verify", "x", "--measurement", "ab", main=attest)
+    assert line == f"attest: --measurement: {words}, not all zero, as `python -m attest measure` prints them"
+
+
+def test_a_verdict_names_no_time_where_the_evidence_has_none(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "evidence").write_text("{}")
+    words = ["verify", str(files / "evidence"), "--manifest", str(files / "pipeline.json"), "--stage", "0"]
+    capsys.readouterr()
+    assert attest(words) == 3
+    assert capsys.readouterr().out.endswith("verdict: refused\n")
+
+
+def test_a_hub_that_cannot_be_reached_leaves_something_to_do() -> None:
+    assert sources._why_not(None, True).endswith("look at the network, or give the folder of a checkpoint that is here")
+
+
+def test_the_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        minigpt(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for code in ("0 done", "1 failed", "2 usage", "3 manifest", "4 a stage", "5 weights", "130 interrupted"):
+        assert code in told
 
 
 def test_evidence_is_saved_in_a_folder_or_nothing_is_asked(files: Path, said: Tell) -> None:
