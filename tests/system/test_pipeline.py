@@ -749,7 +749,7 @@ def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) 
         stages.start_all()
         with Pipeline.connect(stages.path, allow_mock=True, client_key=private) as made:
             assert len(ids(made.generate([1, 2], max_tokens=2))) == 2
-        with pytest.raises(UntrustedStage, match="the manifest lists its clients, and this one's key .* is not among"):
+        with pytest.raises(UntrustedStage, match=r"the manifest lists its clients, and this one's key .* is not among"):
             Pipeline.connect(stages.path, allow_mock=True, client_key=generate_keypair()[0])
 
 
