@@ -28,6 +28,7 @@ from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.messages import StageReport
 from minigpt.stage import endorsements as deliveries
 from minigpt.stage import streams
+from minigpt.stage.__main__ import parser as stage_parser
 from transport.address import Address
 from transport.noise import KeyPair
 from transport.relay import Relay
@@ -98,6 +99,10 @@ def bench(options: argparse.Namespace) -> int:
     names = ("prompt", "runs", "max_tokens", "revision", "threads")
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.clients is not None:
+        defaults = stage_parser()
+        most = defaults.get_default("max_sequences") + defaults.get_default("queue")
+        if max(options.clients) > most:
+            raise UsageError(f"--clients {max(options.clients)}: a stage serves and lets wait at most {most} at once")
         with progress() as tell:
             crowds = clients.measure(options.model or "tiny", options.stages, options.clients, **chosen, progress=tell)
         told = json.dumps(clients.figures(crowds)) if options.format == "json" else clients.markdown(crowds)
@@ -161,10 +166,12 @@ def keygen(options: argparse.Namespace) -> int:
 
 def relay(options: argparse.Namespace) -> int:
     """`minigpt relay`: passes connections on until SIGTERM or Ctrl-C, and logs peers and bytes."""
+    listen, target = Address.parse(options.listen), Address.parse(options.target)
+    if listen == target:
+        raise UsageError(f"got {target} twice: a relay to itself never ends; wanted the address of a stage or relay")
     streams.set_up("relay")
     streams.make_room(2 * options.connections, f"--connections {options.connections}", ", or lower it")
-    target = Address.parse(options.target)
-    passing = Relay(Address.parse(options.listen), target, options.connections)
+    passing = Relay(listen, target, options.connections)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: passing.close())
     try:
         show(f"relay ready: {passing.address} to {target}\n")

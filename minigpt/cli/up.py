@@ -26,7 +26,7 @@ LOOK = 0.5  # seconds between two looks of `minigpt up` at whether a stage was g
 
 
 def up(options: argparse.Namespace) -> int:
-    """`minigpt up`: starts stages, writes the manifest and the places, and stays until SIGTERM or Ctrl-C. Both files go
+    """`minigpt up`: starts stages, writes the manifest and the places, and stays until it is told to end. Both files go
     with the stages."""
     beside = addresses.beside(options.output)
     check_output(options.output)
@@ -35,7 +35,9 @@ def up(options: argparse.Namespace) -> int:
     with Board() as board:
         stages = _launch(options, checkpoint, split, progress=board.progress, news=board.news)
     try:
-        signal.signal(signal.SIGTERM, lambda _signal, _frame: ended.set())
+        for ending in (signal.SIGTERM, signal.SIGHUP):  # the latter when its terminal is closed, unless under nohup
+            if signal.getsignal(ending) is not signal.SIG_IGN:
+                signal.signal(ending, lambda _signal, _frame: ended.set())
         check_output(options.output)  # of another one, which was sooner
         write_file(beside, stages.places)
         write_file(options.output, stages.document)  # last: whoever waits for it can connect

@@ -142,9 +142,10 @@ def dial(
             option = "--handshake-timeout (handshake_timeout=)"
             late = f": allow it more with {option}, or see what listens at {address}"
             hint = late if "handshake" in str(error) else ": see whether its machine runs, or correct its place"
-        if not isinstance(found, UntrustedStage):
-            found = UnreachableStage(f"{found}{hint}", stage=index)
-        raise found from error
+        elif isinstance(found, UntrustedStage) and index == 0 and manifest.clients is not None:
+            hint = ": the manifest lists its clients, and this one's key (--client-key, client_key=) is not among them"
+        kind = UntrustedStage if isinstance(found, UntrustedStage) else UnreachableStage
+        raise kind(f"{found}{hint}", stage=index) from error
 
 
 def _untrusted(error: AttestationError, manifest: Manifest, index: int) -> UntrustedStage:

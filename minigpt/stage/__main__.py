@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "endorsements` has them")  # fmt: skip
     switch("--allow-mock", "accept mock evidence, which proves nothing about hardware, where the manifest pins it")
     switch("--allow-test-root", "believe roots that are not the vendor's, where the manifest names them: for tests")
-    add("--max-channels", "N", "connections at once; each takes a thread", positive, 128)
+    add("--max-channels", "N", "links at once; each takes a thread, as do handshakes", positive, 128)
     add("--max-sequences", "N", "sequences at once; each has a cache in memory", positive, 32)
     add("--cache-bytes", "N", "bytes of all caches together (default: half of the memory that is free)", positive)
     add("--queue", "N", "requests that wait for a place; one more is refused", natural, 64)

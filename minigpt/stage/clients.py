@@ -9,14 +9,12 @@ from minigpt.protocol.batches import Terms
 from minigpt.protocol.messages import Cancel, Done, Generate, Message, Reason
 from minigpt.stage import generation
 from minigpt.stage.conversation import Conversation, State
-from minigpt.stage.newcomers import Pace
 from minigpt.stage.places import Place
 from minigpt.stage.sequence import Sequence
 from transport.channel import Channel
 from transport.errors import Closed, TimedOut
 
 PATIENCE = 5.0  # seconds to wait for a place in a later stage that has refused one
-SHARE = 0.1  # of one core, spent on messages that do no useful work; each open channel has as much of it as any other
 MOST = 0.01  # seconds that one of them counts for at most: its thread may have computed a pass for others
 LOOK = 0.25  # seconds between two looks at a client that waits for its turn
 
@@ -28,7 +26,7 @@ class _Cancelled(Exception):
 class ClientConversation(Conversation):
     """Its sequence is dropped, here and in the stages after this one, as soon as the client is gone.
 
-    A message is useful if something is computed for it, and told. The others are paced: each channel pays for its own.
+    A message is useful if something is computed for it, and told. The others are paced: each identity pays for its own.
     """
 
     _asked = frozenset({Generate, messages.Status, messages.Reset, Cancel})
@@ -37,7 +35,6 @@ class ClientConversation(Conversation):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._pace = Pace(SHARE)
         self._charged = 0.0  # time.thread_time() up to which everything is charged, or was useful
 
     def _serve(self, channel: Channel) -> None:
@@ -50,7 +47,7 @@ class ClientConversation(Conversation):
         useful = self._answered(channel, plain)
         now = time.thread_time()
         if not useful:
-            self._pace.spend(min(now - self._charged, MOST) * self._host.channels)
+            self.pace.spend(min(now - self._charged, MOST) * max(1, self._host.owing))
         self._charged = now
         return useful
 
@@ -78,10 +75,10 @@ class ClientConversation(Conversation):
     def _pause(self, channel: Channel) -> None:
         """Waits until this channel has its share for one more message that does nothing useful. Meanwhile it is idle:
         it may have to make room for others. Raises Closed if the client leaves."""
-        if self._pace.delay() <= 0:
+        if self.pace.delay() <= 0:
             return
         self._rest(useful=False)
-        while (delay := self._pace.delay()) > 0 and not self._stage.stopping.wait(min(delay, LOOK)):
+        while (delay := self.pace.delay()) > 0 and not self._stage.stopping.wait(min(delay, LOOK)):
             if channel.gone():
                 raise Closed("the client has left: nobody waits for its answer")
         self.state = State.WORKING
@@ -106,9 +103,9 @@ class ClientConversation(Conversation):
         finally:
             if self._place is not None:
                 self._place.rest()
+        self._send(channel, reply)
         if not self._told:
             self._pause(channel)
-        self._send(channel, reply)
         return self._told
 
     def _run(self, channel: Channel, request: Generate, *, again: bool = False) -> Reason:
@@ -153,8 +150,8 @@ class ClientConversation(Conversation):
             if request.start:
                 text = "the positions before it were dropped meanwhile: others needed the room. Send all of them"
                 raise RequestRefused(text, reason="gap", stage=0)
-        who = self._stage.identity(channel, self.source)
-        self._place = self._stage.places.take(who, size, lambda: self._check_client(channel))
+        assert self.who is not None, "whoever asks has a channel"
+        self._place = self._stage.places.take(self.who, size, lambda: self._check_client(channel))
         sequence = Sequence(model.new_cache(), Terms(positions, request.sampling))
         self._place.sequence = sequence
         return sequence

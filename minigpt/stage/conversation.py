@@ -20,15 +20,14 @@ from minigpt.errors import (
     INSIDE,
     ManifestError,
     MiniGPTError,
-    RequestRefused,
     StageError,
     UnreachableStage,
-    UntrustedStage,
 )
 from minigpt.protocol import links, messages
 from minigpt.protocol.messages import Message, StageReport
 from minigpt.stage.evidence import Ticket
-from minigpt.stage.newcomers import source_of
+from minigpt.stage.newcomers import Pace, source_of
+from minigpt.stage.places import Identity
 from minigpt.stage.stage import Stage
 from transport.channel import Channel, hang_up
 from transport.errors import Abandoned, Closed, TransportError
@@ -37,7 +36,7 @@ from transport.liveness import PINGER
 
 log = logging.getLogger("minigpt.stage")
 
-STATUS_TIMEOUT = 5.0  # seconds for each stage that is still to be asked
+USELESS = 0.1  # of one core, spent on messages that do no useful work; each identity that owes has as much as any other
 
 
 class State(enum.Enum):
@@ -51,8 +50,9 @@ class Host(Protocol):
     """What a conversation asks of the server that accepted it."""
 
     @property
-    def channels(self) -> int: ...
+    def owing(self) -> int: ...
     def accept(self, conversation: "Conversation") -> Channel: ...
+    def seat(self, conversation: "Conversation", who: Identity) -> None: ...
     def forget(self, number: int) -> None: ...
     def report(self) -> StageReport: ...
 
@@ -63,6 +63,8 @@ class Conversation:
     Attributes:
         since: time.monotonic() when its state changed; while it is idle, when it last did useful work, or was opened.
         useful: whether it ever did.
+        who: its peer, once there is a channel for it; until then it is a handshake.
+        pace: of messages that do no useful work; shared by all channels of `who`.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Conversation:
         self.source = source_of(peer)
         self.state, self.since = State.OPENING, time.monotonic()
         self.useful = False
+        self.who: Identity | None = None
+        self.pace = Pace(USELESS)
         self._stage = stage
         self._host = host
         self._name = f"channel {number} ({peer})"
@@ -110,6 +114,7 @@ class Conversation:
 
     def _serve(self, channel: Channel) -> None:
         try:
+            self._host.seat(self, self._stage.identity(channel, self.source))
             self._enter(State.IDLE)
             while not self._stage.stopping.is_set():
                 if self._stage.places.draining and self._rests():
@@ -150,30 +155,15 @@ class Conversation:
 
     def _report(self, channel: Channel) -> None:
         """Answers a Status. A client who is no operator is told nothing that the others cause."""
-        reports = (self._host.report(), *self._reports_from_below(channel))
+
+        def check() -> None:
+            if channel.gone():
+                raise Closed("the client has left: nobody waits for its answer")
+
+        reports = (self._host.report(), *self._stage.below.reports(check))
         if self._stage.index == 0 and not self._stage.manifest.operates(channel.peer_static_key):
             reports = tuple(map(messages.for_any_client, reports))
         self._send(channel, messages.Report(reports))
-
-    def _reports_from_below(self, channel: Channel) -> tuple[StageReport, ...]:
-        """The reports of the stages after this one; that of the next with its evidence, as this stage verified it."""
-        if self._stage.model.is_last:
-            return ()
-        limit = STATUS_TIMEOUT * (len(self._stage.manifest.stages) - self._stage.index - 1)
-        if not self._stage.asking.acquire(timeout=limit):
-            text = f"{self._here} had no turn to ask stage {self._stage.index + 1} in {limit:.0f} s: others ask it"
-            return (StageReport(stage=self._stage.index + 1, error=text, reason="failed"),)
-        link = None
-        try:
-            link = self._stage.take_link(channel)
-            return link.status(limit)
-        except (StageError, RequestRefused) as error:
-            reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
-            return (StageReport(stage=self._stage.index + 1, error=str(error), reason=reason),)
-        finally:
-            if link is not None:
-                self._stage.give_back(link)
-            self._stage.asking.release()
 
     # The end.
 

@@ -8,6 +8,7 @@ whoever's source has cost the platform least. No wait is longer than a deadline,
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from attest import AttestationError, Attester, Binding, Evidence, Provider
@@ -15,7 +16,7 @@ from minigpt.stage.newcomers import Accounts
 
 SHARE = 0.8  # of a handshake's time: so long its evidence may take, and the rest is for the two ends
 LOOK = 0.1  # seconds between two looks at whether somebody who waits has left
-MOST = 64  # who wait; one more ends the one who would come last
+MOST = 64  # who wait; one more ends a stranger's, else one of whoever has most, the last of these
 KNOWN = 256  # sources
 
 
@@ -28,6 +29,7 @@ class Ticket:
         self.source = source
         self.first = first
         self.left = left
+        self.asked = False  # whether its peer has come so far that it is given evidence: it has sent message 3
         self.waits = False  # for the platform: nothing that its peer does shortens that
         self.seconds = 0.0  # of the processor that its evidence has cost
         self._queue = queue
@@ -42,7 +44,7 @@ class Ticket:
 
     def attest(self, binding: Binding) -> Evidence:
         """As the platform's attester. Raises AttestationError also if that takes too long, or the peer has left."""
-        self.waits = True
+        self.asked = self.waits = True
         try:
             return self._queue.answer(self, binding)
         finally:
@@ -94,7 +96,7 @@ class EvidenceQueue:
         with self._changed:
             self._waiting.append(request)
             if len(self._waiting) > MOST:
-                last = self._in_order()[-1]
+                last = self._last()
                 last.dropped = True
                 self._waiting.remove(last)
                 self._changed.notify_all()
@@ -123,6 +125,14 @@ class EvidenceQueue:
         sources = {request.ticket.source for request in self._waiting}
         cost = {source: self._accounts.spent(source) if source else -1.0 for source in sources}  # it falls: ask once
         return sorted(self._waiting, key=lambda one: (not one.ticket.first, cost[one.ticket.source], one.number))
+
+    def _last(self) -> _Request:
+        """Who is dropped: not we ourselves; strangers first, and the latest of the source with the most."""
+        number = Counter(request.ticket.source for request in self._waiting)
+        return max(
+            reversed(self._in_order()),
+            key=lambda one: (one.ticket.source is not None, not one.ticket.first, number[one.ticket.source]),
+        )
 
     def _begin_next(self) -> None:
         while self._asked is None and self._waiting:

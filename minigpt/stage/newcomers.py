@@ -35,6 +35,11 @@ class Pace:
         with self._lock:
             self._free = max(self._free, time.monotonic() - 1.0) + seconds / self._share
 
+    @property
+    def lasts(self) -> bool:
+        """Whether anything that was spent still counts."""
+        return self._free > time.monotonic() - 1.0
+
     def delay(self) -> float:
         """Seconds to wait before more is spent."""
         return max(0.0, self._free - time.monotonic())
@@ -81,17 +86,17 @@ class Newcomers:
         self._waiting.remove(unwanted)
         return unwanted
 
-    def following(self, busy: Collection[str], crowded: str | None) -> tuple[float, Newcomer | None]:
+    def following(self, busy: Collection[str], crowded: Collection[str]) -> tuple[float, Newcomer | None]:
         """Whose handshake begins next, and in how many seconds, as it looks now; look again after these.
 
         Nobody waits for what only others have cost: while the pace makes all wait, those of a source that has no
-        handshake under way, and so is not `busy`, go ahead one at a time. Those of the `crowded` source would end a
+        handshake under way, and so is not `busy`, go ahead one at a time. Those of a `crowded` source would end a
         handshake of their own, so they wait while there is room. Those that have left are forgotten.
         """
         self._forget_left()
         choice = self._waiting
         if len(choice) <= WAITING // 2:
-            choice = [one for one in choice if source_of(one[1]) != crowded]
+            choice = [one for one in choice if source_of(one[1]) not in crowded]
         delay = self._pace.delay()
         if delay > 0 and (rested := [one for one in choice if source_of(one[1]) not in busy]):
             delay, choice = min(delay, self._ahead.delay()), rested

@@ -1,15 +1,18 @@
 """Who may have a sequence in this stage: places, of a number and of a size in bytes, and the queue for them.
 
 A sequence reserves its whole cache before it begins, so none fails halfway for lack of memory. Whoever does not fit
-waits, first come, first served; while others wait, one identity has at most half of the places and of the bytes. A
-sequence whose request has ended keeps its place, for a request that goes on from it, until somebody else needs it.
+waits. Places, bytes and the queue are shared by identity: whoever has least of them is next, and those who have as much
+as each other take turns. A sequence whose request has ended keeps its place, for a request that goes on from it, until
+somebody else needs it.
 """
 
+import itertools
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from minigpt.errors import RequestRefused
 from minigpt.stage.sequence import Sequence
@@ -17,10 +20,17 @@ from minigpt.stage.sequence import Sequence
 LOOK = 0.25  # seconds between two looks at a client that waits
 
 
+class Identity(NamedTuple):
+    """Whom a share belongs to."""
+
+    name: str  # a key, or an address without port
+    known: bool = False  # the manifest lists it: whoever is not known waits, and makes room, for those who are
+
+
 class Place:
     """Room for one sequence."""
 
-    def __init__(self, places: "Places", who: str, size: int) -> None:
+    def __init__(self, places: "Places", who: Identity, size: int) -> None:
         self.who = who
         self.size = size  # bytes
         self.sequence: Sequence | None = None
@@ -43,11 +53,13 @@ class Place:
 class _Waiting:
     """Somebody in the queue."""
 
-    def __init__(self, who: str, size: int) -> None:
+    def __init__(self, who: Identity, size: int, since: int) -> None:
         self.who = who
         self.size = size
+        self.since = since  # its turn among identities with as much: of its arrival, or of its identity's last place
         self.place: Place | None = None
-        self.admitted = threading.Event()
+        self.refused: RequestRefused | None = None
+        self.decided = threading.Event()
 
 
 class Places:
@@ -61,7 +73,8 @@ class Places:
         self._lock = threading.Lock()
         self._held: set[Place] = set()  # the resting ones included
         self._resting: OrderedDict[Place, None] = OrderedDict()  # the oldest first
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiting] = []  # as they came
+        self._turns = itertools.count()
         self._seconds = 1.0  # that a request has a place, on average
         self._changed = threading.Condition(self._lock)
         self.draining = False
@@ -82,44 +95,42 @@ class Places:
         with self._lock:
             return self._bytes()
 
-    def take(self, who: str, size: int, check: Callable[[], None]) -> Place:
+    def take(self, who: Identity, size: int, check: Callable[[], None]) -> Place:
         """A place, once there is one.
 
         Args:
-            who: an identity.
+            who: whose share it is part of.
             size: bytes.
             check: called every `LOOK` seconds; what it raises ends the wait.
 
-        Raises RequestRefused if the queue is full, the size is more than all places have, or the process drains.
+        Raises RequestRefused if the queue is full, perhaps with those of others who have fewer there, if the size is
+        more than all places have, or the process drains.
         """
         self._possible(size)
-        mine = _Waiting(who, size)
         with self._lock:
             self.refuse_if_draining()
+            mine = _Waiting(who, size, next(self._turns))
             self._waiting.append(mine)
-            dropped, admitted = self._admit()
-            refused = None
-            if mine.place is None and len(self._waiting) > self._queue:
-                self._waiting.remove(mine)
-                refused = self._busy()
+            dropped, decided = self._admit()
+            if len(self._waiting) > self._queue:
+                decided.append(self._refuse_one())
         try:
-            _end(dropped, admitted)
-            if refused is not None:
-                raise refused
-            while not mine.admitted.wait(LOOK):
+            _end(dropped, decided)
+            while not mine.decided.wait(LOOK):
                 check()
             if mine.place is None:
                 self.refuse_if_draining()
+                assert mine.refused is not None, "whoever gets no place is told why"
+                raise mine.refused
         except BaseException:
             with self._lock:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
-                dropped, admitted = self._admit()  # those that it stood before
-            _end(dropped, admitted)
+                dropped, decided = self._admit()  # those that it stood before
+            _end(dropped, decided)
             if mine.place is not None:
                 mine.place.give_back()
             raise
-        assert mine.place is not None, "whoever is admitted has a place"
         return mine.place
 
     def admit(self, size: int) -> Place:
@@ -129,7 +140,7 @@ class Places:
             self.refuse_if_draining()
             if len(self._held) >= self._sequences or self._bytes() + size > self.total:
                 raise self._busy()
-            return self._new("", size)
+            return self._new(Identity(""), size)
 
     def drain(self) -> None:
         """Gives no place to anybody any more: whoever waits is refused, and so is whoever asks."""
@@ -137,7 +148,7 @@ class Places:
             self.draining = True
             waiting, self._waiting = self._waiting, []
         for mine in waiting:
-            mine.admitted.set()
+            mine.decided.set()
 
     def refuse_if_draining(self) -> None:
         """Raises RequestRefused once this process takes nothing new."""
@@ -174,7 +185,7 @@ class Places:
     def _bytes(self) -> int:
         return sum(place.size for place in self._held)
 
-    def _new(self, who: str, size: int) -> Place:
+    def _new(self, who: Identity, size: int) -> Place:
         place = Place(self, who, size)
         self._held.add(place)
         return place
@@ -184,10 +195,9 @@ class Places:
         lock is held."""
         dropped: list[Sequence] = []
         admitted: list[_Waiting] = []
-        for mine in list(self._waiting):
-            others = any(other.who != mine.who for other in self._waiting)
-            if others and self._greedy(mine):
-                continue
+        while self._waiting:
+            shares = {who: self._share(who) for who in {one.who for one in self._waiting}}
+            mine = min(self._waiting, key=lambda one: (not one.who.known, shares[one.who], one.since))
             while self._resting and not self._room(mine.size):
                 dropped += self._drop(next(iter(self._resting)))
             if not self._room(mine.size):
@@ -195,11 +205,25 @@ class Places:
             self._waiting.remove(mine)
             mine.place = self._new(mine.who, mine.size)
             admitted.append(mine)
+            turn = next(self._turns)
+            for other in self._waiting:
+                if other.who == mine.who:
+                    other.since = turn
         return dropped, admitted
 
-    def _greedy(self, mine: _Waiting) -> bool:
-        own = [place.size for place in self._held if place.who == mine.who and place not in self._resting]
-        return bool(own) and (2 * (len(own) + 1) > self._sequences or 2 * (sum(own) + mine.size) > self.total)
+    def _share(self, who: Identity) -> float:
+        """What an identity has for its requests, of the places or of the bytes, whichever is more: 0 to 1."""
+        own = [place.size for place in self._held if place.who == who and place not in self._resting]
+        return max(len(own) / self._sequences, sum(own) / self.total)
+
+    def _refuse_one(self) -> _Waiting:
+        """The one whom the queue has no room for: the latest of those who have most there; those who come last, if
+        they have as much. The lock is held."""
+        number = Counter(one.who for one in self._waiting)
+        unwanted = max(reversed(self._waiting), key=lambda one: (not one.who.known, number[one.who]))
+        self._waiting.remove(unwanted)
+        unwanted.refused = self._busy()
+        return unwanted
 
     def _room(self, size: int) -> bool:
         return len(self._held) < self._sequences and self._bytes() + size <= self.total
@@ -255,11 +279,11 @@ class Places:
             return True
 
 
-def _end(sequences: list[Sequence], admitted: list[_Waiting]) -> None:
+def _end(sequences: Iterable[Sequence], decided: Iterable[_Waiting]) -> None:
     """Ends sequences, and then lets those begin that have their room: a later stage must hear of it in this order."""
     try:
         for sequence in sequences:
             sequence.end()
     finally:
-        for mine in admitted:
-            mine.admitted.set()
+        for mine in decided:
+            mine.decided.set()

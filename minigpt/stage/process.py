@@ -55,7 +55,8 @@ def run(options: argparse.Namespace, exposed: str, ending: Ending) -> None:
         ending: is told when there is something to end in order.
     """
     blas = threads.native()
-    sockets, what = options.max_channels + WAITING + VISITORS.start, f"--max-channels {options.max_channels}"
+    sockets = options.max_channels + options.max_handshakes + WAITING + VISITORS.start
+    what = f"--max-channels {options.max_channels}"
     visitors = VISITORS.start + streams.make_room(sockets, what, ", or lower it", more=len(VISITORS))
     readiness = Readiness(options.ready)
     own()  # now: while a stage waits for its manifest, its files may be changed

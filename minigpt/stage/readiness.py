@@ -9,6 +9,7 @@ Without --ready the line is printed.
 
 import logging
 import os
+import select
 import socket
 from contextlib import suppress
 
@@ -39,9 +40,13 @@ class Readiness:
             print(line, flush=True)
 
     def loads(self, line: str) -> None:
-        """Says how far it is: by the descriptor only."""
+        """Says how far it is, by the descriptor, to whoever reads that at once: nobody has to."""
         if isinstance(self._place, int):
-            os.write(self._place, f"{line}\n".encode())
+            room = select.poll()
+            room.register(self._place, select.POLLOUT)
+            with suppress(OSError):
+                if room.poll(0):
+                    os.write(self._place, f"{line}\n".encode())
 
     def serves(self, line: str) -> None:
         """Raises UsageError if the file cannot be written, OSError if nobody holds the descriptor's other end."""

@@ -3,16 +3,19 @@
 import ctypes
 import itertools
 import logging
+import random
 import threading
 import time
 from collections import Counter
 from typing import Any
 
+from minigpt.errors import UnreachableStage
 from minigpt.protocol import links
 from minigpt.protocol.messages import StageReport
 from minigpt.stage.clients import ClientConversation
 from minigpt.stage.conversation import Conversation, State
 from minigpt.stage.newcomers import WAITING, Newcomer, Newcomers, Pace
+from minigpt.stage.places import Identity
 from minigpt.stage.stage import Stage
 from minigpt.stage.upstream import UpstreamConversation
 from transport.channel import Channel, Listener
@@ -27,6 +30,8 @@ YOUNG = 1.0  # seconds; a channel that has been silent for less is not ended for
 M_ARENA_MAX = -8  # of malloc.h
 LINE = 0.01  # seconds from one line about strangers to the next, after a burst of 100
 CROWDED = 0.002  # seconds between two newcomers that are turned away, as that costs something too
+DICE = random.SystemRandom()  # nobody foresees it
+GREED = 7  # times what is free, an identity may have of the channels: alone 7/8, so that it never has all of them
 
 
 def _share_heap() -> None:
@@ -47,15 +52,17 @@ class Server:
         self._numbers = itertools.count(1)
         self._newcomers = Newcomers()
         self._lines = Pace(1.0)
+        self._paces: dict[Identity, Pace] = {}  # of those who have a channel, or had one and spent something lately
         self._untold = 0  # strangers that no line of the log tells of
         _share_heap()
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
     @property
-    def channels(self) -> int:
-        """How many are open."""
-        return len(self.open)
+    def owing(self) -> int:
+        """How many identities have spent more than their share on messages that do no useful work."""
+        with self._lock:
+            return sum(pace.delay() > 0 for pace in self._paces.values())
 
     def serve(self, listener: Listener) -> None:
         """Accepts channels until the listener is closed."""
@@ -92,22 +99,17 @@ class Server:
         log.warning("newcomer (%s): %s: %s%s", peer, type(error).__name__, error, others)
 
     def _begin(self, sock: Any, peer: str, opened: Opening) -> None:
-        """Starts the thread of a channel, if there is room or can be made."""
+        """Starts the thread of a handshake, for which room is made."""
         kind = UpstreamConversation if self.stage.index else ClientConversation
         conversation: Conversation = kind(self.stage, next(self._numbers), peer, sock, self, opened)
         with self._lock:
-            unwanted = self._least_wanted()
+            expendable = self._expendable()
+            unwanted = DICE.choice(expendable) if expendable else None
             if unwanted is not None:
                 del self.open[unwanted.number]
-            full = len(self.open) >= self.stage.limits.channels
-            if not full:
-                self.open[conversation.number] = conversation
+            self.open[conversation.number] = conversation
         if unwanted is not None:
             unwanted.turn_out()
-        if full:
-            log.warning("%s: turned away, %d channels are open", peer, self.stage.limits.channels)
-            sock.close()
-            return
         try:
             name = f"channel {conversation.number}"
             threading.Thread(target=conversation.run, name=name, daemon=True).start()
@@ -118,36 +120,73 @@ class Server:
 
     def _following(self) -> tuple[float, Newcomer | None]:
         with self._lock:
-            strangers = self._strangers()
-        full = len(strangers) >= self.stage.limits.handshakes and (
-            strangers[0].waits or time.monotonic() - strangers[0].since < YOUNG
-        )
-        return self._newcomers.following({one.source for one in strangers}, strangers[0].source if full else None)
+            busy, expendable = {one.source for one in self._strangers()}, self._expendable()
+        now = time.monotonic()
+        quick = all(one.waits or now - one.since < YOUNG for one in expendable)
+        return self._newcomers.following(busy, {one.source for one in expendable} if quick else ())
 
     def _strangers(self) -> list[Conversation]:
-        """The handshakes under way, those of the source with the most first, and of these the oldest; but last those
-        that wait for our evidence, the latest of them first: else, where that is slow, none would ever get it."""
-        found = [(one, one.waits) for one in self.open.values() if one.state is State.OPENING]
-        number = Counter(one.source for one, _ in found)
-        found.sort(key=lambda pair: (-number[pair[0].source], pair[1], -pair[0].since if pair[1] else pair[0].since))
-        return [one for one, _ in found]
+        """The handshakes under way."""
+        return [one for one in self.open.values() if one.who is None]
 
-    def _least_wanted(self) -> Conversation | None:
-        """The conversation to end for a newcomer; None if there is room, or if all are busy.
+    def _expendable(self) -> list[Conversation]:
+        """The handshakes of which any may be ended for a newcomer; none if there is room.
 
-        With too many handshakes under way, the oldest of the source with the most: an honest one takes milliseconds.
-        With too many channels, a handshake, else a channel that never did anything useful, else the one that has done
-        nothing useful for longest.
+        Half of them are for those who have sent message 3, who so make no room for those who have not. Where there are
+        more, first go those that are not known, then those of whoever has most, then those that do not wait for us.
+        No rule says which of those: whoever knew it could come early, or late.
         """
         strangers = self._strangers()
-        if len(strangers) >= self.stage.limits.handshakes:
-            return strangers[0]
-        if len(self.open) < self.stage.limits.channels:
+        if len(strangers) < self.stage.limits.handshakes:
+            return []
+        further = [one for one in strangers if one.ticket is not None and one.ticket.asked]
+        crowd = further if 2 * len(further) > len(strangers) else [one for one in strangers if one not in further]
+        number = Counter(one.source for one in crowd)
+        ranks = [
+            (one in further and one.ticket is not None and one.ticket.first, -number[one.source], one.waits)
+            for one in crowd
+        ]
+        least = min(ranks)
+        return [one for one, rank in zip(crowd, ranks, strict=True) if rank == least]
+
+    def seat(self, conversation: Conversation, who: Identity) -> None:
+        """Gives a channel to a peer whose handshake is finished. Raises UnreachableStage if there is none for it."""
+        with self._lock:
+            unwanted = self._in_the_way(who)
+            conversation.who = who
+            seated = {one.who for one in self.open.values()}
+            self._paces = {one: pace for one, pace in self._paces.items() if one in seated or pace.lasts}
+            conversation.pace = self._paces.setdefault(who, conversation.pace)
+            if unwanted is not None:
+                del self.open[unwanted.number]
+        if unwanted is not None:
+            unwanted.turn_out()
+
+    def _in_the_way(self, who: Identity) -> Conversation | None:
+        """The idle channel to end for one of `who`; None if there is room. Raises UnreachableStage if neither.
+
+        It is one of whoever has most of them, and more, or of its own: one that never did anything useful, or else the
+        one that has done nothing useful for longest. One that was opened or useful a moment ago is the last.
+        """
+        most, seated = self.stage.limits.channels, [(one, one.who) for one in self.open.values() if one.who is not None]
+        number = Counter(owner for _, owner in seated)
+        free = most - sum(owner.known >= who.known for _, owner in seated)  # or had by those who make room for it
+        if not who.known and self.stage.manifest.operators:
+            free -= most // 8  # for them
+        greedy = number[who] >= GREED * free
+        if not greedy and len(seated) < most:
             return None
-        idle = [one for one in self.open.values() if one.state is State.IDLE]
-        idle.sort(key=lambda one: (one.useful, one.since))
-        silent = [one for one in idle if time.monotonic() - one.since > YOUNG]
-        return next(iter(strangers + silent), None)
+        idle = []
+        for one, owner in seated:
+            if one.state is not State.IDLE or owner.known > who.known or (greedy and owner.known < who.known):
+                continue
+            young, more = time.monotonic() - one.since < YOUNG, number[owner] - number[who]
+            if owner.known < who.known or more > 1 or (not young and (more == 1 or owner == who)):
+                idle.append((owner.known, -number[owner], young, one.useful, one.since, one.number))
+        if not idle:
+            text = f"stage {self.stage.index} has no channel for one more: {len(seated)} are open"
+            raise UnreachableStage(f"{text}, and none of them can be ended: try again later", stage=self.stage.index)
+        return self.open[min(idle)[-1]]
 
     def accept(self, conversation: Conversation) -> Channel:
         """The handshake of a new channel; its source pays for it."""

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from typing import IO
 
 from minigpt.engine.model import GPT2
-from minigpt.errors import MiniGPTError
+from minigpt.errors import MiniGPTError, RequestRefused, StageError, UntrustedStage
 from minigpt.protocol import links
 from minigpt.protocol.addresses import Addresses
 from minigpt.protocol.batchlink import BatchLink
 from minigpt.protocol.links import StageLink
 from minigpt.protocol.manifest import Manifest
+from minigpt.protocol.messages import StageReport
+from minigpt.stage.below import Below, Reports
 from minigpt.stage.evidence import EvidenceQueue
 from minigpt.stage.layers import Layers
-from minigpt.stage.places import Places
+from minigpt.stage.places import Identity, Places
 from minigpt.stage.schedule import Schedule
 from transport.channel import Budget, Channel, Deadlines
 
 log = logging.getLogger("minigpt.stage")
 
 VISITORS = range(64, 1024)  # as many as there are descriptors for
+STATUS_TIMEOUT = 5.0  # seconds for each stage that is still to be asked
 FIRST, LAST = 0.1, 5.0  # seconds from one attempt to reach the next stage to the following
 
 
@@ -70,12 +73,16 @@ class Stage:
         self._ready: BatchLink | None = None  # made before it was needed
         self._dialling = threading.Lock()
         self._idle: Channel | None = None  # for the next who asks for `status`: evidence can take seconds
-        self.asking = threading.Lock()  # for `status`, one at a time: each other would need a link, and evidence
+        self.below = Below(self._ask_below)
         self._lock = threading.Lock()
 
-    def identity(self, channel: Channel, source: str) -> str:
-        """Who a client is, for its share: the listed key that it has, otherwise where it connects from."""
-        return source if self.manifest.clients is None else channel.peer_static_key.hex()
+    def identity(self, channel: Channel, source: str) -> Identity:
+        """Who a peer is, for its share: the listed key that it has, otherwise where it connects from."""
+        if self.index > 0:
+            return Identity(source, known=True)  # one of our own stages
+        listed = (self.manifest.clients or frozenset()) | (self.manifest.operators or frozenset())
+        key = channel.peer_static_key
+        return Identity(key.hex(), known=True) if key in listed else Identity(source)
 
     def batch_link(self) -> BatchLink:
         """A link to the next stage that nobody else has. Raises StageError if there is none."""
@@ -108,21 +115,35 @@ class Stage:
                 self._ready = link
             return
 
-    def take_link(self, asker: Channel) -> StageLink:
-        """A link to the next stage for `status`; `asker` as in `StageLink`. Raises StageError if there is none."""
+    def _ask_below(self) -> Reports:
+        """The reports of the stages after this one; that of the next with its evidence, as this stage verified it."""
+        if self.model.is_last:
+            return ()
+        following, link = len(self.manifest.stages) - self.index - 1, None
+        try:
+            link = self._take_link()
+            return link.status(STATUS_TIMEOUT * following)
+        except (StageError, RequestRefused) as error:
+            reason = "attestation" if isinstance(error, UntrustedStage) else "failed"
+            return (StageReport(stage=self.index + 1, error=str(error), reason=reason),)
+        finally:
+            if link is not None:
+                self._keep(link)
+
+    def _take_link(self) -> StageLink:
+        """A link to the next stage, for one question. Raises StageError if there is none."""
         while True:
             with self._lock:
                 channel, self._idle = self._idle, None
             if channel is None:
-                channel = self._dial()
-                return StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
-            link = StageLink(channel, self.manifest, self.index + 1, self._patience(), asker)
+                return StageLink(self._dial(), self.manifest, self.index + 1, self._patience())
+            link = StageLink(channel, self.manifest, self.index + 1, self._patience())
             if link.usable():
                 return link
             channel.close()
 
-    def give_back(self, link: StageLink) -> None:
-        """Keeps the channel of a link for the next who asks."""
+    def _keep(self, link: StageLink) -> None:
+        """Keeps the channel of a link for the next question."""
         channel = link.release()
         if channel is None:
             return

@@ -18,6 +18,7 @@
     gateway.py      attacks 60 to 63: on `minigpt serve`
     batches.py      attacks 64 to 71: on what many clients share
     resume.py       attacks 72 to 77: on clients that go on after a death
+    shares.py       attacks 89 to 91: on what identities share
 
 An attack is one function with the decorator `attack`. It returns what was `Seen` at both ends, or raises `Survived`:
 the attack did what it must not. "Dead" means: the connection is closed, what was delivered is at most a true prefix
@@ -92,6 +93,6 @@ def everything() -> None:
     """Imports every module with attacks, so that all are registered."""
     for name in (
         "handshake", "identity", "evidence", "records", "application", "load", "secrecy", "host", "gateway", "batches",
-        "resume", "platforms", "machines",
+        "resume", "platforms", "machines", "shares",
     ):  # fmt: skip
         importlib.import_module(f"attacks.{name}")

@@ -7,6 +7,7 @@ meanwhile. The attackers go past the proxies, so that these cost nothing.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import selectors
 import socket
@@ -37,7 +38,7 @@ class Crowd:
         count: of connections at a time.
         renew: whether one that the stage has closed is made again at once: a flood.
         drip: whether it sends a byte each second after that.
-        source: the address to connect from.
+        sources: the addresses to connect from, in turn.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Crowd:
         *,
         drip: bool = False,
         renew: bool = False,
-        source: str = "127.0.0.1",
+        sources: Sequence[str] = ("127.0.0.1",),
     ) -> None:
         self.made = self.closed = self.received = 0
         self._port, self._count, self._first, self._drip, self._renew = port, count, first, drip, renew
-        self._source = source
+        self._sources = itertools.cycle(sources)
         self._selector = selectors.DefaultSelector()
         self._open: set[socket.socket] = set()
         self._stop = threading.Event()
@@ -101,7 +102,9 @@ class Crowd:
 
     def _connect(self) -> bool:
         try:
-            sock = socket.create_connection(("127.0.0.1", self._port), timeout=2, source_address=(self._source, 0))
+            sock = socket.create_connection(
+                ("127.0.0.1", self._port), timeout=2, source_address=(next(self._sources), 0)
+            )
         except OSError:
             return False
         try:

@@ -631,17 +631,19 @@ def test_stages_may_start_in_any_order_and_the_first_request_finds_the_links_mad
             assert stages.log(index).count("evidence accepted") == 1
 
 
-def test_more_channels_than_allowed_are_turned_away_in_silence(folder: Path, tmp_path: Path) -> None:
+def test_more_channels_than_allowed_are_told_so(folder: Path, tmp_path: Path) -> None:
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0, "--max-channels", "1")
         with Pipeline.connect(stages.path, allow_mock=True) as first:
 
             def turned_away() -> bool:
                 ids(first.generate([1, 2], max_tokens=1))  # whoever has done nothing for a second makes room
-                try:
-                    Pipeline.connect(stages.path, allow_mock=True).close()
-                except StageError:
-                    return True
+                with Pipeline.connect(stages.path, allow_mock=True, retry_for=0) as second:
+                    try:
+                        second.status()
+                    except StageError as error:
+                        assert "stage 0 has no channel for one more: 1 are open" in str(error)
+                        return True
                 return False
 
             assert eventually(turned_away)
@@ -747,7 +749,7 @@ def test_a_listed_client_is_admitted_and_no_other(folder: Path, tmp_path: Path) 
         stages.start_all()
         with Pipeline.connect(stages.path, allow_mock=True, client_key=private) as made:
             assert len(ids(made.generate([1, 2], max_tokens=2))) == 2
-        with pytest.raises(StageError):
+        with pytest.raises(UntrustedStage, match=r"the manifest lists its clients, and this one's key .* is not among"):
             Pipeline.connect(stages.path, allow_mock=True, client_key=generate_keypair()[0])
 
 

@@ -155,7 +155,7 @@ def test_a_flood_of_handshakes_from_one_address_does_not_keep_others_waiting(tmp
     with Stages(folder, "4", tmp_path) as stages:
         stages.start(0, python=("-c", code))
         greeting = Side(initiate(calling_end(stages.manifest, 0, None))).run()  # the stage answers it, at some cost
-        with Crowd(stages.ports[0], 200, greeting, renew=True, source="127.0.0.2") as crowd:
+        with Crowd(stages.ports[0], 200, greeting, renew=True, sources=["127.0.0.2"]) as crowd:
             assert eventually(lambda: crowd.made > 150)  # to take turns with them would take half a minute
             for _ in range(3):  # in 10 s each, or the handshake fails
                 with Pipeline.connect(stages.path, allow_mock=True) as pipeline:

@@ -149,7 +149,7 @@ def test_ctrl_c_cancels_an_answer_and_the_next_prompt_is_answered(tmp_path: Path
 
 
 def test_a_prompt_that_fails_is_followed_by_the_next(tmp_path: Path, stages: Stages) -> None:
-    with loop(stages, tmp_path) as terminal:
+    with loop(stages, tmp_path, "--retry-for", "0") as terminal:
         terminal.read()
         assert "must be token ids" in terminal.ask("words")
         assert "outside the vocabulary" in terminal.ask("97")

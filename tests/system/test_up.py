@@ -90,7 +90,7 @@ def expected(folder: Path, count: int) -> list[int]:
     return [token.id for token in minigpt.load(str(folder)).generate(PROMPT, max_tokens=count, draft=0)]
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
 def test_stages_serve_until_it_ends_and_end_with_it(up: Up, folder: Path, how: signal.Signals, code: int) -> None:
     assert sorted(up.stages(folder)) == [0, 1]
     for _ in range(2):  # clients come and go

@@ -16,7 +16,7 @@ from processes import ROOT, Stages, eventually
 import minigpt
 from attest.providers.mock import MockRoot
 from minigpt.client.pipeline import Pipeline
-from minigpt.errors import StageError, UntrustedStage, UsageError
+from minigpt.errors import StageError, UnreachableStage, UsageError
 from minigpt.protocol import addresses
 from transport.address import Address
 from transport.relay import Relay
@@ -119,7 +119,7 @@ def test_an_override_leads_to_a_relay_and_needs_no_places_file(stages: Stages, f
 
 
 def test_a_wrong_place_is_a_failed_handshake(stages: Stages) -> None:
-    with pytest.raises(UntrustedStage, match="its place is wrong, and another stage answers at"):
+    with pytest.raises(UnreachableStage, match="Or another stage or none listens at"):
         Pipeline.connect(stages.path, place={0: str(stages.addresses.of(1))}, allow_mock=True)
 
 

@@ -141,6 +141,36 @@ def test_those_who_wait_are_bounded_and_the_last_is_dropped(monkeypatch: pytest.
     assert waiting.platform.asked == [0, 3, 1]
 
 
+def test_strangers_fill_it_for_nobody_known_and_no_source_fills_it_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "MOST", 4)
+    waiting, dropped = Waiting(), []
+
+    def drop(source: str | None, first: bool, number: int) -> None:
+        """One more asks, and `number` is dropped."""
+        waiting.threads.append(
+            background(waiting.queue.ticket(source, first=first).attest, binding(len(waiting.threads)))
+        )
+        with pytest.raises(AttestationError, match="4 others wait"):
+            waiting.threads[number].join()
+        dropped.append(number)
+
+    for source in ("tcp://flood", "tcp://flood", "tcp://flood", "tcp://flood", "tcp://flood"):  # 0 is asked for
+        waiting.ask(source)
+    drop("tcp://other", False, 4)
+    drop("tcp://flood", False, 6)
+    drop("tcp://listed", True, 3)
+    drop("tcp://listed", True, 2)
+    drop("tcp://listed", True, 5)  # of those with as many, the latest
+    drop(None, True, 1)
+    drop("tcp://other", False, 11)  # a stranger, while those who wait are not
+    drop("tcp://next", True, 9)  # and of those the source with the most
+    waiting.platform.give(12)
+    for number, thread in enumerate(waiting.threads):
+        if number not in dropped:
+            assert thread.join().evidence == binding(number).digest
+    assert waiting.platform.asked == [0, 10, 7, 12, 8]
+
+
 def test_an_error_of_the_platform_is_that_of_one_request() -> None:
     class Fails(Platform):
         def attest(self, binding: Binding) -> Evidence:

@@ -37,7 +37,7 @@ def come(door: Newcomers, *peers: str) -> None:
         assert door.add((sock, peer, SAID)) is None
 
 
-def begin(door: Newcomers, *busy: str, crowded: str | None = None) -> str | None:
+def begin(door: Newcomers, *busy: str, crowded: tuple[str, ...] = ()) -> str | None:
     """The peer whose handshake begins now, if one may."""
     delay, newcomer = door.following(busy, crowded)
     if newcomer is None or delay > 0:
@@ -54,7 +54,7 @@ def test_a_source_is_an_address_without_its_port() -> None:
 
 def test_newcomers_begin_at_once_and_in_order_while_nobody_has_cost_anything(clock: Clock) -> None:
     door = Newcomers()
-    assert door.following((), None) == (math.inf, None)
+    assert door.following((), ()) == (math.inf, None)
     peers = [f"tcp://a:{port}" for port in range(50)]
     come(door, *peers)
     assert [begin(door, "tcp://a") for _ in peers] == peers
@@ -115,10 +115,10 @@ def test_whose_source_has_cost_less_begins_first_and_costs_are_forgotten(clock: 
 def test_newcomers_wait_rather_than_end_a_handshake_of_their_own_source(clock: Clock) -> None:
     door = Newcomers()
     come(door, "tcp://a:0", "tcp://b:1")
-    assert begin(door, "tcp://a", crowded="tcp://a") == "tcp://b:1"
-    assert door.following(("tcp://a",), "tcp://a") == (LOOK, None)
+    assert begin(door, "tcp://a", crowded=("tcp://a",)) == "tcp://b:1"
+    assert door.following(("tcp://a",), ("tcp://a",)) == (LOOK, None)
     come(door, *(f"tcp://a:{port}" for port in range(1, WAITING // 2 + 1)))
-    assert begin(door, "tcp://a", crowded="tcp://a") == "tcp://a:0"  # too many wait
+    assert begin(door, "tcp://a", crowded=("tcp://a",)) == "tcp://a:0"  # too many wait
 
 
 def test_without_room_the_latest_of_the_source_with_the_most_is_turned_away(clock: Clock) -> None:
@@ -172,7 +172,7 @@ def test_those_that_have_left_make_nobody_wait_and_are_hung_up_on() -> None:
         door.spend("tcp://a", WORST)  # its next handshake would have to wait
     here, there = socket.socketpair()
     with here, there:
-        assert door.following((), None) == (math.inf, None)
+        assert door.following((), ()) == (math.inf, None)
         assert door.add((here, "tcp://a:999", SAID)) is None
-        assert door.following((), None)[1] == (here, "tcp://a:999", SAID)
+        assert door.following((), ())[1] == (here, "tcp://a:999", SAID)
     assert [own.fileno() for own, _ in left] == [-1] * WAITING

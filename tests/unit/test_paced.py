@@ -1,18 +1,21 @@
 """Messages of a client that do no useful work are paced, and none is answered once the client has left."""
 
 import threading
+import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from made import SMALL, cut, random_tensors
 
+from minigpt.errors import UnreachableStage
 from minigpt.protocol import messages
 from minigpt.protocol.messages import Cancel, Done, Generate, Message, Reason, Reset, Tokens
 from minigpt.stage.clients import MOST, ClientConversation
 from minigpt.stage.conversation import State
 from minigpt.stage.layers import Layers
-from minigpt.stage.places import Places
+from minigpt.stage.newcomers import Pace
+from minigpt.stage.places import Identity, Places
 from minigpt.stage.schedule import Schedule
 from minigpt.stage.server import Server
 from transport.errors import Closed
@@ -60,11 +63,12 @@ class Ends:
         layers = Layers(model)
         stage: Any = SimpleNamespace(
             index=0, model=model, layers=layers, places=Places(0, 4, 2**24, 0), schedule=Schedule(layers),
-            stopping=self.stopping, identity=lambda channel, source: source,
+            stopping=self.stopping, identity=lambda channel, source: Identity(source),
         )  # fmt: skip
-        host: Any = SimpleNamespace(channels=channels)
+        host: Any = SimpleNamespace(owing=channels)
         self.client = Client()
         self.conversation = ClientConversation(stage, 1, "tcp://192.0.2.1:1", None, host)
+        self.conversation.who = Identity("tcp://192.0.2.1")
         self.conversation._rested = self.conversation.since
 
     def say(self, message: Message) -> bool:
@@ -135,19 +139,91 @@ def test_whoever_waits_for_its_turn_is_idle_and_waits_no_longer_once_it_has_left
     assert len(ends.client.sent) == 1
 
 
+class Seats:
+    """A server with `channels`, and those who have one."""
+
+    def __init__(self, channels: int, operators: frozenset[bytes] | None = None) -> None:
+        self.server = Server.__new__(Server)
+        limits, manifest = SimpleNamespace(channels=channels, handshakes=8), SimpleNamespace(operators=operators)
+        self.server.stage = cast("Any", SimpleNamespace(index=0, limits=limits, manifest=manifest))
+        self.server._lock, self.server.open, self.server._paces = threading.Lock(), {}, {}
+        self.ended: list[int] = []
+
+    def come(self, who: str, known: bool = False, **changes: Any) -> int | None:
+        """The number of one that has a channel now, None if it has none. It is at work, unless `changes` say else."""
+        number = len(self.server.open) + len(self.ended) + 100
+        made = SimpleNamespace(number=number, who=None, turn_out=lambda: self.ended.append(number))
+        vars(made).update({"pace": Pace(1.0), "state": State.WORKING, "useful": True, "since": -100.0} | changes)
+        self.server.open[number] = cast("Any", made)
+        try:
+            self.server.seat(cast("Any", made), Identity(who, known))
+        except UnreachableStage:
+            del self.server.open[number]
+            return None
+        return number
+
+    def fill(self, who: str, **changes: Any) -> list[int]:
+        """As many of them as there is room for."""
+        found = []
+        while (number := self.come(who, **changes)) is not None and not self.ended:
+            found.append(number)
+        return found
+
+
 def test_room_is_made_by_who_never_did_anything_useful_then_by_who_has_not_for_longest() -> None:
-    stage: Any = SimpleNamespace(limits=SimpleNamespace(channels=3, handshakes=8))
-    server = Server.__new__(Server)
-    server.stage, server._lock = stage, threading.Lock()
-    never: Any = SimpleNamespace(state=State.IDLE, useful=False, since=20.0)
-    long: Any = SimpleNamespace(state=State.IDLE, useful=True, since=10.0)
-    lately: Any = SimpleNamespace(state=State.IDLE, useful=True, since=15.0)
-    server.open = dict(enumerate([long, never, lately]))
-    for wanted in (never, long, lately):
-        found: Any = server._least_wanted()
-        assert found is wanted
-        found.state = State.WORKING
-    assert server._least_wanted() is None
+    seats = Seats(3)
+    never = seats.come("a", state=State.IDLE, useful=False, since=20.0)
+    long = seats.come("a", state=State.IDLE, since=10.0)
+    lately = seats.come("a", state=State.IDLE, since=15.0)
+    for _ in range(3):
+        assert seats.come("a")
+    assert seats.ended == [never, long, lately]
+    assert seats.come("a") is None
+
+
+def test_one_identity_has_seven_eighths_of_the_channels_and_others_have_the_rest_whatever_it_does() -> None:
+    seats = Seats(128)
+    assert len(seats.fill("flood")) == 112
+    assert len(seats.fill("other")) == 14
+    assert len(seats.fill("third")) == 2
+    assert not seats.ended  # they are at work
+
+
+def test_a_newcomer_ends_an_idle_channel_of_whoever_has_most_and_none_that_is_at_work() -> None:
+    seats = Seats(8)
+    young = time.monotonic()
+    idle = [seats.come("flood", state=State.IDLE, since=young) for _ in range(4)]
+    seats.come("flood")
+    few = [seats.come("few", state=State.IDLE) for _ in range(2)]
+    seats.come("one", state=State.IDLE)
+    for count in (1, 2):
+        assert seats.come(f"newcomer {count}")
+        assert seats.ended == idle[:count]
+    assert seats.come("flood") is None  # what it has is not silent for long enough, and others have no more
+    assert seats.come("newcomer 3")
+    assert seats.come("newcomer 4")
+    assert set(seats.ended) == {*idle[:3], few[0]}
+    assert [seats.come("newcomer 4") for _ in range(2)] == [None, None]  # nobody has more than it would
+
+
+def test_a_channel_that_is_silent_for_less_than_a_second_is_ended_for_whoever_has_two_fewer_only() -> None:
+    for since, ends in ((time.monotonic(), False), (-100.0, True)):
+        seats = Seats(2)
+        seats.come("a", state=State.IDLE, since=since)
+        seats.come("b")
+        assert (seats.come("c") is not None) is ends
+
+
+def test_strangers_make_room_for_listed_clients_and_never_the_other_way() -> None:
+    seats, now = Seats(16, operators=frozenset([b"key"])), time.monotonic()
+    idle = [number for name in range(20) if (number := seats.come(str(name), state=State.IDLE, since=now))]
+    assert len(idle) == 14  # the last eighth is for those who are listed
+    while seats.come("key", known=True):
+        pass
+    assert seats.ended == idle[:12]  # it has 7/8
+    assert seats.come("other", known=True)
+    assert seats.ended == idle[:13]
+    assert seats.come("stranger") is None
 
 
 def test_what_does_nothing_is_no_activity() -> None:

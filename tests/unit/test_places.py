@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from minigpt.errors import RequestRefused
-from minigpt.stage.places import Place, Places
+from minigpt.stage.places import Identity, Place, Places
 from minigpt.stage.sequence import Sequence
 
 
@@ -28,7 +28,7 @@ def stay() -> None:
 
 
 def took(places: Places, who: str, size: int) -> Place:
-    place = places.take(who, size, stay)
+    place = places.take(Identity(who), size, stay)
     place.sequence = cast("Sequence", Noted())
     return place
 
@@ -84,7 +84,7 @@ def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
         with pytest.raises(
             RequestRefused, match=r"stage 3 is busy with 1 sequences, and 1 wait: try again in \d+ s"
         ) as e:
-            places.take("c", 1, stay)
+            places.take(Identity("c"), 1, stay)
         assert (e.value.reason, e.value.stage) == ("busy", 3)
         held.give_back()
         waiting.result(60).give_back()
@@ -93,7 +93,7 @@ def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
 
 def test_what_fits_nowhere_is_refused_at_once() -> None:
     places = Places(0, 4, 100, 10)
-    for ask in (lambda: places.take("a", 101, stay), lambda: places.admit(101)):
+    for ask in (lambda: places.take(Identity("a"), 101, stay), lambda: places.admit(101)):
         with pytest.raises(RequestRefused, match="101 bytes of cache, and stage 0 has 100"):
             ask()
 
@@ -105,14 +105,14 @@ def test_one_identity_has_half_of_the_places_while_others_wait_and_all_of_them_o
         mine = queued(places, pool, "a", "a")
         other = queued(places, pool, "b", "b")
         held.pop().give_back()
-        assert other[0].result(60).who == "b"
+        assert other[0].result(60).who.name == "b"
         held.pop().give_back()
-        assert other[1].result(60).who == "b"
+        assert other[1].result(60).who.name == "b"
         assert not any(one.done() for one in mine)
         held.pop().give_back()  # nobody else waits any more
-        assert mine[0].result(60).who == "a"
+        assert mine[0].result(60).who.name == "a"
         held.pop().give_back()
-        assert mine[1].result(60).who == "a"
+        assert mine[1].result(60).who.name == "a"
 
 
 def test_one_identity_has_half_of_the_bytes_while_others_wait() -> None:
@@ -122,10 +122,10 @@ def test_one_identity_has_half_of_the_bytes_while_others_wait() -> None:
         (mine,) = queued(places, pool, "a", size=20)
         (other,) = queued(places, pool, "b", size=50)
         held[1].give_back()
-        assert other.result(60).who == "b"
+        assert other.result(60).who.name == "b"
         assert not mine.done()
         held[0].give_back()
-        assert mine.result(60).who == "a"
+        assert mine.result(60).who.name == "a"
 
 
 def test_a_sequence_that_rests_goes_when_its_place_is_needed_the_oldest_first() -> None:
@@ -164,7 +164,7 @@ def test_whoever_leaves_the_queue_frees_the_place_there() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        places.take("b", 1, leave)
+        places.take(Identity("b"), 1, leave)
     assert places.waiting == 0
     held.give_back()
     assert places.sequences == 0
@@ -189,7 +189,7 @@ def test_places_are_neither_lost_nor_given_twice() -> None:
                     raise Gone
 
             try:
-                place = places.take(str(number % 4), rng.randint(1, 20), check)
+                place = places.take(Identity(str(number % 4), known=number % 4 == 0), rng.randint(1, 20), check)
             except (Gone, RequestRefused):
                 continue
             place.sequence = cast("Sequence", Noted())
@@ -214,3 +214,131 @@ def test_places_are_neither_lost_nor_given_twice() -> None:
         thread.join(60)
     assert 0 < most[0] <= 3
     assert (places.sequences, places.reserved, places.waiting) == (0, 0, 0)
+
+
+# Shares.
+
+FLOOD, OTHER, LISTED = Identity("flood"), Identity("other"), Identity("key", known=True)
+
+
+def refused(waiting: Future[Place]) -> None:
+    with pytest.raises(RequestRefused, match="try again in") as error:
+        waiting.result(60)
+    assert error.value.reason == "busy"
+
+
+def wait_for(places: Places, pool: ThreadPoolExecutor, who: Identity, waiting: int, size: int = 1) -> Future[Place]:
+    """One more asks, and so many wait then."""
+    found = pool.submit(places.take, who, size, stay)
+    until(lambda: places.waiting == waiting and (found.done() or places._waiting[-1].who == who))
+    return found
+
+
+def test_a_full_queue_refuses_the_latest_of_whoever_has_most_there() -> None:
+    places = Places(0, 1, 100, 4)
+    held = places.take(FLOOD, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        flood = [wait_for(places, pool, FLOOD, number) for number in (1, 2, 3, 4)]
+        other = [wait_for(places, pool, OTHER, 4) for _ in range(2)]
+        refused(flood.pop())
+        refused(flood.pop())
+        refused(pool.submit(places.take, OTHER, 1, stay))  # it has its share
+        refused(pool.submit(places.take, FLOOD, 1, stay))
+        for wanted in (flood[0], other[0], flood[1], other[1]):
+            held.give_back()
+            held = wanted.result(60)
+    assert places.waiting == 0
+
+
+def test_of_those_with_as_many_in_a_full_queue_whoever_comes_is_refused() -> None:
+    places = Places(0, 1, 100, 3)
+    held = places.take(FLOOD, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        kept = [wait_for(places, pool, Identity(str(number)), number + 1) for number in range(3)]
+        refused(pool.submit(places.take, OTHER, 1, stay))
+        for one in kept:
+            held.give_back()
+            held = one.result(60)
+
+
+def test_a_stranger_makes_room_in_a_full_queue_for_a_listed_client_and_never_the_other_way() -> None:
+    places = Places(0, 1, 100, 2)
+    held = places.take(FLOOD, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        stranger = [wait_for(places, pool, who, number) for number, who in enumerate((FLOOD, OTHER), 1)]
+        known = [wait_for(places, pool, LISTED, 2) for _ in range(2)]
+        for one in stranger:
+            refused(one)
+        refused(pool.submit(places.take, OTHER, 1, stay))
+        for one in known:
+            held.give_back()
+            held = one.result(60)
+
+
+def test_a_listed_client_is_served_before_strangers() -> None:
+    places = Places(0, 1, 100, 4)
+    held = places.take(LISTED, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        stranger = wait_for(places, pool, OTHER, 1)
+        known = wait_for(places, pool, LISTED, 2)
+        held.give_back()
+        known.result(60).give_back()
+        stranger.result(60).give_back()
+
+
+def test_identities_take_turns_and_each_ones_own_requests_stay_in_order() -> None:
+    places = Places(0, 1, 100, 9)
+    held = places.take(FLOOD, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        flood = [wait_for(places, pool, FLOOD, number) for number in (1, 2, 3)]
+        other = [wait_for(places, pool, OTHER, number) for number in (4, 5)]
+        late = wait_for(places, pool, LISTED._replace(known=False), 6)
+        for wanted in (flood[0], other[0], late, flood[1], other[1], flood[2]):
+            held.give_back()
+            held = wanted.result(60)
+
+
+def test_one_that_is_always_new_does_not_keep_one_that_waits_from_its_turn() -> None:
+    places = Places(0, 1, 100, 9)
+    held = places.take(FLOOD, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        first, second = (wait_for(places, pool, OTHER, number) for number in (1, 2))
+        held.give_back()
+        held = first.result(60)
+        new = [wait_for(places, pool, Identity("new 0"), 2)]
+        held.give_back()
+        held = second.result(60)  # its turn came when its first was served: before anybody new was there
+        new.append(wait_for(places, pool, Identity("new 1"), 2))
+        for one in new:
+            held.give_back()
+            held = one.result(60)
+
+
+def test_whoever_has_least_of_the_places_is_next() -> None:
+    places = Places(0, 4, 100, 9)
+    held = [places.take(FLOOD, 1, stay) for _ in range(3)]
+    places.take(OTHER, 1, stay)
+    with ThreadPoolExecutor(8) as pool:
+        flood = wait_for(places, pool, FLOOD, 1)
+        other = [wait_for(places, pool, OTHER, number) for number in (2, 3)]
+        for one in other:  # 2 and 1, then 1 and 2
+            assert not flood.done()
+            held.pop().give_back()
+            (one if one is other[0] else flood).result(60)
+        held.pop().give_back()
+        other[1].result(60)
+
+
+def test_a_large_request_whose_turn_it_is_is_overtaken_by_nobody_with_as_much() -> None:
+    places = Places(0, 9, 100, 9)
+    held = [places.take(FLOOD, 30, stay) for _ in range(3)]
+    with ThreadPoolExecutor(8) as pool:
+        large = wait_for(places, pool, OTHER, 1, size=90)
+        small = [wait_for(places, pool, Identity(str(number)), 2 + number) for number in range(3)]
+        for place in held:
+            assert not large.done()
+            place.give_back()
+        held = [large.result(60)]
+        for one in small:
+            one.result(60)
+    assert places.reserved == 93

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from minigpt.errors import RequestRefused
-from minigpt.stage.places import Place, Places
+from minigpt.stage.places import Identity, Place, Places
 
 
 class Ended:
@@ -21,7 +21,7 @@ class Ended:
 
 
 def taken(places: Places, size: int = 1, who: str = "a") -> tuple[Place, Ended]:
-    place, sequence = places.take(who, size, lambda: None), Ended()
+    place, sequence = places.take(Identity(who), size, lambda: None), Ended()
     place.sequence = sequence  # type: ignore[assignment]
     return place, sequence
 
@@ -43,7 +43,7 @@ def test_a_sequence_that_was_dropped_cannot_be_laid_to_rest_again() -> None:
 def test_a_place_without_a_sequence_can_rest_and_be_dropped() -> None:
     """There was no memory for its cache."""
     places = Places(0, 1, 10, 4)
-    places.take("a", 1, lambda: None).rest()
+    places.take(Identity("a"), 1, lambda: None).rest()
     taken(places, who="b")
     assert places.sequences == 1
 
@@ -54,7 +54,7 @@ def test_what_is_dropped_for_a_request_that_is_refused_ends_in_later_stages_too(
     resting, sequence = taken(places, 3)
     resting.rest()
     with pytest.raises(RequestRefused, match="busy"):
-        places.take("b", 5, lambda: None)
+        places.take(Identity("b"), 5, lambda: None)
     assert (sequence.ended, places.sequences) == (True, 1)
 
 
@@ -69,10 +69,10 @@ def test_those_behind_a_request_that_leaves_the_queue_are_admitted_at_once() -> 
 
     def large() -> None:
         with pytest.raises(ConnectionError):
-            places.take("b", 10, leave)
+            places.take(Identity("b"), 10, leave)
 
     def small() -> None:
-        places.take("c", 1, lambda: None)
+        places.take(Identity("c"), 1, lambda: None)
         admitted.set()
 
     threads = []
@@ -119,7 +119,7 @@ def test_a_place_is_free_once_its_sequence_has_ended_in_later_stages() -> None:
 
     def end() -> None:
         with pytest.raises(RequestRefused) as error:
-            places.take("b", 1, lambda: None)
+            places.take(Identity("b"), 1, lambda: None)
         refused.append(error.value.reason)
 
     first.end = end  # type: ignore[method-assign]
@@ -138,7 +138,7 @@ def test_a_request_that_fails_while_room_is_made_for_it_leaves_no_place_behind()
 
     sequence.end = end  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
-        places.take("b", 1, lambda: None)
+        places.take(Identity("b"), 1, lambda: None)
     assert (places.sequences, places.waiting) == (0, 0)
 
 
@@ -155,4 +155,4 @@ def test_how_long_a_place_rested_does_not_count_in_when_to_try_again(monkeypatch
         place.give_back()
     taken(places)
     with pytest.raises(RequestRefused, match="try again in 1 s"):
-        places.take("b", 1, lambda: None)
+        places.take(Identity("b"), 1, lambda: None)

@@ -351,3 +351,13 @@ def test_what_a_stage_logged_last_is_told_only_if_it_has_to_do_with_its_end(tmp_
         assert local.last_words(-15, log) == "was killed by signal 15"
         assert local.last_words(-11, log) == "was killed by signal 11: channel 7: open"
         assert local.last_words(1, log) == "ended with code 1: channel 7: open"
+
+
+def test_more_clients_than_a_stage_takes_are_refused_before_anything_starts(said: Tell) -> None:
+    told = said("bench", "--clients", "1,97")
+    assert told == "minigpt: --clients 97: a stage serves and lets wait at most 96 at once"
+
+
+def test_a_relay_to_itself_is_refused(said: Tell) -> None:
+    told = said("relay", "tcp://127.0.0.1:7000", "tcp://127.0.0.1:7000")
+    assert "tcp://127.0.0.1:7000 twice: a relay to itself never ends" in told
