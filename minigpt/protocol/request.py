@@ -59,7 +59,8 @@ def check_type(name: str, value: object, *kinds: type) -> None:
         fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not fits:
         got = value if value is None or isinstance(value, bool | int | float) else type(value).__name__  # no secrets
-        raise UsageError(f"{name} is {got!s:.80}, wanted {' or '.join(_WORDS[kind] for kind in kinds)}")
+        hint = " of Python's own: give its .item()" if type(value).__module__ == "numpy" else ""
+        raise UsageError(f"{name} is {got!s:.80}, wanted {' or '.join(_WORDS[kind] for kind in kinds)}{hint}")
 
 
 class Keywords(TypedDict, total=False):

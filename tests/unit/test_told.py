@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made import SMALL, random_tensors, write
 
@@ -16,6 +17,7 @@ from minigpt.__main__ import main as minigpt
 from minigpt.checkpoint import sources, weights
 from minigpt.errors import CheckpointError, UsageError
 from minigpt.launch import local, plan
+from minigpt.protocol.request import Options
 from minigpt.stage import process
 from minigpt.stage.__main__ import _main as stage
 from transport.noise import KeyPair
@@ -361,3 +363,10 @@ def test_more_clients_than_a_stage_takes_are_refused_before_anything_starts(said
 def test_a_relay_to_itself_is_refused(said: Tell) -> None:
     told = said("relay", "tcp://127.0.0.1:7000", "tcp://127.0.0.1:7000")
     assert "tcp://127.0.0.1:7000 twice: a relay to itself never ends" in told
+
+
+def test_a_number_of_numpys_is_told_how_to_become_one_of_pythons() -> None:
+    with pytest.raises(
+        UsageError, match=r"max_tokens is int64, wanted a whole number of Python's own: give its \.item"
+    ):
+        Options(max_tokens=np.int64(2))  # type: ignore[arg-type]
