@@ -369,4 +369,4 @@ def test_a_number_of_numpys_is_told_how_to_become_one_of_pythons() -> None:
     with pytest.raises(
         UsageError, match=r"max_tokens is int64, wanted a whole number of Python's own: give its \.item"
     ):
-        Options(max_tokens=np.int64(2))  # type: ignore[arg-type]
+        Options(max_tokens=np.int64(2)).check()  # type: ignore[arg-type]
