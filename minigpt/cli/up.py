@@ -74,6 +74,6 @@ def _launch(options: argparse.Namespace, checkpoint: sources.Checkpoint, split: 
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise UsageError("--on ray needs Ray: pip install 'minigpt-stages[ray]'") from None
+        raise UsageError("--on ray needs Ray: pip install '.[ray]' in the project's folder") from None
     insecure, address = options.insecure_ray, options.address or "auto"
     return RayStages(checkpoint, split, address=address, insecure=insecure, threads=options.threads, **told)

@@ -154,6 +154,9 @@ class Pipeline(TextModel):
         check_type("allow_mock", allow_mock, bool)
         check_type("allow_test_root", allow_test_root, bool)
         check_type("client_key", client_key, bytes, _NONE)
+        if client_key is not None and len(client_key) != 32:
+            wanted = "the 32 of a private key: in hex, `private` in the file that `minigpt keygen` writes"
+            raise UsageError(f"client_key has {len(client_key)} bytes, wanted {wanted}")
         _check_seconds(timeout=timeout, connect_timeout=connect_timeout)
         if handshake_timeout is not None:
             _check_seconds(handshake_timeout=handshake_timeout)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from attest.__main__ import main as attest
 from attest.providers.mock import MockKey, MockPins, MockRoot
 from minigpt.__main__ import main as minigpt
 from minigpt.checkpoint import sources, weights
+from minigpt.client.pipeline import Pipeline
 from minigpt.errors import CheckpointError, UsageError
 from minigpt.launch import local, plan
 from minigpt.protocol.request import Options
@@ -370,3 +372,14 @@ def test_a_number_of_numpys_is_told_how_to_become_one_of_pythons() -> None:
         UsageError, match=r"max_tokens is int64, wanted a whole number of Python's own: give its \.item"
     ):
         Options(max_tokens=np.int64(2)).check()  # type: ignore[arg-type]
+
+
+def test_a_client_key_that_is_none_is_told_where_one_is() -> None:
+    with pytest.raises(UsageError, match=r"client_key has 3 bytes, wanted the 32 of a private key: in hex, `private`"):
+        Pipeline.connect(b"", client_key=b"key")
+
+
+def test_where_to_get_ray_is_this_project_and_no_name_on_the_index(said: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "minigpt.launch.on_ray", raising=False)
+    assert said("up", "--on", "ray").endswith("--on ray needs Ray: pip install '.[ray]' in the project's folder")
